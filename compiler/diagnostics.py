@@ -1,0 +1,80 @@
+"""Errors: one class per kind, each with a code (its name), fields, a message and a remedy."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class TilewrightError(Exception):
+    """Base of every error a user can meet. `str()` is one line: message, then the remedy in parentheses."""
+
+    def __init__(self, message: str, *, remedy: str = "", where: str = "") -> None:
+        self.message = message
+        self.remedy = remedy
+        self.where = where
+        super().__init__(self.line())
+
+    @property
+    def code(self) -> str:
+        """The class name: stable, searchable, printed by the command line."""
+        return type(self).__name__
+
+    def line(self) -> str:
+        """The whole error as one line of text."""
+        text = f"{self.where}: {self.message}" if self.where else self.message
+        return " ".join((f"{text} ({self.remedy})" if self.remedy else text).split())
+
+
+class PassDefinitionError(TilewrightError):
+    """A pass file is wrong; raised when the pass is imported, for its author."""
+
+
+class OptionError(TilewrightError):
+    """An option of a pass, of the backend or of the command line has no legal value."""
+
+
+class PipelineError(TilewrightError):
+    """A pipeline cannot be built: unknown pass, wrong order, two owners of one slot."""
+
+
+class CaptureError(TilewrightError):
+    """A model could not be captured as one program."""
+
+
+class FactError(TilewrightError):
+    """A fact that was asked for is absent or contradicts the program."""
+
+
+class VerifyError(TilewrightError):
+    """A program broke a contract: names the rule, the node and the pass that last touched it."""
+
+
+class ParityError(TilewrightError):
+    """Two results that must agree do not."""
+
+
+class LoweringError(TilewrightError):
+    """No kernel fits: lists the candidates and why each was not taken."""
+
+
+class BuildError(TilewrightError):
+    """A compiler (C++, Triton) refused generated source."""
+
+
+class LoadError(TilewrightError):
+    """A model or artifact file cannot be read: truncated, foreign, malicious or absent."""
+
+
+class StoreError(TilewrightError):
+    """The artifact store is unusable: wrong owner, permissions, or location."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """` Did you mean 'x'?`-style remedy for a misspelt name, or the list of known names."""
+    names = sorted(known)
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    if close:
+        return f"did you mean {close[0]!r}?"
+    shown = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
+    return f"known names: {shown}" if names else "none are known"

@@ -1,0 +1,38 @@
+"""The semantic ops as callables for patterns, replacements and plain use: `ops.attention(q, k, v, ...)`."""
+
+from __future__ import annotations
+
+from tilewright.compiler.ops import attention as _attention
+from tilewright.compiler.ops import cache as _cache
+from tilewright.compiler.ops import linear as _linear
+from tilewright.compiler.ops import mlp as _mlp
+from tilewright.compiler.ops import norm as _norm
+from tilewright.compiler.ops import rope as _rope
+from tilewright.compiler.ops.registry import SemanticOp, all_ops, semantic_op
+
+attention = _attention.attention.overload
+linear = _linear.linear.overload
+linear_multi = _linear.linear_multi.overload
+embedding = _linear.embedding.overload
+rms_norm = _norm.rms_norm.overload
+add_rms_norm = _norm.add_rms_norm.overload
+layer_norm = _norm.layer_norm.overload
+rope = _rope.rope.overload
+gated_mlp = _mlp.gated_mlp.overload
+kv_update = _cache.kv_update.overload
+
+__all__ = [
+    "SemanticOp",
+    "add_rms_norm",
+    "all_ops",
+    "attention",
+    "embedding",
+    "gated_mlp",
+    "kv_update",
+    "layer_norm",
+    "linear",
+    "linear_multi",
+    "rms_norm",
+    "rope",
+    "semantic_op",
+]

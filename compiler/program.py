@@ -1,0 +1,186 @@
+"""The one IR: an FX graph in normal form with its inputs described, its weights beside it and its facts."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import fx
+
+from tilewright.compiler.diagnostics import FactError
+
+
+class InputKind(Enum):
+    """What a placeholder is."""
+
+    WEIGHT = "weight"
+    """A parameter or buffer owned by the module: the same tensor on every call of one instance."""
+    USER = "user"
+    """An argument of the call."""
+    SIZE = "size"
+    """A symbolic integer."""
+
+
+@dataclass
+class InputSpec:
+    """One placeholder: kind, where it comes from, and whether the program writes to it (declared state)."""
+
+    name: str
+    kind: InputKind
+    source: str = ""
+    """Dotted path of a weight (`model.layers.0.mlp.up_proj.weight`), or the argument's source expression."""
+    mutated: bool = False
+
+
+@dataclass
+class Fact:
+    """Something the graph alone does not hold. `origin` is `user`, `adapter` or `derived: <how>`."""
+
+    name: str
+    value: Any
+    origin: str
+
+
+class Facts:
+    """Facts by name. A pass that needs an absent one refuses with `missing(name)`."""
+
+    def __init__(self) -> None:
+        self._facts: dict[str, Fact] = {}
+
+    def set(self, name: str, value: Any, origin: str) -> None:
+        """Record a fact; one that the user gave is never overwritten by a derived one."""
+        old = self._facts.get(name)
+        if old is None or old.origin != "user" or origin == "user":
+            self._facts[name] = Fact(name, value, origin)
+
+    def get(self, name: str) -> Any:
+        """The value of a fact; FactError naming it and how to supply it when absent."""
+        if name not in self._facts:
+            raise FactError(self.missing(name), remedy=f'pass options={{"facts": {{"{name}": ...}}}}')
+        return self._facts[name].value
+
+    def has(self, name: str) -> bool:
+        return name in self._facts
+
+    def missing(self, name: str) -> str:
+        return f"fact {name!r} is absent"
+
+    def __iter__(self) -> Any:
+        return iter(self._facts.values())
+
+
+@dataclass
+class Derived:
+    """A tensor computed from weights, held as a named buffer and checked on every call."""
+
+    name: str
+    sources: tuple[str, ...]
+    """Names of the weight placeholders it is computed from."""
+    compute: Callable[..., torch.Tensor]
+    """compute(*source tensors) -> tensor; pure."""
+
+
+@dataclass
+class Program:
+    """A captured model. `module.graph` is flat: placeholders, calls of aten and tilewright ops, one output."""
+
+    module: fx.GraphModule
+    inputs: list[InputSpec]
+    example_inputs: list[Any]
+    """Real tensors (or ints) in placeholder order; weights are the module's own tensors, held once."""
+    origin: str
+    training: bool = False
+    facts: Facts = field(default_factory=Facts)
+    derived: list[Derived] = field(default_factory=list)
+    graph_breaks: list[dict[str, str]] = field(default_factory=list)
+
+    @property
+    def graph(self) -> fx.Graph:
+        return self.module.graph
+
+    def spec(self, node: fx.Node) -> InputSpec | None:
+        """The input description of a placeholder node, None for any other node."""
+        if node.op != "placeholder":
+            return None
+        return self._by_name().get(node.name)
+
+    def is_weight(self, node: Any) -> bool:
+        """True for a placeholder that holds a module-owned tensor which the program does not write to."""
+        spec = self.spec(node) if isinstance(node, fx.Node) else None
+        return spec is not None and spec.kind is InputKind.WEIGHT and not spec.mutated
+
+    def tensor_of(self, node: fx.Node) -> torch.Tensor:
+        """The real tensor behind a weight placeholder."""
+        for i, spec in enumerate(self.inputs):
+            if spec.name == node.name:
+                value = self.example_inputs[i]
+                if isinstance(value, torch.Tensor):
+                    return value
+        raise KeyError(node.name)
+
+    def _by_name(self) -> dict[str, InputSpec]:
+        return {spec.name: spec for spec in self.inputs}
+
+    def derive(
+        self, name: str, sources: Sequence[fx.Node], compute: Callable[..., torch.Tensor]
+    ) -> fx.Node:
+        """Register a buffer computed from weights and return the get_attr node that reads it.
+
+        The node is inserted right after the placeholders. The executable re-computes the buffer whenever a
+        source tensor is another object or has another version than at the last call.
+        """
+        if self.training:
+            raise ValueError(f"derived buffer {name!r}: weights are inputs in training and may not be derived from")
+        unique = f"tw_derived_{len(self.derived)}"
+        value = compute(*[self.tensor_of(s) for s in sources])
+        self.module.register_buffer(unique, value, persistent=False)
+        self.derived.append(Derived(unique, tuple(s.name for s in sources), compute))
+        last = [n for n in self.graph.nodes if n.op == "placeholder"][-1]
+        with self.graph.inserting_after(last):
+            node = self.graph.get_attr(unique)
+        node.meta["derived"] = name
+        sample = next((s.meta["val"] for s in sources if "val" in s.meta), None)
+        mode = getattr(sample, "fake_mode", None)
+        node.meta["val"] = mode.from_tensor(value) if mode is not None else value
+        return node
+
+
+class DerivedCheck:
+    """Keeps derived buffers true: compares identity and version of their sources on each call (~0.3 us each)."""
+
+    def __init__(self, program: Program) -> None:
+        index = {spec.name: i for i, spec in enumerate(program.inputs)}
+        self._module = program.module
+        self._rows = [(d, tuple(index[s] for s in d.sources)) for d in program.derived]
+        self._seen: dict[int, tuple[torch.Tensor, int]] = {}
+        self._lock = threading.Lock()
+        self._watched = sorted({i for _, where in self._rows for i in where})
+        self._remember(program.example_inputs)
+
+    def _remember(self, args: Sequence[Any]) -> None:
+        for i in self._watched:
+            self._seen[i] = (args[i], args[i]._version)
+
+    @property
+    def empty(self) -> bool:
+        return not self._rows
+
+    def __call__(self, args: Sequence[Any]) -> None:
+        """Refresh the buffers whose sources changed since the last call."""
+        stale = {
+            i
+            for i in self._watched
+            if args[i] is not self._seen[i][0] or args[i]._version != self._seen[i][1]
+        }
+        if not stale:
+            return
+        with self._lock, torch.no_grad():
+            for derived, where in self._rows:
+                if stale.intersection(where):
+                    fresh = derived.compute(*[args[i] for i in where])
+                    self._module.get_buffer(derived.name).copy_(fresh)
+            self._remember(args)

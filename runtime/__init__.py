@@ -1,0 +1,1 @@
+"""Runtime support: plain data contracts, the artifact store, kernel building and loading."""

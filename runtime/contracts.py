@@ -1,0 +1,48 @@
+"""Plain frozen data shared by every layer: the bottom of the import order."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A reasoned "no": the one way any part of Tilewright declines to do something.
+
+    `reason` completes the sentence "X did not apply at NODE: ..."; lower case, no full stop, values included.
+    """
+
+    reason: str
+    node: str = ""
+    """Name of the graph node to blame, empty when there is none."""
+
+    def __str__(self) -> str:
+        return f"{self.reason} (at {self.node})" if self.node else self.reason
+
+    def __bool__(self) -> bool:
+        raise TypeError("a Refusal has no truth value; test with `isinstance(x, Refusal)`")
+
+
+@dataclass(frozen=True)
+class Target:
+    """What code is generated for: `kind` is cpu, cuda or hip; `arch` is avx2, avx512, sm_80, gfx942, ..."""
+
+    kind: str
+    arch: str
+
+    def __str__(self) -> str:
+        return f"{self.kind}:{self.arch}"
+
+
+@dataclass(frozen=True)
+class KernelKey:
+    """Names one specialised kernel: equal keys generate equal source."""
+
+    op: str
+    """Semantic op, e.g. `add_rms_norm`."""
+    target: Target
+    dtype: str
+    """Storage dtype of the activations: float32, bfloat16 or float16."""
+    config: tuple[tuple[str, Any], ...] = field(default=())
+    """Sorted (name, value) pairs that specialise the source; values are ints, bools or names from our own tables."""

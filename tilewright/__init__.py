@@ -1,0 +1,37 @@
+"""Tilewright: papers as passes. A compiler-style graph optimization toolkit for PyTorch models.
+
+The public surface is small and lazily imported, so that `import tilewright` costs milliseconds.
+"""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# A checkout without symbolic links still finds the layers one folder up.
+_root = Path(__file__).resolve().parent.parent
+if (_root / "setup.py").is_file() and str(_root) not in __path__:
+    __path__.append(str(_root))
+
+if TYPE_CHECKING:
+    from tilewright.frontends.api import Executable, evaluate, explain, optimize
+
+_PUBLIC = {
+    "Executable": "tilewright.frontends.api",
+    "evaluate": "tilewright.frontends.api",
+    "explain": "tilewright.frontends.api",
+    "optimize": "tilewright.frontends.api",
+}
+
+__all__ = ["Executable", "__version__", "evaluate", "explain", "optimize"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        return getattr(importlib.import_module(_PUBLIC[name]), name)
+    if name in ("compiler", "passes", "runtime", "kernels", "frontends", "tools"):
+        return importlib.import_module(f"tilewright.{name}")
+    raise AttributeError(f"module 'tilewright' has no attribute {name!r}")

@@ -1,0 +1,1 @@
+"""Developer tools: model zoo, size budget, offline compilation, benchmarks."""
