@@ -54,7 +54,11 @@ def causal_inputs() -> Inputs:
 
 def padded_inputs() -> Inputs:
     """Token ids [5, 7] with right padding."""
-    return (tokens(BATCH, SEQ),), {"attention_mask": right_padding(), "use_cache": False, "return_dict": False}
+    return (tokens(BATCH, SEQ),), {
+        "attention_mask": right_padding(),
+        "use_cache": False,
+        "return_dict": False,
+    }
 
 
 def decoder(
@@ -107,8 +111,14 @@ def llama_like() -> list[ZooEntry]:
             four_norms,
             RMS_HEAD,
         ),
-        decoder("gemma3", "Gemma3", {**WIDE, **sliding, "query_pre_attn_scalar": 8}, gemma3, RMS_HEAD,
-                config_class="Gemma3TextConfig"),
+        decoder(
+            "gemma3",
+            "Gemma3",
+            {**WIDE, **sliding, "query_pre_attn_scalar": 8},
+            gemma3,
+            RMS_HEAD,
+            config_class="Gemma3TextConfig",
+        ),
         decoder("olmo2", "Olmo2", GROUPED, qk_norm, RMS_HEAD),
         decoder("granite", "Granite", {**GROUPED, "residual_multiplier": 0.5}, GATED, RMS_HEAD),
         decoder("smollm3", "SmolLM3", {**GROUPED, "no_rope_layers": [1, 1]}, GATED, RMS_HEAD),
@@ -116,10 +126,18 @@ def llama_like() -> list[ZooEntry]:
         decoder("glm", "Glm", {**WIDE, "attention_bias": True}, {**GATED, "linear": 6}, RMS_HEAD),
         decoder("glm4", "Glm4", WIDE, {**GATED, "linear": 6, "rms_norm": 4}, RMS_HEAD),
         decoder("helium", "Helium", WIDE, GATED, RMS_HEAD),
-        decoder("exaone4", "Exaone4", {**WIDE, **sliding}, {**qk_norm, "rope": 0}, RMS_HEAD, extra={"rope": 2}),
+        decoder(
+            "exaone4", "Exaone4", {**WIDE, **sliding}, {**qk_norm, "rope": 0}, RMS_HEAD, extra={"rope": 2}
+        ),
         decoder("seed-oss", "SeedOss", WIDE, GATED, RMS_HEAD),
         decoder("ernie4.5", "Ernie4_5", WIDE, GATED, RMS_HEAD),
-        decoder("apertus", "Apertus", {**GROUPED, "max_position_embeddings": 65536}, {**qk_norm, "linear": 6, "gated_mlp": 0}, RMS_HEAD),
+        decoder(
+            "apertus",
+            "Apertus",
+            {**GROUPED, "max_position_embeddings": 65536},
+            {**qk_norm, "linear": 6, "gated_mlp": 0},
+            RMS_HEAD,
+        ),
     ]
 
 
@@ -143,11 +161,27 @@ def layer_norm_like() -> list[ZooEntry]:
         decoder("gpt2-eager", "GPT2", {**gpt, **eager}, fused, two_tables, model_class="GPT2LMHeadModel"),
         decoder("gpt-bigcode", "GPTBigCode", {**gpt, "multi_query": True}, fused, two_tables),
         decoder("gptj", "GPTJ", {**gpt, "rotary_dim": 4}, {**rotary, "layer_norm": 1}, LAYER_NORM_HEAD),
-        decoder("codegen", "CodeGen", {**gpt, "n_head": 4, "rotary_dim": 4},
-                {**rotary, "linear": 4, "layer_norm": 1}, LAYER_NORM_HEAD),
+        decoder(
+            "codegen",
+            "CodeGen",
+            {**gpt, "n_head": 4, "rotary_dim": 4},
+            {**rotary, "linear": 4, "layer_norm": 1},
+            LAYER_NORM_HEAD,
+        ),
         decoder("gpt-neox", "GPTNeoX", {**BASE, "rotary_pct": 0.5}, {**fused, "rope": 2}, LAYER_NORM_HEAD),
-        decoder("gpt-neo", "GPTNeo", {**BASE, "num_layers": LAYERS, "num_heads": HEADS, "window_size": 4,
-                                      "attention_types": [[["global", "local"], 1]]}, PLAIN, two_tables),
+        decoder(
+            "gpt-neo",
+            "GPTNeo",
+            {
+                **BASE,
+                "num_layers": LAYERS,
+                "num_heads": HEADS,
+                "window_size": 4,
+                "attention_types": [[["global", "local"], 1]],
+            },
+            PLAIN,
+            two_tables,
+        ),
         decoder("opt", "OPT", opt, PLAIN, two_tables),
         decoder("bloom", "Bloom", alibi, fused, {**LAYER_NORM_HEAD, "layer_norm": 2}),
         decoder("mpt", "Mpt", mpt, fused, LAYER_NORM_HEAD),
@@ -159,11 +193,27 @@ def layer_norm_like() -> list[ZooEntry]:
         decoder("cohere2", "Cohere2", {**WIDE, "sliding_window": 4}, parallel, LAYER_NORM_HEAD),
         decoder("olmo", "Olmo", GROUPED, gated, LAYER_NORM_HEAD),
         decoder("nemotron", "Nemotron", {**WIDE, "partial_rotary_factor": 0.5}, rotary, LAYER_NORM_HEAD),
-        decoder("persimmon", "Persimmon", {**BASE, "partial_rotary_factor": 0.5},
-                {**fused, "rope": 2, "layer_norm": 4}, LAYER_NORM_HEAD),
-        decoder("xglm", "XGLM", {"vocab_size": VOCAB, "d_model": HIDDEN, "ffn_dim": MLP, "num_layers": LAYERS,
-                                 "attention_heads": HEADS, "max_position_embeddings": 32}, PLAIN,
-                {"linear": 1, "layer_norm": 1, "embedding": 1}),
+        decoder(
+            "persimmon",
+            "Persimmon",
+            {**BASE, "partial_rotary_factor": 0.5},
+            {**fused, "rope": 2, "layer_norm": 4},
+            LAYER_NORM_HEAD,
+        ),
+        decoder(
+            "xglm",
+            "XGLM",
+            {
+                "vocab_size": VOCAB,
+                "d_model": HIDDEN,
+                "ffn_dim": MLP,
+                "num_layers": LAYERS,
+                "attention_heads": HEADS,
+                "max_position_embeddings": 32,
+            },
+            PLAIN,
+            {"linear": 1, "layer_norm": 1, "embedding": 1},
+        ),
         decoder("biogpt", "BioGpt", BASE, PLAIN, two_tables),
     ]
 
@@ -180,16 +230,33 @@ def mixtures() -> list[ZooEntry]:
     experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 40}
     local = {"num_local_experts": 4, "num_experts_per_tok": 2}
     gpt_oss = {**WIDE, **local, "sliding_window": 4, "max_position_embeddings": 131072}
-    latent = {**BASE, "num_key_value_heads": HEADS, "q_lora_rank": 24, "kv_lora_rank": 16, "qk_nope_head_dim": 8,
-              "qk_rope_head_dim": 4, "v_head_dim": 10, "n_routed_experts": 4, "num_experts_per_tok": 2,
-              "n_shared_experts": 1, "moe_intermediate_size": 40, "first_k_dense_replace": 1, "n_group": 1,
-              "topk_group": 1}
+    latent = {
+        **BASE,
+        "num_key_value_heads": HEADS,
+        "q_lora_rank": 24,
+        "kv_lora_rank": 16,
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 4,
+        "v_head_dim": 10,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_shared_experts": 1,
+        "moe_intermediate_size": 40,
+        "first_k_dense_replace": 1,
+        "n_group": 1,
+        "topk_group": 1,
+    }
     latent_block = {"attention": 1, "linear": 5 + 3, "rms_norm": 4, "rope": 2, "gated_mlp": 1}
     latent_experts = {"linear": 1, "gated_mlp": 1}
     return [
         decoder("mixtral", "Mixtral", {**GROUPED, **local}, moe, RMS_HEAD),
-        decoder("qwen2-moe", "Qwen2Moe", {**GROUPED, **experts, "shared_expert_intermediate_size": 56}, shared,
-                RMS_HEAD),
+        decoder(
+            "qwen2-moe",
+            "Qwen2Moe",
+            {**GROUPED, **experts, "shared_expert_intermediate_size": 56},
+            shared,
+            RMS_HEAD,
+        ),
         decoder("qwen3-moe", "Qwen3Moe", {**WIDE, **experts}, qk_norm, RMS_HEAD),
         decoder("olmoe", "Olmoe", {**GROUPED, **experts}, qk_norm, RMS_HEAD),
         decoder("granite-moe", "GraniteMoe", {**GROUPED, **local}, moe, RMS_HEAD),

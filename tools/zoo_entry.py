@@ -19,7 +19,7 @@ COUNTED = ("attention", "linear", "rms_norm", "layer_norm", "rope", "gated_mlp",
 
 BATCH, SEQ, VOCAB = 5, 7, 97
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, MLP = 48, 6, 2, 8, 80
-"""Every text model's sizes. No two axes agree (the group of query heads is 3), so that a swapped axis shows."""
+"""Sizes of the text models. No two axes agree (query heads come in groups of 3): a swapped axis shows."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class ZooEntry:
 
     `expected` counts the semantic ops of one call that a perfect recogniser finds. It follows from the
     configuration: layers, cross-attention, gated or plain MLP; rope counts rotated tensors, so a layer that
-    rotates q and k counts 2. A linear layer counts whenever a weight matrix meets an activation, whichever way the
+    rotates q and k counts 2. A linear layer counts whenever a weight matrix meets an activation, however the
     model spells it (`nn.Linear`, GPT-2's `Conv1D`); batched expert matmuls are not linear layers.
     """
 
@@ -102,7 +102,11 @@ def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
             done.add(id(parameter))
             draw = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
             if weighty and parameter.dim() > 1:
-                fan_in = parameter.shape[0] if type(module).__name__ == "Conv1D" else math.prod(parameter.shape[1:])
+                fan_in = (
+                    parameter.shape[0]
+                    if type(module).__name__ == "Conv1D"
+                    else math.prod(parameter.shape[1:])
+                )
                 parameter.copy_(draw * (1.0 if isinstance(module, nn.Embedding) else 1.5 / math.sqrt(fan_in)))
             else:
                 parameter.add_(draw * (0.2 if parameter.dim() == 1 else 0.1))
