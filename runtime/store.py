@@ -1,9 +1,9 @@
 """Artifact store: what was generated, compiled or converted once, kept on disk and never trusted blindly.
 
-An entry is a folder named by the SHA-256 of its key, with a manifest of the files' hashes signed with a key only
-this user can read. Every use checks the signature, the sizes and the hashes; whatever does not match is thrown
-away, built again and reported by one warning. Builds happen once however many processes ask, and a killed build
-leaves nothing under an entry's name. Free of torch.
+An entry is a folder named by the SHA-256 of its key, with a manifest of the files' hashes signed with a
+secret only this user can read. Every use checks the signature, the sizes and the hashes; whatever does not
+match is thrown away, built again and reported by one warning. Builds happen once however many processes ask,
+and a killed build leaves nothing under an entry's name. Free of torch.
 
     <root>/mac.key            32 random bytes, mode 0600
     <root>/entries/<sha256>/  manifest.json, manifest.mac and the artifact's files
@@ -30,7 +30,6 @@ from tilewright.runtime.settings import read_settings
 from tilewright.runtime.store_files import (
     EntryProblem,
     FileRecord,
-    Manifest,
     StoreError,
     check_private_folder,
     key_digest,
@@ -50,7 +49,7 @@ _log = logging.getLogger("tilewright.store")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _BUILD = re.compile(r"([0-9a-f]{64})\.[0-9]+\.[0-9a-f]{8}")
 _SETTLED = 0.1
-"""Seconds. A file changed more recently may change again within one tick of the clock, so its hash is not memoised."""
+"""Seconds. A file changed more recently may change again within one clock tick: its hash is not memoised."""
 
 _memos: dict[Path, dict[str, tuple[object, ...]]] = {}
 """Per store folder: entries this process has verified, by the identity their files had then."""
@@ -90,7 +89,7 @@ class FieldDifference:
 
 
 class ArtifactStore:
-    """A verified, shared, crash-safe cache of folders of files; safe for many processes and threads of one user."""
+    """A verified, crash-safe cache of folders of files, shared by the processes and threads of one user."""
 
     def __init__(self, root: Path, *, lock_timeout: float = 3600.0) -> None:
         """Open or create the store at `root` (mode 0700).
@@ -112,10 +111,10 @@ class ArtifactStore:
         return cls(chosen or Path(platformdirs.user_cache_dir("tilewright", appauthor=False)))
 
     def get_or_build(self, key: Mapping[str, str], build: Callable[[Path], None]) -> Path:
-        """Folder with the artifact of `key`; `build(folder)` writes its files (flat, regular) when it is absent.
+        """Folder with the artifact of `key`; when absent, `build(folder)` writes its files (flat, regular).
 
-        Concurrent callers with the same key wait for one build. A stored entry that does not verify is discarded
-        with one warning and built again. Errors of `build` pass through and nothing is stored.
+        Concurrent callers with the same key wait for one build. A stored entry that does not verify is
+        discarded with one warning and built again. Errors of `build` pass through and nothing is stored.
         Raises StoreError: nothing storable was built, the disk failed, or the lock could not be had in time.
         """
         digest = key_digest(key)
@@ -123,7 +122,7 @@ class ArtifactStore:
             if self._verified(digest):
                 return self._entries / digest
         except EntryProblem:
-            pass  # looked at again, and reported, under the lock: another process may be replacing it right now
+            pass  # looked at again, and reported, under the lock: it may be being replaced right now
         with self._disk():
             self._prepare()
         with self._lock(digest):
@@ -206,7 +205,7 @@ class ArtifactStore:
             check_private_folder(folder)
 
     def _verified(self, digest: str) -> bool:
-        """True: the entry is there and right. False: it is absent. Raises EntryProblem: it is there and wrong."""
+        """True: there and right. False: absent. Raises EntryProblem: there and wrong."""
         path = self._entries / digest
         if not os.path.lexists(path):
             return False
@@ -255,7 +254,7 @@ class ArtifactStore:
         remove(grave)
 
     def _sweep(self, held: str = "") -> None:
-        """Remove leftovers of killed builds: those whose entry nobody has locked, or is locked by this caller."""
+        """Remove leftovers of killed builds: their entry is locked by nobody, or (`held`) by this caller."""
         for name in sorted(os.listdir(self._building)):
             match = _BUILD.fullmatch(name)
             if match is None or match[1] == held:
@@ -312,7 +311,7 @@ class ArtifactStore:
             except EntryProblem as problem:
                 if os.path.lexists(path):
                     _log.warning(
-                        "the store's key was replaced, so stored artifacts are built again: %s", problem
+                        "the store's key was replaced; stored artifacts are built again: %s", problem
                     )
                 return new_secret(path)
 

@@ -1,4 +1,4 @@
-"""Files of the artifact store, read without trust: no links, no devices, no waiting on pipes, sizes capped."""
+"""Files of the artifact store, read without trust: no links, no devices, no waiting on pipes, capped sizes."""
 
 from __future__ import annotations
 
@@ -94,10 +94,9 @@ def key_digest(key: Mapping[str, str]) -> str:
 
 
 def sign(secret: bytes, digest: str, manifest: bytes) -> str:
-    """HMAC-SHA256 (hex) over the format, the entry's name and the manifest, so that entries cannot be swapped."""
-    return hmac.new(
-        secret, b"\0".join((FORMAT.encode(), digest.encode(), manifest)), hashlib.sha256
-    ).hexdigest()
+    """HMAC-SHA256 (hex) over format, entry name and manifest, so that entries cannot be swapped."""
+    signed = b"\0".join((FORMAT.encode(), digest.encode(), manifest))
+    return hmac.new(secret, signed, hashlib.sha256).hexdigest()
 
 
 def check_private_folder(path: Path) -> None:
@@ -123,7 +122,7 @@ def check_private_folder(path: Path) -> None:
 
 @contextmanager
 def open_folder(path: Path) -> Iterator[int]:
-    """A descriptor of the real folder `path`; EntryProblem when it is a link, another kind of file or foreign."""
+    """A descriptor of the real folder `path`; EntryProblem when it is a link, no folder or foreign."""
     try:
         fd = os.open(path, _READ_FLAGS | os.O_DIRECTORY)
     except OSError as error:
@@ -139,7 +138,7 @@ def open_folder(path: Path) -> Iterator[int]:
 
 @contextmanager
 def open_regular(name: str, folder: int) -> Iterator[tuple[int, os.stat_result]]:
-    """A descriptor of the regular, singly linked, own file `name` in `folder`; EntryProblem for anything else."""
+    """A descriptor of the regular, singly linked, own file `name`; EntryProblem for anything else."""
     try:
         # A FIFO or a device is never opened at all: opening one may wait or have effects.
         if not stat.S_ISREG(os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode):
@@ -194,7 +193,7 @@ def read_manifest(path: Path, digest: str, secret: bytes) -> Manifest:
 
 
 def verify_entry(path: Path, digest: str, secret: bytes) -> Manifest:
-    """Check MAC, file list, sizes and hashes of the entry at `path`; raises EntryProblem with the first fault."""
+    """Check MAC, file list, sizes and hashes of the entry; raises EntryProblem with the first fault."""
     manifest = read_manifest(path, digest, secret)
     with open_folder(path) as folder:
         present = set(os.listdir(folder)) - {MANIFEST, MAC}
