@@ -81,6 +81,12 @@ class NodeCost:
     """What runs it: a kernel name, `inductor`, `eager`."""
     source: str = ""
     module: str = ""
+    flops_value: float | None = None
+    """`flops` as a number at the captured sizes; None when a size has no value."""
+    bytes_value: float | None = None
+    """Bytes read and written at the captured sizes."""
+    note: str = ""
+    """What the figures leave out, empty when nothing."""
 
 
 @dataclass
@@ -91,6 +97,8 @@ class Totals:
     bytes: float = 0.0
     launches: int = 0
     roofline_ms: float = 0.0
+    unknown: int = 0
+    """Nodes without a number, which the sums leave out."""
 
 
 @dataclass
