@@ -34,14 +34,13 @@ from tilewright.compiler.devices import (
     measure_host,
     roofline_us,
 )
+from tilewright.compiler.module_paths import module_path, source_line
 from tilewright.compiler.ops.registry import semantic_op
 from tilewright.compiler.program import Program
-from tilewright.compiler.provenance import module_path, user_source
 from tilewright.compiler.report import NodeCost, Totals
 
 __all__ = [
     "DEVICES",
-    "Change",
     "Cost",
     "DeviceDescriptor",
     "device_named",
@@ -52,21 +51,6 @@ __all__ = [
     "size_values",
     "totals",
 ]
-
-
-@dataclass(frozen=True)
-class Change:
-    """What a rewrite does to the cost of what it matched: ratios, 1.0 is unchanged, 0.5 is half."""
-
-    flops: float = 1.0
-    bytes: float = 1.0
-    launches: float = 1.0
-
-    def __post_init__(self) -> None:
-        for name in ("flops", "bytes", "launches"):
-            value = getattr(self, name)
-            if not 0.0 <= value < float("inf"):
-                raise ValueError(f"Change: {name} = {value!r} must be a finite ratio >= 0")
 
 
 @dataclass(frozen=True)
@@ -305,7 +289,7 @@ def node_costs(
                 launches=cost.launches,
                 roofline_us=time_us,
                 where=where(node) if cost.launches else "",
-                source=user_source(node),
+                source=source_line(node),
                 module=module_path(node),
                 flops_value=flops,
                 bytes_value=moved,

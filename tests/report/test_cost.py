@@ -16,7 +16,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from tilewright.compiler import ops
 from tilewright.compiler.cost import (
     DEVICES,
-    Change,
     device_named,
     measure_host,
     node_cost,
@@ -233,12 +232,6 @@ def test_this_machine_is_measured_quickly():
     assert 1e8 < host.peak_flops["float32"] < 1e14
     assert 0.1 < host.bandwidth_gbs < 2000
     assert 0 < host.launch_us < 1000
-
-
-def test_change_takes_ratios():
-    assert Change(bytes=0.5).launches == 1.0
-    with pytest.raises(ValueError, match="flops = -1"):
-        Change(flops=-1.0)
 
 
 def deep(block, times):
