@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tilewright.tools.zoo_entry import Inputs, ZooEntry, counts, noise, randomise
+from tilewright.tools.zoo_entry import Inputs, ZooEntry, counts, noise, seeded_model
 
 BATCH, HEADS, HEAD_DIM = 2, 3, 16
 WIDTH = HEADS * HEAD_DIM
@@ -21,8 +21,7 @@ def _from_settings(model_class: str, settings: Mapping[str, Any]) -> Callable[[]
     def build() -> nn.Module:
         import diffusers
 
-        model: nn.Module = getattr(diffusers, model_class)(**settings)
-        return randomise(model.float())
+        return seeded_model(lambda: getattr(diffusers, model_class)(**settings))
 
     return build
 

@@ -113,14 +113,20 @@ def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
     return model.eval()
 
 
+def seeded_model(make: Callable[[], nn.Module]) -> nn.Module:
+    """What `make` constructs, in float32 with seeded weights; the global generator is left alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return randomise(make().float())
+
+
 def from_config(model_class: str, config_class: str, settings: Mapping[str, Any]) -> Callable[[], nn.Module]:
-    """Builder of a transformers model, by class names, in float32 with seeded weights."""
+    """Builder of a transformers model by class names."""
 
     def build() -> nn.Module:
         import transformers
 
         config = getattr(transformers, config_class)(**settings)
-        model: nn.Module = getattr(transformers, model_class)(config)
-        return randomise(model.float())
+        return seeded_model(lambda: getattr(transformers, model_class)(config))
 
     return build
