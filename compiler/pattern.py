@@ -1,0 +1,356 @@
+"""Patterns: a plain function, traced once with a proxy for every parameter, matched against a graph.
+
+Every constant in a pattern is either written out (and must be equal) or a parameter (and is bound). Arguments
+are compared by schema name with defaults filled in, so positional, keyword and default spellings match alike.
+Operands of commutative ops match in either order. A failed match says how far it got and what was in the way.
+"""
+
+from __future__ import annotations
+
+import inspect
+import types
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from tilewright.compiler.diagnostics import PassDefinitionError
+from tilewright.compiler.schema import GETITEM, arguments, op_name, schema_arguments, target_name, tensor_meta
+from tilewright.runtime.contracts import Refusal
+
+COMMUTATIVE = frozenset(
+    {"aten::add", "aten::mul", "aten::maximum", "aten::minimum", "aten::bitwise_and", "aten::logical_and"}
+)
+_DIM_ARGUMENTS = frozenset({"dim", "dim0", "dim1", "dims", "normalized_dim"})
+
+
+@dataclass(frozen=True)
+class Var:
+    """A parameter of the pattern: binds one value, the same everywhere."""
+
+    name: str
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """An operator call in a pattern; the same object twice must match the same node twice."""
+
+    op: str
+    args: tuple[Any, ...]
+    kwargs: tuple[tuple[str, Any], ...]
+
+
+@dataclass(frozen=True)
+class Form:
+    """One alternative spelling of a pattern."""
+
+    tag: str
+    outputs: tuple[Call, ...]
+
+
+@dataclass(frozen=True)
+class Failure:
+    """The furthest a match got: `depth` pattern calls matched before `reason`."""
+
+    reason: str
+    node: fx.Node | None
+    depth: int
+    form: str
+
+
+@dataclass(frozen=True)
+class Match:
+    """A successful match. Index it by parameter name; values are nodes or constants."""
+
+    outputs: tuple[fx.Node, ...]
+    nodes: tuple[fx.Node, ...]
+    bound: dict[str, Any]
+    form: str
+
+    @property
+    def root(self) -> fx.Node:
+        return self.outputs[0]
+
+    def __getitem__(self, name: str) -> Any:
+        return self.bound[name]
+
+    def val(self, name: str) -> torch.Tensor:
+        """The fake tensor bound to a parameter; TypeError when it is not a tensor."""
+        meta = tensor_meta(self.bound[name])
+        if meta is None:
+            raise TypeError(f"{name} is bound to {self.bound[name]!r}, which is not a tensor")
+        return meta
+
+    def is_tensor(self, name: str) -> bool:
+        return tensor_meta(self.bound[name]) is not None
+
+    def shape(self, name: str) -> tuple[Any, ...]:
+        return tuple(self.val(name).shape)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self.val(name).dtype
+
+    def constant(self, name: str, *kinds: type) -> Refusal | None:
+        """None when the parameter is bound to a constant of one of the kinds, otherwise the refusal."""
+        value = self.bound[name]
+        if isinstance(value, kinds) and not (isinstance(value, bool) and bool not in kinds):
+            return None
+        wanted = " or ".join(k.__name__ for k in kinds)
+        return refuse(f"{name} must be a constant {wanted}, found {value!r}", at=value)
+
+    def same_dtype(self, *names: str) -> Refusal | None:
+        """None when all the named tensors have one dtype."""
+        for name in names[1:]:
+            if self.dtype(name) != self.dtype(names[0]):
+                return refuse(
+                    f"{names[0]} is {self.dtype(names[0])} and {name} is {self.dtype(name)}", at=self.bound[name]
+                )
+        return None
+
+    def shapes(self, **letters: str) -> dict[str, Any] | Refusal:
+        """Unify shape letters over tensors: shapes(q="B H S D", k="B H T D") -> {"B": ..., ...}.
+
+        A digit must be that size. Sizes that cannot be proven equal are a refusal. `...` at the start skips axes.
+        """
+        sizes: dict[str, Any] = {}
+        for name, spec in letters.items():
+            want, have = spec.split(), list(self.shape(name))
+            if want and want[0] == "...":
+                want = want[1:]
+                have = have[-len(want) :] if len(have) >= len(want) else have
+            if len(want) != len(have):
+                return refuse(f"{name} has {len(have)} axes, expected {spec!r}", at=self.bound[name])
+            for letter, size in zip(want, have, strict=True):
+                known = int(letter) if letter.isdigit() else sizes.setdefault(letter, size)
+                if not known_equal(known, size):
+                    return refuse(f"axis {letter} of {name} is {size}, expected {known}", at=self.bound[name])
+        return sizes
+
+
+def known_equal(a: Any, b: Any) -> bool:
+    """True when two sizes are provably equal; unknown is False and adds no guard."""
+    if isinstance(a, torch.SymInt) or isinstance(b, torch.SymInt):
+        from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+        return bool(statically_known_true(a == b))
+    return bool(a == b)
+
+
+def refuse(reason: str, at: Any = None) -> Refusal:
+    """Say no: the reason completes `PASS did not apply at NODE: ...`; `at` is the node or value to blame."""
+    return Refusal(reason, at.name if isinstance(at, fx.Node) else "")
+
+
+@dataclass
+class _Search:
+    """State of one match attempt: remembers the furthest failure."""
+
+    form: str
+    best: Failure | None = None
+    label: str = ""
+
+    def fail(self, depth: int, reason: str, node: Any) -> None:
+        if self.best is None or depth > self.best.depth:
+            self.best = Failure(self.label + reason, node if isinstance(node, fx.Node) else None, depth, self.form)
+
+
+@dataclass
+class _Env:
+    values: dict[str, Any] = field(default_factory=dict)
+    calls: dict[int, fx.Node] = field(default_factory=dict)
+
+    def copy(self) -> _Env:
+        return _Env(dict(self.values), dict(self.calls))
+
+
+class Pattern:
+    """A traced pattern function; see the module docstring."""
+
+    def __init__(self, fn: Callable[..., Any]) -> None:
+        self.params = tuple(inspect.signature(fn).parameters)
+        self.forms = tuple(_trace_forms(fn, self.params))
+        self.anchors = frozenset(f.outputs[0].op for f in self.forms)
+
+    def match(self, root: fx.Node, *, inner_may_escape: bool = False) -> Match | Failure:
+        """Match with `root` as the first output; on failure the furthest one over all forms."""
+        best: Failure | None = None
+        for form in self.forms:
+            search = _Search(form.tag)
+            for env in self._solve(form.outputs[0], root, _Env(), search):
+                found = self._finish(form, env, search, inner_may_escape)
+                if found is not None:
+                    return found
+            if search.best is not None and (best is None or search.best.depth > best.depth):
+                best = search.best
+        return best if best is not None else Failure("no form matched", root, 0, "")
+
+    def _finish(self, form: Form, env: _Env, search: _Search, inner_may_escape: bool) -> Match | None:
+        missing = [o for o in form.outputs if id(o) not in env.calls]
+        if missing:
+            search.fail(len(env.calls), f"output {missing[0].op} is not part of the first output", None)
+            return None
+        outputs = tuple(env.calls[id(o)] for o in form.outputs)
+        nodes = tuple(dict.fromkeys(env.calls.values()))
+        if not inner_may_escape:
+            inside = set(nodes)
+            for node in nodes:
+                outside = [u for u in node.users if u not in inside]
+                if outside and node not in outputs:
+                    reason = f"{node.name} is also used by {outside[0].name}, outside the match"
+                    search.fail(len(env.calls), reason, node)
+                    return None
+        bound = {name: env.values.get(name) for name in self.params}
+        return Match(outputs, nodes, bound, form.tag)
+
+    def _solve(self, term: Any, value: Any, env: _Env, search: _Search) -> Iterator[_Env]:
+        if isinstance(term, Var):
+            yield from self._bind(term, value, env, search)
+        elif isinstance(term, Call):
+            yield from self._call(term, value, env, search)
+        elif isinstance(term, (list, tuple)):
+            if isinstance(value, (list, tuple)) and len(value) == len(term):
+                yield from self._all(list(zip(term, value, strict=True)), env, search)
+            else:
+                search.fail(len(env.calls), f"expected {len(term)} values, found {value!r}", value)
+        elif _same_constant(term, value):
+            yield env
+        else:
+            search.fail(len(env.calls), f"expected {term!r}, found {value!r}", value)
+
+    def _bind(self, var: Var, value: Any, env: _Env, search: _Search) -> Iterator[_Env]:
+        if var.name in env.values:
+            old = env.values[var.name]
+            if old is value or _same_constant(old, value):
+                yield env
+            else:
+                search.fail(len(env.calls), f"{var.name} binds both {old} and {value}", value)
+            return
+        env = env.copy()
+        env.values[var.name] = value
+        yield env
+
+    def _call(self, call: Call, value: Any, env: _Env, search: _Search) -> Iterator[_Env]:
+        depth = len(env.calls)
+        if not isinstance(value, fx.Node):
+            search.fail(depth, f"expected a call of {call.op}, found the constant {value!r}", value)
+            return
+        if id(call) in env.calls:
+            if env.calls[id(call)] is value:
+                yield env
+            else:
+                search.fail(depth, f"expected {env.calls[id(call)].name} again, found {value.name}", value)
+            return
+        if op_name(value) != call.op:
+            search.fail(depth, f"expected {call.op}, found {op_name(value)}", value)
+            return
+        env = env.copy()
+        env.calls[id(call)] = value
+        for pairs in _argument_pairs(call, value):
+            if isinstance(pairs, str):
+                search.fail(depth + 1, pairs, value)
+            else:
+                yield from self._all(pairs, env, search)
+
+    def _all(self, pairs: list[tuple[Any, Any]], env: _Env, search: _Search, label: str = "") -> Iterator[_Env]:
+        if not pairs:
+            yield env
+            return
+        (term, value), rest = pairs[0], pairs[1:]
+        search.label, outer = label or search.label, search.label
+        for found in self._solve(term, value, env, search):
+            yield from self._all(rest, found, search, label)
+        search.label = outer
+
+
+def _argument_pairs(call: Call, node: fx.Node) -> Iterator[list[tuple[Any, Any]] | str]:
+    """Pattern terms paired with the node's arguments by schema name, once per operand order."""
+    if call.op == GETITEM or not isinstance(node.target, torch._ops.OpOverload):
+        yield list(zip(call.args, node.args, strict=False)) if len(call.args) == len(node.args) else "arity differs"
+        return
+    names = [a[0] for a in schema_arguments(node.target)]
+    if len(call.args) > len(names):
+        yield f"{call.op} takes {len(names)} arguments, the pattern gives {len(call.args)}"
+        return
+    want = {**dict(zip(names, call.args, strict=False)), **dict(call.kwargs)}
+    have = arguments(node)
+    rank = _rank(have)
+    pairs: dict[str, tuple[Any, Any]] = {}
+    for name, _, default in schema_arguments(node.target):
+        term, value = want.pop(name, default), have[name]
+        if name in _DIM_ARGUMENTS and rank is not None:
+            term, value = _positive(term, rank), _positive(value, rank)
+        pairs[name] = (term, value)
+    if want:
+        yield f"{call.op} has no argument {sorted(want)[0]!r}"
+        return
+    yield list(pairs.values())
+    if call.op in COMMUTATIVE and len(names) >= 2:
+        (a, x), (b, y) = pairs[names[0]], pairs[names[1]]
+        yield [(a, y), (b, x), *(pairs[n] for n in names[2:])]
+
+
+def _rank(have: dict[str, Any]) -> int | None:
+    for value in have.values():
+        meta = tensor_meta(value)
+        if meta is not None:
+            return meta.dim()
+    return None
+
+
+def _positive(dim: Any, rank: int) -> Any:
+    if isinstance(dim, (list, tuple)):
+        return [_positive(d, rank) for d in dim]
+    return dim + rank if isinstance(dim, int) and not isinstance(dim, bool) and dim < 0 else dim
+
+
+def _same_constant(a: Any, b: Any) -> bool:
+    if isinstance(a, fx.Node) or isinstance(b, fx.Node):
+        return a is b
+    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
+        return len(a) == len(b) and all(_same_constant(x, y) for x, y in zip(a, b, strict=True))
+    if isinstance(a, bool) != isinstance(b, bool):
+        return False
+    if isinstance(a, (torch.SymInt, torch.SymFloat)) or isinstance(b, (torch.SymInt, torch.SymFloat)):
+        return known_equal(a, b)
+    return type(a) in (int, float) and type(b) in (int, float) and a == b or (type(a) is type(b) and a == b)
+
+
+def _trace_forms(fn: Callable[..., Any], params: tuple[str, ...]) -> Iterator[Form]:
+    graph = fx.Graph()
+    tracer = fx.proxy.GraphAppendingTracer(graph)
+    proxies = [fx.Proxy(graph.placeholder(name), tracer) for name in params]
+    try:
+        out = fn(*proxies)
+        alternatives = list(out) if isinstance(out, types.GeneratorType) else [("", out)]
+    except fx.proxy.TraceError as error:
+        raise PassDefinitionError(
+            f"{fn.__qualname__} branches on a value: {error}",
+            remedy="a pattern may branch on options, never on its inputs; yield several forms instead",
+        ) from error
+    done: dict[fx.Node, Any] = {}
+    for tag, result in alternatives:
+        outputs = result if isinstance(result, tuple) else (result,)
+        terms = tuple(_term(o.node if isinstance(o, fx.Proxy) else o, done) for o in outputs)
+        for term in terms:
+            if not isinstance(term, Call):
+                raise PassDefinitionError(f"{fn.__qualname__}: form {tag!r} must return a call, not {term!r}")
+        yield Form(str(tag), terms)
+
+
+def _term(value: Any, done: dict[fx.Node, Any]) -> Any:
+    if isinstance(value, fx.Proxy):
+        value = value.node
+    if isinstance(value, (list, tuple)):
+        return type(value)(_term(v, done) for v in value)
+    if not isinstance(value, fx.Node):
+        return value
+    if value not in done:
+        if value.op == "placeholder":
+            done[value] = Var(str(value.target))
+        else:
+            args = tuple(_term(a, done) for a in value.args)
+            kwargs = tuple((k, _term(v, done)) for k, v in sorted(value.kwargs.items()))
+            done[value] = Call(target_name(value.target), args, kwargs)
+    return done[value]

@@ -1,0 +1,140 @@
+"""Translation validation: each applied rewrite is run against what it replaced, on random inputs.
+
+Regions that are the same up to renaming are replayed once. What is too large to run cheaply is said so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from tilewright.compiler.diagnostics import VerifyError
+from tilewright.compiler.pattern import Match
+from tilewright.compiler.program import Program
+from tilewright.compiler.stage import Exactness
+
+MAX_ELEMENTS = 1 << 22
+"""Regions with more input or intermediate elements than this are not replayed."""
+
+
+def tolerance(exactness: Exactness, dtype: torch.dtype) -> float:
+    """Relative RMS difference allowed between a region and its replacement."""
+    if exactness is Exactness.BITWISE or not dtype.is_floating_point:
+        return 0.0
+    return 16 * torch.finfo(dtype).eps
+
+
+def relative_rms(got: torch.Tensor, want: torch.Tensor) -> float:
+    """RMS(got - want) / RMS(want) in float64; NaN and infinity must sit in the same places, else infinity."""
+    if got.shape != want.shape or got.dtype != want.dtype:
+        return float("inf")
+    if not want.dtype.is_floating_point:
+        return 0.0 if torch.equal(got, want) else float("inf")
+    a, b = got.double(), want.double()
+    finite = torch.isfinite(b)
+    if not torch.equal(a[~finite].nan_to_num(1e300), b[~finite].nan_to_num(1e300)):
+        return float("inf")
+    a, b = a[finite], b[finite]
+    if b.numel() == 0:
+        return 0.0
+    scale = b.pow(2).mean().sqrt()
+    difference = (a - b).pow(2).mean().sqrt()
+    if difference == 0:
+        return 0.0
+    return float(difference / scale) if scale > 0 else float("inf")
+
+
+class Replayer:
+    """Replays applications of one pass; remembers the regions it has seen."""
+
+    def __init__(self, name: str, exactness: Exactness, seed: int = 0) -> None:
+        self._name = name
+        self._exactness = exactness
+        self._seed = seed
+        self._seen: dict[Any, float] = {}
+
+    def __call__(
+        self, program: Program, m: Match, after: fx.GraphModule, inputs: list[fx.Node], key: Any
+    ) -> tuple[float | None, str]:
+        if self._exactness is Exactness.APPROXIMATE:
+            return None, "approximate: measured on the model, not on random inputs"
+        elements = sum(_elements(n) for n in {*inputs, *m.nodes})
+        if elements > MAX_ELEMENTS:
+            return None, f"{elements} elements, more than {MAX_ELEMENTS}"
+        before = extract(program, m, inputs)
+        signature = (key, before.code)
+        if signature not in self._seen:
+            self._seen[signature] = self._run(before, after, m, inputs)
+        return self._seen[signature], ""
+
+    def _run(self, before: fx.GraphModule, after: fx.GraphModule, m: Match, inputs: list[fx.Node]) -> float:
+        generator = torch.Generator().manual_seed(self._seed)
+        made: dict[fx.Node, Any] = {}
+        values = [made.setdefault(n, random_like(n.meta["val"], generator)) for n in inputs]
+        with torch.no_grad():
+            want = tensors_in(before(*values))
+            got = tensors_in(after(*values))
+        worst = 0.0
+        for g, w in zip(got, want, strict=True):
+            error = relative_rms(g, w)
+            if error > tolerance(self._exactness, w.dtype):
+                raise VerifyError(
+                    f"{self._name} (form {m.form!r}) is wrong at {m.root.name}: the replacement differs by "
+                    f"{error:.3g} relative RMS, at most {tolerance(self._exactness, w.dtype):.3g} is allowed",
+                    remedy=f"drop {self._name} from the pipeline and report the pass",
+                )
+            worst = max(worst, error)
+        return worst
+
+
+def _elements(node: fx.Node) -> int:
+    meta = node.meta.get("val")
+    return hint(meta.numel()) if isinstance(meta, torch.Tensor) else 0
+
+
+def hint(size: Any) -> int:
+    """A size as an int; a symbolic one by the value seen at capture."""
+    if isinstance(size, torch.SymInt):
+        return int(size.node.hint if size.node.hint is not None else 8)
+    return int(size)
+
+
+def random_like(meta: Any, generator: torch.Generator) -> Any:
+    """A real value shaped like a fake one: normal floats, counting integers, mostly-True masks."""
+    if not isinstance(meta, torch.Tensor):
+        return hint(meta) if isinstance(meta, (int, torch.SymInt)) else meta
+    shape = [hint(s) for s in meta.shape]
+    if meta.dtype == torch.bool:
+        mask = torch.rand(shape, generator=generator) > 0.3
+        if mask.dim() and mask.shape[-1]:
+            mask[..., 0] = True
+        return mask
+    if meta.dtype.is_floating_point or meta.dtype.is_complex:
+        return torch.randn(shape, generator=generator, dtype=torch.float32).mul_(1.5).to(meta.dtype)
+    count = 1
+    for s in shape:
+        count *= s
+    return torch.arange(count, dtype=meta.dtype).reshape(shape)
+
+
+def extract(program: Program, m: Match, inputs: Sequence[fx.Node]) -> fx.GraphModule:
+    """The matched region as a module of its own; one placeholder per entry of `inputs`."""
+    graph = fx.Graph()
+    done: dict[fx.Node, fx.Node] = {}
+    for i, node in enumerate(inputs):
+        placeholder = graph.placeholder(f"a{i}")
+        done.setdefault(node, placeholder)
+    inside = set(m.nodes)
+    for node in program.graph.nodes:
+        if node in inside and node not in done:
+            done[node] = graph.node_copy(node, lambda n: done[n])
+    graph.output(tuple(done[o] for o in m.outputs))
+    return fx.GraphModule({}, graph)
+
+
+def tensors_in(value: Any) -> list[torch.Tensor]:
+    """The tensors of a nested result, in order."""
+    return [t for t in torch.utils._pytree.tree_leaves(value) if isinstance(t, torch.Tensor)]

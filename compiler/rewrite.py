@@ -1,0 +1,244 @@
+"""Rewrites: pattern, where, replacement. The engine matches, asks, replays and replaces; it never guesses."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar, dataclass_transform
+
+import torch
+from torch import fx
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from tilewright.compiler.diagnostics import PassDefinitionError
+from tilewright.compiler.log import PassLog
+from tilewright.compiler.passes_base import Pass, declare_pass
+from tilewright.compiler.pattern import Failure, Match, Pattern
+from tilewright.compiler.program import Program
+from tilewright.compiler.regions import fuses_a_cycle, inline, mutation_regions, sort_after
+from tilewright.compiler.schema import op_name, tensor_meta
+from tilewright.compiler.stage import Exactness, Stage
+from tilewright.runtime.contracts import Refusal
+
+
+class _Accept:
+    """The one verdict that lets a rewrite happen."""
+
+    def __repr__(self) -> str:
+        return "ACCEPT"
+
+
+ACCEPT = _Accept()
+Verdict = _Accept | Refusal
+
+
+@dataclass(frozen=True)
+class Change:
+    """What one application costs after / before, as ratios of arithmetic, bytes moved and kernel launches."""
+
+    flops: float = 1.0
+    bytes: float = 1.0
+    launches: float = 1.0
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A replacement as a flat graph of aten and tilewright calls over the bound nodes."""
+
+    module: fx.GraphModule
+    outputs: int
+
+
+class Rewrite(Pass):
+    """A local rewrite. Subclass it under `@rewrite_pass` and give `pattern`, `replacement`, `examples`."""
+
+    inner_may_escape: ClassVar[bool] = False
+    """True when values inside the match may be used outside it (they are then computed twice)."""
+    near_miss_depth: ClassVar[int] = 2
+    """A failed match is reported as refused when at least this many pattern calls matched."""
+
+    pattern: ClassVar[Callable[..., Any]]
+    replacement: ClassVar[Callable[..., Any]]
+
+    def where(self, m: Match) -> Verdict:
+        """ACCEPT or refuse(...): pure, static, no device access, no timing."""
+        return ACCEPT
+
+    def cost(self, m: Match) -> Change:
+        """Predicted effect of one application."""
+        return Change()
+
+    @classmethod
+    @functools.cache
+    def compiled_pattern(cls) -> Pattern:
+        return Pattern(cls.pattern)
+
+    def apply(self, program: Program, log: PassLog) -> None:
+        """Rewrite every accepted match in `program.graph`, in topological order."""
+        pattern, traces = self.compiled_pattern(), dict[Any, Traced]()
+        regions = mutation_regions(program.graph)
+        erased: set[fx.Node] = set()
+        for node in list(program.graph.nodes):
+            if node in erased or node.op != "call_function" or op_name(node) not in pattern.anchors:
+                continue
+            m = pattern.match(node, inner_may_escape=self.inner_may_escape)
+            if isinstance(m, Failure):
+                if m.depth >= self.near_miss_depth:
+                    log.refused(node, m.reason, rule=m.form, blame=m.node, depth=m.depth)
+                continue
+            verdict = self._verdict(m, program, regions)
+            if isinstance(verdict, Refusal):
+                log.refused(node, verdict.reason, rule=m.form, blame=verdict.node, depth=len(m.nodes))
+            elif log.take(node, m):
+                self._replace(program, m, traces, log, erased)
+        log.finish(pattern.anchors)
+
+    def _verdict(self, m: Match, program: Program, regions: dict[fx.Node, int] | None) -> Verdict:
+        if regions is not None and len({regions[n] for n in m.nodes}) > 1:
+            return Refusal("a value is changed in place between the nodes of the match", m.root.name)
+        cycle = fuses_a_cycle(m.nodes, m.outputs, m.bound.values())
+        if cycle is not None:
+            return Refusal(f"{cycle.name} needs an output of the match and feeds its input", cycle.name)
+        verdict = self.where(m)
+        if verdict is not ACCEPT and not isinstance(verdict, Refusal):
+            raise PassDefinitionError(f"{self.name}.where returned {verdict!r}; it must return ACCEPT or refuse(...)")
+        return verdict
+
+    def _replace(
+        self, program: Program, m: Match, traces: dict[Any, Traced], log: PassLog, erased: set[fx.Node]
+    ) -> None:
+        params = [p for p in inspect.signature(self.replacement).parameters if p != "form"]
+        key = (m.form, tuple(_signature(m.bound.get(p)) for p in params))
+        if key not in traces:
+            traces[key] = trace_replacement(self.replacement, params, m)
+        traced = traces[key]
+        inputs = [n for p in params for n in _nodes_in(m.bound.get(p))]
+        error, note = log.replay(program, m, traced.module, inputs, key)
+        new = inline(program, traced.module, inputs, before=m.root, like=m.root, origin=log.name)
+        log.claim_slots(m.nodes, new)
+        log.applied(m.root, rule=m.form, inserted=new, removed=m.nodes, error=error, note=note)
+        results = traced_outputs(traced.module)
+        results = tuple(new[r] if isinstance(r, fx.Node) else r for r in results)
+        for old, result in zip(m.outputs, results, strict=True):
+            if isinstance(result, fx.Node) and "val" not in result.meta and "val" in old.meta:
+                result.meta["val"] = old.meta["val"]
+            old.replace_all_uses_with(result)
+        sort_after(program.graph, [r for r in results if isinstance(r, fx.Node)])
+        for node in reversed([n for n in program.graph.nodes if n in set(m.nodes)]):
+            if not node.users:
+                program.graph.erase_node(node)
+                erased.add(node)
+
+
+def traced_outputs(module: fx.GraphModule) -> tuple[Any, ...]:
+    """The values a traced replacement returns, as its own nodes."""
+    out = next(n for n in reversed(module.graph.nodes) if n.op == "output").args[0]
+    return tuple(out) if isinstance(out, (list, tuple)) else (out,)
+
+
+def _nodes_in(value: Any) -> Iterator[fx.Node]:
+    if isinstance(value, fx.Node):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for v in value:
+            yield from _nodes_in(v)
+
+
+def _signature(value: Any) -> Any:
+    if isinstance(value, fx.Node):
+        meta = value.meta.get("val")
+        if isinstance(meta, torch.Tensor):
+            return ("tensor", tuple(map(str, meta.shape)), tuple(map(str, meta.stride())), meta.dtype, meta.device)
+        return ("value", str(meta))
+    if isinstance(value, (list, tuple)):
+        return tuple(_signature(v) for v in value)
+    return (type(value).__name__, repr(value))
+
+
+def _fill(value: Any, fakes: Iterator[Any]) -> Any:
+    if isinstance(value, fx.Node):
+        return next(fakes)
+    if isinstance(value, (list, tuple)):
+        return type(value)(_fill(v, fakes) for v in value)
+    return value
+
+
+def trace_replacement(fn: Callable[..., Any], params: list[str], m: Match) -> Traced:
+    """Trace a replacement on the fake tensors of a match into a flat graph of overloads."""
+    wants_form = "form" in inspect.signature(fn).parameters
+    bound = [m.bound.get(p) for p in params]
+    fakes = [n.meta["val"] for b in bound for n in _nodes_in(b)]
+
+    def run(*values: Any) -> Any:
+        feed = iter(values)
+        filled = {p: _fill(b, feed) for p, b in zip(params, bound, strict=True)}
+        if wants_form:
+            filled["form"] = m.form
+        out = fn(**filled)
+        return tuple(out) if isinstance(out, (list, tuple)) else (out,)
+
+    module = trace(run, fakes)
+    return Traced(module, len(traced_outputs(module)))
+
+
+def trace(run: Callable[..., Any], fakes: list[Any]) -> fx.GraphModule:
+    """Pre-dispatch aten graph of `run` on fake tensors; constants made inside become buffers."""
+    mode = next((f.fake_mode for f in fakes if hasattr(f, "fake_mode")), None)
+    arity = ", ".join(f"a{i}" for i in range(len(fakes)))
+    traceable = _fixed_arity(run, len(fakes)) if arity else run
+    with mode if mode is not None else torch.no_grad(), torch.no_grad():
+        return make_fx(traceable, pre_dispatch=True, tracing_mode="real", _allow_non_fake_inputs=True)(*fakes)
+
+
+def _fixed_arity(run: Callable[..., Any], count: int) -> Callable[..., Any]:
+    """`run` with an explicit signature: make_fx names placeholders after parameters and counts defaults."""
+
+    def call(*args: Any) -> Any:
+        return run(*args)
+
+    names = [inspect.Parameter(f"a{i}", inspect.Parameter.POSITIONAL_OR_KEYWORD) for i in range(count)]
+    call.__signature__ = inspect.Signature(names)  # type: ignore[attr-defined]
+    return call
+
+
+def _check_rewrite(cls: type) -> None:
+    for needed in ("pattern", "replacement"):
+        if needed not in cls.__dict__:
+            raise PassDefinitionError(f"{cls.__name__} must define {needed}()")
+    want = list(inspect.signature(cls.pattern).parameters)  # type: ignore[attr-defined]
+    got = [p for p in inspect.signature(cls.replacement).parameters if p not in ("self", "form")]  # type: ignore[attr-defined]
+    if want != got:
+        raise PassDefinitionError(f"{cls.__name__}: pattern binds {want} but replacement takes {got}")
+    if not isinstance(cls.__dict__["pattern"], staticmethod):
+        raise PassDefinitionError(f"{cls.__name__}: pattern must be a staticmethod", remedy="add @staticmethod")
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True)
+def rewrite_pass(
+    name: str,
+    *,
+    stage: Stage,
+    exactness: Exactness,
+    paper: str = "",
+    after: tuple[str, ...] = (),
+    slots: tuple[str, ...] = (),
+    trains: bool = False,
+) -> Callable[[type], Any]:
+    """Declare a `Rewrite` subclass as the pass `name`; errors in the definition surface at import."""
+    return declare_pass(
+        name,
+        stage=stage,
+        exactness=exactness,
+        paper=paper,
+        after=after,
+        slots=slots,
+        trains=trains,
+        checks=_check_rewrite,
+    )
+
+
+def bound_tensor(value: Any) -> bool:
+    """True for a node that carries a tensor."""
+    return tensor_meta(value) is not None

@@ -1,0 +1,1 @@
+"""Fusions that exist for a kernel."""

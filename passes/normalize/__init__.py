@@ -1,0 +1,1 @@
+"""Normal form: one spelling per meaning, semantic ops raised."""
