@@ -1,0 +1,192 @@
+"""A tensor subclass whose elements are residues: plain PyTorch code and FX graphs run on it unchanged.
+
+Composite ops and semantic ops reach it through their own definitions; what arrives here are ATen ops.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+
+from tilewright.compiler.finite_field import planes as field
+from tilewright.compiler.finite_field import residues
+from tilewright.compiler.finite_field.planes import OutOfScope, Planes
+from tilewright.compiler.ops import semantic_op
+
+Handler = Callable[..., Any]
+H = TypeVar("H", bound=Handler)
+HANDLERS: dict[str, Handler] = {}
+"""ATen op name -> handler(context, *args, **kwargs) that returns Planes, a tuple of them, or real tensors."""
+COMPOSITES: dict[object, Handler] = {}
+"""Torch functions taken whole, because ATen would decompose them into inexact constants or in-place steps."""
+
+
+class Value(Tensor):
+    """A tensor of residues; `dtype` is a label that selects code paths, rounding is not modelled."""
+
+    planes: Planes
+    key: str
+
+    @staticmethod
+    def __new__(cls: type[Value], planes: Planes, dtype: torch.dtype, key: str) -> Value:
+        value: Value = Tensor._make_wrapper_subclass(cls, planes.shape, dtype=dtype)
+        value.planes = planes
+        value.key = key
+        return value
+
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]  # torch declares it untyped
+        return f"Value(shape={tuple(self.shape)}, dtype={self.dtype})"
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Any, types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if (composite := COMPOSITES.get(function)) is not None:
+            return composite(*args, **kwargs)
+        if (op := semantic_op(function)) is not None:
+            return op.definition(*args, **kwargs)
+        with torch._C.DisableTorchFunctionSubclass():
+            return function(*args, **kwargs)
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]  # torch declares its base implementation otherwise
+        cls, function: Any, types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return dispatch(function, args, kwargs or {})
+
+
+def variable(shape: Sequence[int], dtype: torch.dtype, generator: torch.Generator, key: str) -> Value:
+    """An independent uniform value of this shape."""
+    p = residues.draw(tuple(shape), residues.P, generator)
+    return Value(Planes(p, residues.draw(tuple(shape), residues.Q, generator)), dtype, key)
+
+
+def values_in(tree: object) -> Iterator[Value]:
+    """Every Value in nested arguments."""
+    for leaf in tree_flatten(tree)[0]:
+        if isinstance(leaf, Value):
+            yield leaf
+
+
+def as_planes(argument: object) -> Planes:
+    """Planes of an argument: a Value, a real tensor or a number."""
+    return argument.planes if isinstance(argument, Value) else field.lift(argument)
+
+
+class Context:
+    """What a handler needs to know of the call: the op, its arguments and the key of this draw."""
+
+    def __init__(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.function = function
+        self.name = function._schema.name
+        self.args = args
+        self.kwargs = kwargs
+        found = list(values_in((args, kwargs)))
+        self.key = found[0].key
+        self.dtype = found[0].dtype
+        for value in found[1:]:
+            self.dtype = torch.promote_types(self.dtype, value.dtype)
+
+    def wrap(self, result: Any) -> Any:
+        """Planes in a result become Values; everything else is kept."""
+        label = self.kwargs.get("dtype") or self.dtype
+        if not label.is_floating_point:
+            raise OutOfScope(f"{self.name} to {label}")
+        if isinstance(result, tuple | list):
+            return type(result)(self.wrap(item) for item in result)
+        return Value(result, label, self.key) if isinstance(result, Planes) else result
+
+
+def dispatch(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """One ATen op on Values: its handler, data movement, or an arbitrary function if it is elementwise."""
+    if any(
+        argument.alias_info is not None and argument.alias_info.is_write
+        for argument in function._schema.arguments
+    ):
+        raise OutOfScope(f"{function._schema.name} writes in place")
+    context = Context(function, args, kwargs)
+    handler = HANDLERS.get(context.name)
+    if handler is not None:
+        return context.wrap(handler(context, *args, **kwargs))
+    if context.name in MOVEMENT:
+        return context.wrap(move(context))
+    if torch.Tag.pointwise in function.tags:
+        return context.wrap(elementwise(context))
+    raise OutOfScope(f"{context.name} is not known over residues")
+
+
+_MOVES = """
+    view _unsafe_view _reshape_alias reshape permute transpose t unsqueeze squeeze expand slice select
+    diagonal unfold cat stack split split_with_sizes unbind clone alias detach lift_fresh _to_copy flip roll
+    repeat index_select gather index index_copy index_put scatter take_along_dim embedding slice_scatter
+    select_scatter masked_select tril triu constant_pad_nd diag_embed
+"""
+MOVEMENT = frozenset(f"aten::{name}" for name in _MOVES.split())
+"""Ops whose every output element is an input element, or zero."""
+_ZERO_FILLED = frozenset(f"aten::{name}" for name in ("tril", "triu", "constant_pad_nd", "diag_embed"))
+_NOT_SHAPES = ("dtype", "layout", "device", "pin_memory", "memory_format", "non_blocking")
+
+
+def move(context: Context) -> Any:
+    """Run a data movement op on every plane; real float tensors among the arguments become constants."""
+    leaves, tree = tree_flatten((context.args, context.kwargs))
+    where = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Value) or _is_real(leaf)]
+    parts = field.unify([as_planes(leaves[i]) for i in where])
+    fill = context.args[2] if context.name == "aten::constant_pad_nd" and len(context.args) > 2 else 0
+    if context.kwargs.get("accumulate") or (context.name == "aten::index_put" and True in context.args[3:]):
+        raise OutOfScope("index_put that accumulates")
+    if fill != 0:
+        raise OutOfScope(f"{context.name} with the fill value {fill}")
+
+    def run(choose: Callable[[Planes], Tensor | None]) -> Any:
+        chosen = [choose(part) for part in parts]
+        if any(plane is None for plane in chosen):
+            return None
+        filled = list(leaves)
+        for i, plane in zip(where, chosen, strict=True):
+            filled[i] = plane
+        args, kwargs = tree_unflatten(filled, tree)
+        kwargs = {name: value for name, value in kwargs.items() if name not in _NOT_SHAPES}
+        if context.name in ("aten::_to_copy", "aten::clone"):
+            return args[0]
+        return _LOOSE.get(context.name, context.function)(*args, **kwargs)
+
+    p, q, inf = run(lambda x: x.p), run(lambda x: x.q), run(lambda x: x.inf)
+    e = None if context.name in _ZERO_FILLED else run(lambda x: x.e)
+    if isinstance(p, Tensor):
+        return Planes(p, q, e, inf)
+    empty: list[None] = [None] * len(p)
+    return [Planes(*part) for part in zip(p, q or empty, e or empty, inf or empty, strict=True)]
+
+
+_LOOSE: dict[str, Handler] = {
+    # A view of residues may be a copy: their memory layout is not that of the tensor they stand for.
+    "aten::view": torch.reshape,
+    "aten::_unsafe_view": torch.reshape,
+    "aten::_reshape_alias": lambda x, size, stride: torch.reshape(x, size),
+}
+
+
+def _is_real(leaf: object) -> bool:
+    return isinstance(leaf, Tensor) and not isinstance(leaf, Value) and leaf.is_floating_point()
+
+
+def elementwise(context: Context) -> Planes:
+    """An elementwise op without a handler: an arbitrary function, named by op and constant arguments."""
+    numbers: list[Planes] = []
+
+    def split(leaf: object) -> object:
+        if isinstance(leaf, Value) or _is_real(leaf):
+            numbers.append(as_planes(leaf))
+            return "x"
+        if isinstance(leaf, Tensor):
+            raise OutOfScope(f"{context.name} of integers and values together")
+        return leaf
+
+    constants = tree_map(split, (context.args, sorted(context.kwargs.items())))
+    return field.arbitrary(f"{context.name}{constants}", numbers, context.key)
