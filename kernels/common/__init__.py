@@ -1,0 +1,1 @@
+"""What the generators share: text snippets, naming, the description of a kernel family."""

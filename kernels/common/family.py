@@ -1,0 +1,86 @@
+"""A kernel family: what the table needs of a generator to select, build and register its kernels."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tilewright.runtime.contracts import KernelKey, Refusal, Target
+
+DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+CPU_ARCHS = ("avx2", "avx512")
+CUDA_ARCHS = ("sm_80", "sm_90", "sm_100", "sm_120")
+HIP_ARCHS = ("gfx942",)
+ARCHS = {"cpu": CPU_ARCHS, "cuda": CUDA_ARCHS, "hip": HIP_ARCHS}
+PLACEHOLDER_NAME = "tw_op"
+
+
+@dataclass(frozen=True)
+class KernelFamily:
+    """What one generator makes for one semantic op."""
+
+    op: str
+    """Semantic op."""
+    dtypes: tuple[str, ...]
+    legality: tuple[str, ...]
+    """What an input must satisfy, one clause each; `configure` refuses what does not, with the values."""
+    configure: Callable[[Sequence[Any], Target], KernelKey | Refusal]
+    """configure(args in full schema order, target): the specialisation for these arguments."""
+    schema: Callable[[KernelKey], str]
+    """`(Tensor x, ...) -> Tensor`: the kernel op's schema after its name."""
+    generate: dict[str, Callable[[KernelKey, str], str]]
+    """By target kind: generate(key, op name) -> source text."""
+    run_triton: Callable[[KernelKey, Any], Callable[..., Any]] | None
+    """run_triton(key, imported source) -> implementation of the op on cuda and hip; None where absent."""
+    fake: Callable[[KernelKey], Callable[..., Any]]
+    """Shapes and dtypes of the outputs for fake tensors."""
+    save: Callable[[KernelKey], Callable[..., None]]
+    """`setup_context` for torch.library.register_autograd."""
+    backward: Callable[[KernelKey], Callable[..., Any]]
+    """The gradient of the semantic op's definition, in plain PyTorch."""
+    rewrite_args: Callable[[KernelKey, Sequence[Any]], tuple[Any, ...]]
+    """Full semantic-op arguments -> the kernel op's positional arguments (nodes pass through untouched)."""
+    examples: Callable[[], Sequence[tuple[Any, ...]]]
+    """Arguments on the meta device whose configurations are the defaults that resource tables show."""
+
+    def source(self, key: KernelKey) -> tuple[str, str]:
+        """(op name, source text); the name is the semantic op and a digest of the text."""
+        emit = self.generate[key.target.kind]
+        digest = hashlib.sha256(emit(key, PLACEHOLDER_NAME).encode()).hexdigest()[:10]
+        name = f"{self.op}_{digest}"
+        return name, emit(key, name)
+
+
+def config_of(key: KernelKey) -> dict[str, Any]:
+    """The specialising options of a key by name."""
+    return dict(key.config)
+
+
+def make_key(op: str, target: Target, dtype: str, **config: int | bool | str) -> KernelKey:
+    """A KernelKey with its options in sorted order."""
+    return KernelKey(op, target, dtype, tuple(sorted(config.items())))
+
+
+def dtype_name(tensor: Tensor, dtypes: Sequence[str], what: str) -> str | Refusal:
+    """The dtype's name when it is one of `dtypes`, else a refusal."""
+    name = DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype).removeprefix("torch."))
+    if name not in dtypes:
+        return Refusal(f"{what} is {name}, the kernels take {', '.join(dtypes)}")
+    return name
+
+
+def check_target(tensors: Sequence[Tensor], target: Target, kinds: Sequence[str]) -> Refusal | None:
+    """A refusal when the family has no generator for the target or a tensor lives on another device."""
+    if target.kind not in kinds or target.arch not in ARCHS[target.kind]:
+        known = ", ".join(f"{kind}:{arch}" for kind in kinds for arch in ARCHS[kind])
+        return Refusal(f"no kernel for target {target}, there are {known}")
+    device = "cuda" if target.kind == "hip" else target.kind
+    for tensor in tensors:
+        if tensor.device.type not in (device, "meta"):
+            return Refusal(f"a tensor is on {tensor.device.type}, the target is {target}")
+    return None

@@ -1,0 +1,1 @@
+"""gated_mlp: activation(gate) * up, elementwise."""

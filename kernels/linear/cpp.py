@@ -1,0 +1,253 @@
+"""C++ for linear and linear_multi with at most 8 rows of x: the decode GEMV.
+
+Such a call is bound by reading the weights. A thread that walks one row after another gets about half of what
+the memory gives, because one stream keeps too few lines in flight; so each thread splits its rows into `streams`
+ranges far apart and walks them side by side, with a prefetch about 1 KB ahead in each. All weights of a call form
+one list of rows, shared among the threads in one parallel region. Nothing is repacked. The rows of x are taken up
+to three at a time: the weight rows of the second block come from L1.
+"""
+
+from __future__ import annotations
+
+from tilewright.kernels.common.cpp import ELEMENT, LANES, SCALAR_TYPE, check, cpp_file, vector_text
+from tilewright.kernels.common.family import config_of
+from tilewright.runtime.contracts import KernelKey
+
+STREAMS = 4
+AHEAD_BYTES = 1152
+BLOCK = 3
+"""Rows of x held in registers at once: 3 x 4 accumulators, 3 of x and 1 of the weight fill 16 registers."""
+SERIAL_BYTES = 65536
+"""Below this many bytes of weights one thread does all."""
+
+
+def names(key: KernelKey) -> list[tuple[str, str | None]]:
+    """(weight, bias) argument names of the kernel op; bias None where that weight has none."""
+    config = config_of(key)
+    return [(f"w{i}", f"b{i}" if config["biases"] >> i & 1 else None) for i in range(config["count"])]
+
+
+def schema(key: KernelKey) -> str:
+    """`(Tensor x, Tensor w0, Tensor b0, Tensor w1, ...) -> (Tensor, ...)`."""
+    given = [name for pair in names(key) for name in pair if name is not None]
+    outputs = ["Tensor"] * config_of(key)["count"]
+    result = outputs[0] if len(outputs) == 1 else f"({', '.join(outputs)})"
+    return f"({', '.join(f'Tensor {name}' for name in ['x', *given])}) -> {result}"
+
+
+def _dot(key: KernelKey) -> str:
+    size = 4 if key.dtype == "float32" else 2
+    per_line = 64 // size // LANES[key.target.arch]
+    step = f"{per_line} * kLanes" if per_line > 1 else "kLanes"
+    return f"""// M rows of x times S rows of the weights; the rows of x are ldx apart.
+template <int M, int S>
+inline void dot_rows(const T* const* w, const float* x, int64_t ldx, int64_t K, float (&out)[M][S]) {{
+  Vec sum[M][S];
+  for (int m = 0; m < M; ++m)
+    for (int s = 0; s < S; ++s) sum[m][s] = vset(0.0f);
+  int64_t k = 0;
+  for (; k + {step} <= K; k += {step}) {{  // one cache line of every stream
+#pragma GCC unroll {STREAMS * 2}
+    for (int s = 0; s < S; ++s) _mm_prefetch(reinterpret_cast<const char*>(w[s] + k) + kAhead, _MM_HINT_T0);
+#pragma GCC unroll {per_line}
+    for (int u = 0; u < {per_line}; ++u) {{
+      Vec a[M];
+#pragma GCC unroll {BLOCK}
+      for (int m = 0; m < M; ++m) a[m] = vload(x + m * ldx + k + u * kLanes);
+#pragma GCC unroll {STREAMS * 2}
+      for (int s = 0; s < S; ++s) {{
+        Vec b = vload(w[s] + k + u * kLanes);
+#pragma GCC unroll {BLOCK}
+        for (int m = 0; m < M; ++m) sum[m][s] = vfma(a[m], b, sum[m][s]);
+      }}
+    }}
+  }}
+  for (; k < K; k += kLanes) {{
+    int64_t n = std::min(kLanes, K - k);
+    for (int s = 0; s < S; ++s) {{
+      Vec b = vload_first(w[s] + k, n);
+      for (int m = 0; m < M; ++m) sum[m][s] = vfma(vload_first(x + m * ldx + k, n), b, sum[m][s]);
+    }}
+  }}
+  for (int m = 0; m < M; ++m)
+    for (int s = 0; s < S; ++s) out[m][s] = vsum(sum[m][s]);
+}}"""
+
+
+def _store(key: KernelKey) -> str:
+    bias = config_of(key)["biases"] != 0
+    narrow = key.dtype != "float32"
+    add = "\n  if (w.bias != nullptr) value += widen(w.bias[row]);" if bias else ""
+    value = "narrow(value)" if narrow else "value"
+    helpers = ""
+    if bias:
+        helpers += (
+            "inline float widen(T a) { return vsum(vload_first(&a, 1)); }\n"
+            if narrow
+            else "inline float widen(T a) { return a; }\n"
+        )
+    if narrow:
+        helpers += (
+            "inline T narrow(float a) {\n  T out;\n  vstore_first(&out, vset(a), 1);\n  return out;\n}\n"
+        )
+    return f"""struct Weight {{
+  const T* data;
+  int64_t rows, stride;
+{"  const T* bias;  // nullptr: none" + chr(10) if bias else ""}  T* out;
+}};
+
+{helpers}inline void store(const Weight& w, int64_t m, int64_t row, float value) {{{add}
+  w.out[m * w.rows + row] = {value};
+}}"""
+
+
+def _walk(key: KernelKey) -> str:
+    rows = config_of(key)["rows"]
+    blocks = "\n".join(
+        f"      case {m}: block<{m}, S>(w, at, x, m, K); break;" for m in range(1, min(rows, BLOCK) + 1)
+    )
+    loop = (
+        "  block<1, S>(w, at, x, 0, K);"
+        if rows == 1
+        else f"""  for (int64_t m = 0; m < M; m += {BLOCK}) {{
+    switch (std::min<int64_t>({BLOCK}, M - m)) {{
+{blocks}
+    }}
+  }}"""
+    )
+    places = ", ".join(f"{{weights, first + {s} * each}}" for s in range(config_of(key)["streams"]))
+    return f"""// A place in the list of all rows of all weights.
+struct Place {{
+  const Weight* weight;
+  int64_t row;
+  Place(const Weight* first, int64_t index) : weight(first), row(index) {{ settle(); }}
+  void settle() {{
+    while (row >= weight->rows && row > 0) row -= (weight++)->rows;
+  }}
+  const T* data() const {{ return weight->data + row * weight->stride; }}
+  void next() {{
+    if (++row == weight->rows) {{
+      row = 0;
+      ++weight;
+    }}
+  }}
+}};
+
+template <int M, int S>
+inline void block(const T* const* w, const Place* at, const float* x, int64_t m0, int64_t K) {{
+  float out[M][S];
+  dot_rows<M, S>(w, x + m0 * K, K, K, out);
+  for (int m = 0; m < M; ++m)
+    for (int s = 0; s < S; ++s) store(*at[s].weight, m0 + m, at[s].row, out[m][s]);
+}}
+
+template <int S>
+inline void rows_of_streams(const Place* at, const float* x, int64_t M, int64_t K) {{
+  const T* w[S];
+  for (int s = 0; s < S; ++s) w[s] = at[s].data();
+{loop}
+}}
+
+// Rows [first, last) of the list, in kStreams ranges side by side.
+inline void walk(const Weight* weights, int64_t first, int64_t last, const float* x, int64_t M, int64_t K) {{
+  const int64_t each = (last - first) / kStreams;
+  if (each > 0) {{
+    Place at[kStreams] = {{{places}}};
+    for (int64_t i = 0; i < each; ++i) {{
+      rows_of_streams<kStreams>(at, x, M, K);
+      if (i + 1 < each)
+        for (Place& place : at) place.next();
+    }}
+  }}
+  for (int64_t i = first + each * kStreams; i < last; ++i) {{
+    Place at(weights, i);
+    rows_of_streams<1>(&at, x, M, K);
+  }}
+}}"""
+
+
+def _run(key: KernelKey) -> str:
+    config = config_of(key)
+    pairs, count, bias = names(key), config["count"], config["biases"] != 0
+    params = ", ".join(
+        f"Tensor {name}" for name in ["x", *[n for pair in pairs for n in pair if n is not None]]
+    )
+    scalar = f"ScalarType::{SCALAR_TYPE[key.dtype]}"
+    lines = [
+        check("x.is_cpu() && x.dim() >= 1", "x must be a CPU tensor with at least one axis"),
+        check(f"x.scalar_type() == {scalar}", f"x must be {key.dtype}"),
+        "  x = contiguous(x);  // no copy when it is",
+        "  const int64_t K = x.size(-1), M = K > 0 ? x.numel() / K : 0;",
+        check(
+            f"K > 0 && M >= 1 && M <= {config['rows']}",
+            f"x must have 1 to {config['rows']} rows and a non-empty last axis",
+        ),
+        "  std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());",
+    ]
+    for w, b in pairs:
+        lines += [
+            check(
+                f"{w}.is_cpu() && {w}.dim() == 2 && {w}.size(1) == K", f"{w} must be [N, {{last axis of x}}]"
+            ),
+            check(f"{w}.scalar_type() == {scalar}", f"{w} must be {key.dtype}"),
+            f"  if ({w}.stride(1) != 1) {w} = contiguous({w});",
+        ]
+        if b is not None:
+            lines += [
+                check(f"{b}.is_cpu() && {b}.dim() == 1 && {b}.size(0) == {w}.size(0)", f"{b} must be [N]"),
+                check(f"{b}.scalar_type() == {scalar}", f"{b} must be {key.dtype}"),
+                f"  {b} = contiguous({b});",
+            ]
+        lines += [f"  shape.back() = {w}.size(0);", f"  Tensor y{w[1:]} = new_empty(x, shape);"]
+    rows = []
+    for w, b in pairs:
+        biased = f"{f'static_cast<const T*>({b}.const_data_ptr())' if b else 'nullptr'}, " if bias else ""
+        rows.append(
+            f"    {{static_cast<const T*>({w}.const_data_ptr()), {w}.size(0), {w}.stride(0), {biased}"
+            f"static_cast<T*>(y{w[1:]}.mutable_data_ptr())}},"
+        )
+    outs = ", ".join(f"y{i}" for i in range(count))
+    result = f"{{{outs}}}" if count > 1 else outs
+    kind = f"std::tuple<{', '.join(['Tensor'] * count)}>" if count > 1 else "Tensor"
+    source = "  const float* a = static_cast<const float*>(x.const_data_ptr());"
+    if key.dtype != "float32":
+        source = """  std::vector<float> wide(M * K + kLanes);
+  const T* narrow_x = static_cast<const T*>(x.const_data_ptr());
+  for (int64_t i = 0; i < M * K; i += kLanes) {
+    vstore(wide.data() + i, vload_first(narrow_x + i, std::min(kLanes, M * K - i)));
+  }
+  const float* a = wide.data();"""
+    checks, table = "\n".join(lines), "\n".join(rows)
+    return f"""{kind} run({params}) {{
+{checks}
+  const Weight weights[] = {{
+{table}
+  }};
+  int64_t total = 0;
+  for (const Weight& w : weights) total += w.rows;
+{source}
+  const int64_t bytes = total * K * static_cast<int64_t>(sizeof(T));
+  const int64_t threads = bytes < {SERIAL_BYTES} ? 1 : torch::stable::get_num_threads();
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {{
+    walk(weights, total * begin / threads, total * end / threads, a, M, K);
+  }});
+  return {result};
+}}"""
+
+
+def generate(key: KernelKey, op: str) -> str:
+    """The source file for one configuration: number of weights, which have biases, bound on rows, streams."""
+    config = config_of(key)
+    head = f"""using T = {ELEMENT[key.dtype]};
+constexpr int kStreams = {config["streams"]};
+constexpr int64_t kAhead = {AHEAD_BYTES};  // bytes"""
+    weights = "one weight" if config["count"] == 1 else f"{config['count']} weights in one parallel region"
+    return cpp_file(
+        title=f"x W^T for at most {config['rows']} row{'s' if config['rows'] > 1 else ''} of x: {weights}.",
+        note="Weights are read once, row-major, in place.",
+        target=str(key.target),
+        vector=vector_text(key.target.arch, {"sum", "partial", key.dtype}),
+        body="\n\n".join((head, _dot(key), _store(key), _walk(key), _run(key))),
+        op=op,
+        schema=schema(key),
+    )

@@ -1,0 +1,104 @@
+"""Builds generated C++ into a shared library: one compiler call, flags from an allow list."""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import torch
+
+from tilewright.runtime.store import ArtifactStore
+
+SOURCE, LIBRARY = "kernel.cpp", "kernel.so"
+ARCH_FLAGS = {
+    "avx2": ("-mavx2", "-mfma", "-mf16c"),
+    "avx512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"),
+}
+"""Instruction-set flags by target arch: the only flags that vary."""
+COMMON_FLAGS = (
+    "-std=c++20",
+    "-O3",
+    "-shared",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-fno-math-errno",
+    "-ffp-contract=off",
+)
+TIMEOUT_SECONDS = 300
+
+
+class CompileFailed(RuntimeError):
+    """The C++ compiler is absent or refused the source; the text is one line with the first complaint."""
+
+
+@functools.lru_cache(maxsize=1)
+def find_compiler() -> tuple[str, str]:
+    """(absolute path, version line) of the C++ compiler: $CXX when set, else g++, else c++."""
+    asked = os.environ.get("CXX")
+    for name in (asked,) if asked else ("g++", "c++"):
+        path = shutil.which(name)
+        if path is not None:
+            done = subprocess.run(
+                [path, "--version"], capture_output=True, text=True, timeout=60, check=False
+            )
+            if done.returncode == 0:
+                return path, done.stdout.splitlines()[0]
+    raise CompileFailed(f"no C++ compiler found (looked for {asked or 'g++, c++'}); install g++ or set CXX")
+
+
+def compile_flags(arch: str) -> tuple[str, ...]:
+    """Every flag for one target arch but the paths."""
+    if arch not in ARCH_FLAGS:
+        raise CompileFailed(f"arch {arch!r} is not one of {', '.join(ARCH_FLAGS)}")
+    return (*COMMON_FLAGS, *ARCH_FLAGS[arch])
+
+
+def compile_cpp(source: str, arch: str) -> Path:
+    """Compile one generated file for `arch` and return the folder that holds `kernel.cpp` and `kernel.so`.
+
+    The folder is content-addressed over source, flags, compiler and torch version, so equal source is built
+    once per machine. CompileFailed carries the compiler's first complaint.
+    """
+    compiler, version = find_compiler()
+    flags = compile_flags(arch)
+    key = {
+        "kind": "cpp-kernel",
+        "source": source,
+        "flags": " ".join(flags),
+        "compiler": version,
+        "torch": str(torch.__version__),
+    }
+    return ArtifactStore.default().get_or_build(key, lambda folder: _build(folder, source, compiler, flags))
+
+
+def _build(folder: Path, source: str, compiler: str, flags: tuple[str, ...]) -> None:
+    (folder / SOURCE).write_text(source, encoding="utf-8")
+    root = Path(torch.__file__).parent
+    command = [
+        compiler,
+        *flags,
+        f"-I{root / 'include'}",
+        f"-I{root / 'include/torch/csrc/api/include'}",
+        SOURCE,
+        "-o",
+        LIBRARY,
+        f"-L{root / 'lib'}",
+        "-ltorch_cpu",
+    ]
+    try:
+        done = subprocess.run(
+            command, cwd=folder, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=False
+        )
+    except subprocess.TimeoutExpired as error:
+        raise CompileFailed(f"{compiler} ran longer than {TIMEOUT_SECONDS} s") from error
+    if done.returncode != 0:
+        raise CompileFailed(f"{Path(compiler).name}: {first_complaint(done.stderr)}")
+
+
+def first_complaint(text: str) -> str:
+    """The first line of compiler output that reports an error, else the first line at all."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return next((line for line in lines if "error" in line), lines[0] if lines else "no output")
