@@ -294,6 +294,7 @@ def node_costs(
                 flops_value=flops,
                 bytes_value=moved,
                 note=cost.note,
+                inputs=[n.name for n in node.all_input_nodes],
             )
         )
     return rows

@@ -87,6 +87,8 @@ class NodeCost:
     """Bytes read and written at the captured sizes."""
     note: str = ""
     """What the figures leave out, empty when nothing."""
+    inputs: list[str] = field(default_factory=list)
+    """Names of the nodes it reads."""
 
 
 @dataclass
@@ -111,13 +113,17 @@ class Report:
     """`dynamo` or `export`."""
     training: bool = False
     target: str = ""
+    device: str = ""
+    """The device descriptor that roofline times are for."""
+    sizes: dict[str, int] = field(default_factory=dict)
+    """What each dynamic size was when the program was captured: numbers are taken there."""
     passes: list[PassReport] = field(default_factory=list)
     facts: list[dict[str, str]] = field(default_factory=list)
     """name, value, origin of each fact."""
     graph_breaks: list[dict[str, str]] = field(default_factory=list)
     """reason and user source line of each graph break."""
     kernels: list[dict[str, str]] = field(default_factory=list)
-    """node, op, kernel (or refusal) and source file of each lowering decision."""
+    """node, op, kernel (or refusal), source (file) and text (generated source) of each lowering decision."""
     costs_before: list[NodeCost] = field(default_factory=list)
     costs_after: list[NodeCost] = field(default_factory=list)
     totals_before: Totals = field(default_factory=Totals)
