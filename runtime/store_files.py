@@ -1,4 +1,4 @@
-"""Files of the artifact store, read without trust: no links, no devices, no waiting on pipes, capped sizes."""
+"""Files of the artifact store, read without trust: no links, no devices, no pipes, sizes capped."""
 
 from __future__ import annotations
 

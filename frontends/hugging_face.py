@@ -1,0 +1,243 @@
+"""Hugging Face folders and GGUF files: checked, sized without memory, then read by their own libraries."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from tilewright.compiler.diagnostics import LoadError, TilewrightError
+from tilewright.frontends.example_calls import causal_lm_examples, encoder_examples, wan_examples
+from tilewright.frontends.gguf_check import GgufInfo, check_gguf
+from tilewright.frontends.loaded_model import LoadedModel
+from tilewright.frontends.model_files import file_inside, open_model_file, read_json_object, show
+from tilewright.frontends.safetensors_check import check_weights_folder
+from tilewright.runtime.store import ArtifactStore
+
+_UNTRUSTED = (
+    "auto_map",  # names Python files of the folder to run
+    "attn_implementation",  # may name a kernel to download
+    "_attn_implementation",
+    "experts_implementation",
+    "kernel_config",
+    "fusion_config",
+    "distributed_config",
+    "transformers_weights",  # names another weight file
+)
+"""Entries of config.json that choose code or files; they are dropped, the rest describes the model."""
+_COUNT = re.compile(r"^(num|n)_|layers?$|depth|blocks?$|_count$|experts")
+_COUNT_CAP = 1 << 16
+_NUMBER_CAP = 1 << 31
+_BUFFER_CAP = 512 << 20
+"""Bytes of tensors a model may compute for itself (position tables, masks)."""
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
+
+
+def load_folder(folder: Path, *, name: str | None = None) -> LoadedModel:
+    """A model folder: config.json and safetensors weights, of transformers or diffusers. Raises LoadError."""
+    config = read_json_object(file_inside(folder, "config.json"))
+    headers = check_weights_folder(folder)
+    for path in sorted(folder.iterdir()):
+        if not path.is_dir() or path.is_symlink():
+            file_inside(folder, path.name)
+    elements = sum(_product(header.shape) for header in headers.values())
+    _check_numbers(config, len(headers), str(folder / "config.json"))
+    if "_class_name" in config:
+        return _load_diffusers(folder, config, elements, name or folder.name)
+    return _load_transformers(folder, config, elements, name or folder.name)
+
+
+def load_gguf(path: Path, *, name: str | None = None) -> LoadedModel:
+    """A GGUF file, dequantized to float32 once and then read from the artifact store. Raises LoadError."""
+    info = check_gguf(path)
+    _check_gguf_model(info, str(path))
+    key = {
+        "artifact": "gguf-as-safetensors-1",
+        "file": _file_sha256(path),
+        "dtype": "float32",
+        **{package: _version(package) for package in ("transformers", "gguf", "torch")},
+    }
+    folder = ArtifactStore.default().get_or_build(key, lambda target: _dequantize(path, info, target))
+    return load_folder(folder, name=name or path.name)
+
+
+def _load_transformers(folder: Path, raw: dict[str, Any], elements: int, name: str) -> LoadedModel:
+    with _reading(folder):
+        from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
+    where, kind = str(folder / "config.json"), raw.get("model_type")
+    if "quantization_config" in raw:
+        raise LoadError("its weights are quantized", where=where, remedy="give the unquantized model")
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
+        raise LoadError(f"model_type is {show(kind)}, which transformers does not know", where=where)
+    with _reading(folder / "config.json"):
+        config_class = CONFIG_MAPPING[kind]
+        config = config_class.from_dict({k: v for k, v in raw.items() if k not in _UNTRUSTED})
+        generates = config_class in MODEL_FOR_CAUSAL_LM_MAPPING and _wants_lm_head(raw)
+        mapping = MODEL_FOR_CAUSAL_LM_MAPPING if generates else MODEL_MAPPING
+        if config_class not in mapping:
+            raise LoadError(f"model_type {kind} has no model class to load", where=where)
+        model_class = mapping[config_class]
+        model_class = model_class[0] if isinstance(model_class, (tuple, list)) else model_class
+    _check_size(lambda: model_class(config), elements, where)
+    with _reading(folder):
+        module, found = model_class.from_pretrained(
+            folder, config=config, dtype=torch.float32, use_safetensors=True, local_files_only=True,
+            trust_remote_code=False, output_loading_info=True,
+            attn_implementation="sdpa" if getattr(model_class, "_supports_sdpa", False) else "eager",
+        )  # fmt: skip
+        tokenizer = _tokenizer(folder)
+    _check_complete(found, folder)
+    module.eval()
+    if generates:
+        return LoadedModel(name, "causal-lm", module, tokenizer, causal_lm_examples(module))
+    return LoadedModel(name, "module", module, tokenizer, encoder_examples(module))
+
+
+def _wants_lm_head(raw: Mapping[str, Any]) -> bool:
+    architectures = raw.get("architectures") or ()
+    return not architectures or any("CausalLM" in str(a) or "LMHead" in str(a) for a in architectures)
+
+
+def _load_diffusers(folder: Path, raw: dict[str, Any], elements: int, name: str) -> LoadedModel:
+    with _reading(folder):
+        from diffusers import WanTransformer3DModel
+    where = str(folder / "config.json")
+    if raw["_class_name"] != "WanTransformer3DModel":
+        raise LoadError(
+            f"_class_name is {show(raw['_class_name'])}",
+            where=where,
+            remedy="WanTransformer3DModel is read so far",
+        )
+    described = {
+        key: value for key, value in raw.items() if not key.startswith("_") and key not in _UNTRUSTED
+    }
+    _check_size(lambda: WanTransformer3DModel.from_config(described), elements, where)
+    with _reading(folder):
+        module, found = WanTransformer3DModel.from_pretrained(
+            folder, torch_dtype=torch.float32, use_safetensors=True, local_files_only=True,
+            output_loading_info=True, low_cpu_mem_usage=False,
+        )  # fmt: skip
+    _check_complete(found, folder)
+    return LoadedModel(name, "dit", module.eval(), None, wan_examples(module))
+
+
+def _tokenizer(folder: Path) -> Any | None:
+    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        return None
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+
+def _dequantize(path: Path, info: GgufInfo, target: Path) -> None:
+    """Read a checked GGUF file with transformers and save model and tokenizer as an ordinary folder."""
+    with _reading(path):
+        from safetensors.torch import save_model
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+        given = {"gguf_file": path.name, "local_files_only": True, "trust_remote_code": False}
+        config = AutoConfig.from_pretrained(path.parent, **given)
+    _check_numbers(config.to_dict(), len(info.tensors), str(path))
+    _check_size(lambda: AutoModelForCausalLM.from_config(config), info.elements, str(path))
+    with _reading(path):
+        module, found = AutoModelForCausalLM.from_pretrained(
+            path.parent, config=config, dtype=torch.float32, output_loading_info=True, **given
+        )
+        _check_complete(found, path)
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, **given)
+        described = module.config.to_dict()
+        described.pop("quantization_config", None)  # says gguf; the weights are plain float32 now
+        (target / "config.json").write_text(json.dumps(described), encoding="utf-8")
+        module.generation_config.save_pretrained(target)
+        tokenizer.save_pretrained(target)
+        save_model(module, str(target / "model.safetensors"), metadata={"format": "pt"})
+
+
+def _check_gguf_model(info: GgufInfo, where: str) -> None:
+    """The numbers that size the model: bounded by the file before transformers builds anything from them."""
+    if not isinstance(info.metadata.get("general.architecture"), str):
+        raise LoadError("has no general.architecture", where=where, remedy="is it a language model?")
+    if "token_embd.weight" not in info.tensors:
+        raise LoadError("has no token_embd.weight tensor", where=where, remedy="is it a language model?")
+    _check_numbers(info.metadata, len(info.tensors), where)
+
+
+def _check_numbers(values: Mapping[str, Any], tensors: int, where: str) -> None:
+    """Refuse numbers no real model has, before a library loops over them or allocates by them."""
+    pending: list[tuple[str, Any]] = list(values.items())
+    while pending:
+        name, value = pending.pop()
+        if isinstance(value, Mapping):
+            pending += value.items()
+        elif isinstance(value, (list, tuple)):
+            pending += ((name, item) for item in value)
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            key = str(name)
+            cap = _COUNT_CAP if _COUNT.search(key.rsplit(".", 1)[-1]) else _NUMBER_CAP
+            if "layer" in key and key.startswith("num") or key.endswith("block_count"):
+                cap = max(1, tensors)
+            if abs(value) > cap and value != float("-inf"):
+                raise LoadError(
+                    f"{show(key)} is {show(value)}, more than a model with {tensors} tensors has", where=where
+                )
+
+
+def _check_size(build: Any, elements: int, where: str) -> None:
+    """Build the model without memory and compare it with what the files hold."""
+    with _reading(Path(where)), torch.device("meta"):
+        module: nn.Module = build()
+    described = sum(parameter.numel() for parameter in module.parameters())
+    if described > 2 * elements + (1 << 20):
+        raise LoadError(f"describes {described} parameters and its weights hold {elements}", where=where)
+    buffers = sum(buffer.numel() * buffer.element_size() for buffer in module.buffers())
+    if buffers > _BUFFER_CAP:
+        raise LoadError(f"describes tables of {buffers} bytes, more than {_BUFFER_CAP}", where=where)
+
+
+def _check_complete(found: Mapping[str, Any], path: Path) -> None:
+    """Every parameter must have come from the file: a missing one would silently be random."""
+    for what, text in (("missing_keys", "lacks"), ("mismatched_keys", "has another shape of")):
+        if names := sorted(str(item) for item in found.get(what) or ()):
+            raise LoadError(f"{text} {len(names)} tensors, first {show(names[0])}", where=str(path))
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Turn whatever a third-party reader raises about a foreign file into one LoadError."""
+    try:
+        yield
+    except (TilewrightError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except ImportError as error:
+        remedy = "pip install 'tilewright[demo]'"
+        raise LoadError(
+            f"{error.name or error} is needed to read it", where=str(path), remedy=remedy
+        ) from error
+    except BaseException as error:  # a panic of a reader written in Rust is not an Exception
+        text = f"{type(error).__name__}: {ascii(' '.join(str(error).split())[:160])[1:-1]}"
+        raise LoadError(f"cannot be read: {text}", where=str(path)) from error
+
+
+def _file_sha256(path: Path) -> str:
+    with open_model_file(path) as (file, _):
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _version(package: str) -> str:
+    from importlib.metadata import version
+
+    return version(package)
+
+
+def _product(shape: tuple[int, ...]) -> int:
+    result = 1
+    for size in shape:
+        result *= size
+    return result
