@@ -17,6 +17,7 @@ import torch
 from torch import fx
 
 from tilewright.compiler.diagnostics import PassDefinitionError
+from tilewright.compiler.program import Program
 from tilewright.compiler.schema import GETITEM, arguments, op_name, schema_arguments, target_name, tensor_meta
 from tilewright.runtime.contracts import Refusal
 
@@ -24,6 +25,8 @@ COMMUTATIVE = frozenset(
     {"aten::add", "aten::mul", "aten::maximum", "aten::minimum", "aten::bitwise_and", "aten::logical_and"}
 )
 _DIM_ARGUMENTS = frozenset({"dim", "dim0", "dim1", "dims", "normalized_dim"})
+_DIMS_OF_RESULT = frozenset({"aten::cat", "aten::stack", "aten::unsqueeze"})
+"""Their dims count over the axes of the result."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,31 @@ class Call:
     op: str
     args: tuple[Any, ...]
     kwargs: tuple[tuple[str, Any], ...]
+
+
+@dataclass(frozen=True)
+class Number:
+    """A parameter that binds a constant int or float and nothing else."""
+
+    var: Var
+
+
+@dataclass(frozen=True, eq=False)
+class Either:
+    """Alternative spellings of one value; the label of the one that matched is bound to the parameter `choice`."""
+
+    choice: Var
+    terms: tuple[tuple[str, Any], ...]
+
+
+def either(choice: Any, **terms: Any) -> Any:
+    """In a pattern: any one of the named terms, tried in order. The parameter `choice` binds the name."""
+    return choice.tracer.create_proxy("call_function", either, (choice,), terms)
+
+
+def number(value: Any) -> Any:
+    """In a pattern: the parameter `value`, bound to a constant int or float only."""
+    return value.tracer.create_proxy("call_function", number, (value,), {})
 
 
 @dataclass(frozen=True)
@@ -68,6 +96,17 @@ class Match:
     nodes: tuple[fx.Node, ...]
     bound: dict[str, Any]
     form: str
+    program: Program | None = None
+    """The program the match lies in, when it is matched by a pass."""
+
+    @property
+    def training(self) -> bool:
+        """True when gradients of the program are wanted."""
+        return self.program is not None and self.program.training
+
+    def is_weight(self, name: str) -> bool:
+        """True when the parameter is bound to a module-owned tensor that the program does not write to."""
+        return self.program is not None and self.program.is_weight(self.bound[name])
 
     @property
     def root(self) -> fx.Node:
@@ -149,11 +188,10 @@ class _Search:
 
     form: str
     best: Failure | None = None
-    label: str = ""
 
     def fail(self, depth: int, reason: str, node: Any) -> None:
         if self.best is None or depth > self.best.depth:
-            self.best = Failure(self.label + reason, node if isinstance(node, fx.Node) else None, depth, self.form)
+            self.best = Failure(reason, node if isinstance(node, fx.Node) else None, depth, self.form)
 
 
 @dataclass
@@ -174,17 +212,24 @@ class Pattern:
         self.anchors = frozenset(f.outputs[0].op for f in self.forms)
 
     def match(self, root: fx.Node, *, inner_may_escape: bool = False) -> Match | Failure:
-        """Match with `root` as the first output; on failure the furthest one over all forms."""
+        """The first match with `root` as the first output, else the furthest failure over all forms."""
+        return next(self.matches(root, inner_may_escape=inner_may_escape))
+
+    def matches(self, root: fx.Node, *, inner_may_escape: bool = False) -> Iterator[Match | Failure]:
+        """Every match with `root` as the first output, in the order of the forms; one Failure if there is none."""
         best: Failure | None = None
+        found_any = False
         for form in self.forms:
             search = _Search(form.tag)
             for env in self._solve(form.outputs[0], root, _Env(), search):
                 found = self._finish(form, env, search, inner_may_escape)
                 if found is not None:
-                    return found
+                    found_any = True
+                    yield found
             if search.best is not None and (best is None or search.best.depth > best.depth):
                 best = search.best
-        return best if best is not None else Failure("no form matched", root, 0, "")
+        if not found_any:
+            yield best if best is not None else Failure("no form matched", root, 0, "")
 
     def _finish(self, form: Form, env: _Env, search: _Search, inner_may_escape: bool) -> Match | None:
         missing = [o for o in form.outputs if id(o) not in env.calls]
@@ -204,20 +249,29 @@ class Pattern:
         bound = {name: env.values.get(name) for name in self.params}
         return Match(outputs, nodes, bound, form.tag)
 
-    def _solve(self, term: Any, value: Any, env: _Env, search: _Search) -> Iterator[_Env]:
+    def _solve(self, term: Any, value: Any, env: _Env, search: _Search, what: str = "") -> Iterator[_Env]:
         if isinstance(term, Var):
             yield from self._bind(term, value, env, search)
         elif isinstance(term, Call):
             yield from self._call(term, value, env, search)
+        elif isinstance(term, Either):
+            for label, alternative in term.terms:
+                for chosen in self._bind(term.choice, label, env, search):
+                    yield from self._solve(alternative, value, chosen, search, what)
+        elif isinstance(term, Number):
+            if type(value) in (int, float):
+                yield from self._bind(term.var, value, env, search)
+            else:
+                search.fail(len(env.calls), f"{what} is {value}, expected a number", value)
         elif isinstance(term, (list, tuple)):
             if isinstance(value, (list, tuple)) and len(value) == len(term):
-                yield from self._all(list(zip(term, value, strict=True)), env, search)
+                yield from self._all([(what, t, v) for t, v in zip(term, value, strict=True)], env, search)
             else:
-                search.fail(len(env.calls), f"expected {len(term)} values, found {value!r}", value)
+                search.fail(len(env.calls), f"{what} is {value}, expected {len(term)} values", value)
         elif _same_constant(term, value):
             yield env
         else:
-            search.fail(len(env.calls), f"expected {term!r}, found {value!r}", value)
+            search.fail(len(env.calls), f"{what} is {value}, expected {term}", value)
 
     def _bind(self, var: Var, value: Any, env: _Env, search: _Search) -> Iterator[_Env]:
         if var.name in env.values:
@@ -253,21 +307,27 @@ class Pattern:
             else:
                 yield from self._all(pairs, env, search)
 
-    def _all(self, pairs: list[tuple[Any, Any]], env: _Env, search: _Search, label: str = "") -> Iterator[_Env]:
+    def _all(self, pairs: list[_Pair], env: _Env, search: _Search) -> Iterator[_Env]:
         if not pairs:
             yield env
             return
-        (term, value), rest = pairs[0], pairs[1:]
-        search.label, outer = label or search.label, search.label
-        for found in self._solve(term, value, env, search):
-            yield from self._all(rest, found, search, label)
-        search.label = outer
+        (what, term, value), rest = pairs[0], pairs[1:]
+        for found in self._solve(term, value, env, search, what):
+            yield from self._all(rest, found, search)
 
 
-def _argument_pairs(call: Call, node: fx.Node) -> Iterator[list[tuple[Any, Any]] | str]:
+_Pair = tuple[str, Any, Any]
+"""What an argument is called in messages, the pattern's term for it, and the node's value."""
+
+
+def _argument_pairs(call: Call, node: fx.Node) -> Iterator[list[_Pair] | str]:
     """Pattern terms paired with the node's arguments by schema name, once per operand order."""
+    short = call.op.rsplit(":", 1)[-1]
     if call.op == GETITEM or not isinstance(node.target, torch._ops.OpOverload):
-        yield list(zip(call.args, node.args, strict=False)) if len(call.args) == len(node.args) else "arity differs"
+        if len(call.args) != len(node.args):
+            yield f"{short} has {len(node.args)} arguments, expected {len(call.args)}"
+        else:
+            yield [(f"{short} argument {i}", *p) for i, p in enumerate(zip(call.args, node.args, strict=True))]
         return
     names = [a[0] for a in schema_arguments(node.target)]
     if len(call.args) > len(names):
@@ -275,23 +335,27 @@ def _argument_pairs(call: Call, node: fx.Node) -> Iterator[list[tuple[Any, Any]]
         return
     want = {**dict(zip(names, call.args, strict=False)), **dict(call.kwargs)}
     have = arguments(node)
-    rank = _rank(have)
-    pairs: dict[str, tuple[Any, Any]] = {}
+    rank = _rank(node, have)
+    pairs: dict[str, _Pair] = {}
     for name, _, default in schema_arguments(node.target):
         term, value = want.pop(name, default), have[name]
         if name in _DIM_ARGUMENTS and rank is not None:
             term, value = _positive(term, rank), _positive(value, rank)
-        pairs[name] = (term, value)
+        pairs[name] = (f"{short} {name}", term, value)
     if want:
         yield f"{call.op} has no argument {sorted(want)[0]!r}"
         return
     yield list(pairs.values())
     if call.op in COMMUTATIVE and len(names) >= 2:
-        (a, x), (b, y) = pairs[names[0]], pairs[names[1]]
-        yield [(a, y), (b, x), *(pairs[n] for n in names[2:])]
+        (at, a, x), (bt, b, y) = pairs[names[0]], pairs[names[1]]
+        yield [(at, a, y), (bt, b, x), *(pairs[n] for n in names[2:])]
 
 
-def _rank(have: dict[str, Any]) -> int | None:
+def _rank(node: fx.Node, have: dict[str, Any]) -> int | None:
+    """How many axes the dims of a call count over."""
+    if op_name(node) in _DIMS_OF_RESULT:
+        meta = tensor_meta(node)
+        return None if meta is None else meta.dim()
     for value in have.values():
         meta = tensor_meta(value)
         if meta is not None:
@@ -349,6 +413,11 @@ def _term(value: Any, done: dict[fx.Node, Any]) -> Any:
     if value not in done:
         if value.op == "placeholder":
             done[value] = Var(str(value.target))
+        elif value.target is number:
+            done[value] = Number(_term(value.args[0], done))
+        elif value.target is either:
+            terms = tuple((label, _term(t, done)) for label, t in value.kwargs.items())
+            done[value] = Either(_term(value.args[0], done), terms)
         else:
             args = tuple(_term(a, done) for a in value.args)
             kwargs = tuple((k, _term(v, done)) for k, v in sorted(value.kwargs.items()))

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, dataclass_transform
 
 import torch
@@ -21,6 +22,10 @@ from tilewright.compiler.regions import fuses_a_cycle, inline, mutation_regions,
 from tilewright.compiler.schema import op_name, tensor_meta
 from tilewright.compiler.stage import Exactness, Stage
 from tilewright.runtime.contracts import Refusal
+
+
+MAX_CANDIDATES = 16
+"""Matches of one node that are put before `where` until one is accepted."""
 
 
 class _Accept:
@@ -51,11 +56,22 @@ class Traced:
     outputs: int
 
 
+@dataclass
+class _Run:
+    """What one run of a rewrite over a program remembers."""
+
+    regions: dict[fx.Node, int] | None
+    traces: dict[Any, Traced] = field(default_factory=dict)
+    erased: set[fx.Node] = field(default_factory=set)
+
+
 class Rewrite(Pass):
     """A local rewrite. Subclass it under `@rewrite_pass` and give `pattern`, `replacement`, `examples`."""
 
     inner_may_escape: ClassVar[bool] = False
     """True when values inside the match may be used outside it (they are then computed twice)."""
+    largest_first: ClassVar[bool] = False
+    """True to visit users before what they use, so that a form that contains another form wins."""
     near_miss_depth: ClassVar[int] = 2
     """A failed match is reported as refused when at least this many pattern calls matched."""
 
@@ -76,24 +92,35 @@ class Rewrite(Pass):
         return Pattern(cls.pattern)
 
     def apply(self, program: Program, log: PassLog) -> None:
-        """Rewrite every accepted match in `program.graph`, in topological order."""
-        pattern, traces = self.compiled_pattern(), dict[Any, Traced]()
-        regions = mutation_regions(program.graph)
-        erased: set[fx.Node] = set()
-        for node in list(program.graph.nodes):
-            if node in erased or node.op != "call_function" or op_name(node) not in pattern.anchors:
+        """Rewrite every accepted match in `program.graph`, in topological order (reversed: `largest_first`)."""
+        pattern = self.compiled_pattern()
+        state = _Run(mutation_regions(program.graph))
+        order = list(program.graph.nodes)
+        for node in reversed(order) if self.largest_first else order:
+            if node in state.erased or node.op != "call_function" or op_name(node) not in pattern.anchors:
                 continue
-            m = pattern.match(node, inner_may_escape=self.inner_may_escape)
+            self._visit(node, program, log, state)
+        log.finish(pattern.anchors)
+
+    def _visit(self, node: fx.Node, program: Program, log: PassLog, state: _Run) -> None:
+        """Apply the first match rooted at a node that is accepted; else report the first refusal or near miss."""
+        refusal: tuple[Match, Refusal] | None = None
+        found = self.compiled_pattern().matches(node, inner_may_escape=self.inner_may_escape)
+        for m in itertools.islice(found, MAX_CANDIDATES):
             if isinstance(m, Failure):
                 if m.depth >= self.near_miss_depth:
                     log.refused(node, m.reason, rule=m.form, blame=m.node, depth=m.depth)
-                continue
-            verdict = self._verdict(m, program, regions)
-            if isinstance(verdict, Refusal):
-                log.refused(node, verdict.reason, rule=m.form, blame=verdict.node, depth=len(m.nodes))
-            elif log.take(node, m):
-                self._replace(program, m, traces, log, erased)
-        log.finish(pattern.anchors)
+                return
+            m = replace(m, program=program)
+            verdict = self._verdict(m, program, state.regions)
+            if not isinstance(verdict, Refusal):
+                if log.take(node, m):
+                    self._replace(program, m, state.traces, log, state.erased)
+                return
+            refusal = refusal or (m, verdict)
+        if refusal is not None:
+            m, verdict = refusal
+            log.refused(node, verdict.reason, rule=m.form, blame=verdict.node, depth=len(m.nodes))
 
     def _verdict(self, m: Match, program: Program, regions: dict[fx.Node, int] | None) -> Verdict:
         if regions is not None and len({regions[n] for n in m.nodes}) > 1:
@@ -110,7 +137,7 @@ class Rewrite(Pass):
         self, program: Program, m: Match, traces: dict[Any, Traced], log: PassLog, erased: set[fx.Node]
     ) -> None:
         params = [p for p in inspect.signature(self.replacement).parameters if p != "form"]
-        key = (m.form, tuple(_signature(m.bound.get(p)) for p in params))
+        key = (m.form, tuple(signature_of(m.bound.get(p)) for p in params))
         if key not in traces:
             traces[key] = trace_replacement(self.replacement, params, m)
         traced = traces[key]
@@ -126,10 +153,17 @@ class Rewrite(Pass):
                 result.meta["val"] = old.meta["val"]
             old.replace_all_uses_with(result)
         sort_after(program.graph, [r for r in results if isinstance(r, fx.Node)])
-        for node in reversed([n for n in program.graph.nodes if n in set(m.nodes)]):
-            if not node.users:
-                program.graph.erase_node(node)
-                erased.add(node)
+        _erase_unused(program.graph, m.nodes, erased)
+
+
+def _erase_unused(graph: fx.Graph, nodes: tuple[fx.Node, ...], erased: set[fx.Node]) -> None:
+    """Erase the nodes of a match that nobody uses any more, users before what they use."""
+    left = list(nodes)
+    while unused := [n for n in left if not n.users]:
+        for node in unused:
+            graph.erase_node(node)
+            erased.add(node)
+        left = [n for n in left if n not in erased]
 
 
 def traced_outputs(module: fx.GraphModule) -> tuple[Any, ...]:
@@ -146,14 +180,15 @@ def _nodes_in(value: Any) -> Iterator[fx.Node]:
             yield from _nodes_in(v)
 
 
-def _signature(value: Any) -> Any:
+def signature_of(value: Any) -> Any:
+    """Hashable description of bound values: equal signatures trace to the same graph."""
     if isinstance(value, fx.Node):
         meta = value.meta.get("val")
         if isinstance(meta, torch.Tensor):
             return ("tensor", tuple(map(str, meta.shape)), tuple(map(str, meta.stride())), meta.dtype, meta.device)
         return ("value", str(meta))
     if isinstance(value, (list, tuple)):
-        return tuple(_signature(v) for v in value)
+        return tuple(signature_of(v) for v in value)
     return (type(value).__name__, repr(value))
 
 

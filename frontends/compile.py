@@ -1,0 +1,164 @@
+"""From a program to something callable: pipeline, lowering, hand-over to Inductor; the report on the way."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+
+from tilewright.compiler.cost import node_costs, totals
+from tilewright.compiler.devices import measure_host
+from tilewright.compiler.diagnostics import FactError, OptionError, nearest
+from tilewright.compiler.facts import apply_user_facts, derive_facts
+from tilewright.compiler.ops import semantic_op
+from tilewright.compiler.pipeline import Pipeline, RunOptions
+from tilewright.compiler.program import DerivedCheck, Program
+from tilewright.compiler.report import Report
+from tilewright.frontends.capture import normalize
+from tilewright.frontends.lowering import lower, where_of
+
+DEFAULT_PIPELINE = "exact"
+INDUCTOR_PATCHES = {"disabled_passes": "pass_pattern_0"}
+"""Inductor's joint-graph pattern group 0 holds its attention patterns, which ignore the softmax axis, the layout of
+K and the scale (pytorch#196468, #195320, #174049). Attention is recognised before it gets there."""
+
+REPORTS: deque[Report] = deque(maxlen=64)
+"""The reports of this process's latest compilations, newest last."""
+
+
+@dataclass(frozen=True)
+class CompileOptions:
+    """Options of the torch.compile backend and of `tilewright.optimize`."""
+
+    pipeline: Any = DEFAULT_PIPELINE
+    """Pipeline text, a list of pass values and texts, or a Pipeline."""
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    verify: str = "off"
+    replay: bool = True
+    fuel: int | None = None
+    on_pass_error: str = "raise"
+    lower: str = "inductor"
+    """What runs the parts that have no kernel of ours: `inductor` or `eager`."""
+    kernels: bool = True
+    """Use generated kernels; off, every semantic op runs as its definition."""
+    costs: bool = False
+    """Put the cost of every node into the report."""
+    keep_graphs: bool = False
+    require: Mapping[str, int] = field(default_factory=dict)
+    """Semantic ops that must be found, by name: {"attention": 30}; fewer is an error."""
+
+    @classmethod
+    def parse(cls, given: Mapping[str, Any] | None) -> CompileOptions:
+        """From a dict; OptionError names an unknown key or an illegal value."""
+        given = dict(given or {})
+        known = [f.name for f in fields(cls)]
+        for key in given:
+            if key not in known:
+                raise OptionError(f"unknown option {key!r}", remedy=nearest(str(key), known))
+        options = cls(**given)
+        if options.lower not in ("inductor", "eager"):
+            raise OptionError(f"lower = {options.lower!r}: expected one of inductor, eager")
+        for name in ("replay", "kernels", "costs", "keep_graphs"):
+            if not isinstance(getattr(options, name), bool):
+                raise OptionError(f"{name} = {getattr(options, name)!r}: expected true or false")
+        for name in ("facts", "require"):
+            if not isinstance(getattr(options, name), Mapping):
+                raise OptionError(f"{name} = {getattr(options, name)!r}: expected a mapping of names to values")
+        options.run_options()
+        Pipeline.parse(options.pipeline)
+        return options
+
+    def run_options(self) -> RunOptions:
+        """The part that concerns running passes."""
+        return RunOptions(
+            verify=self.verify,  # type: ignore[arg-type]
+            replay=self.replay,
+            fuel=self.fuel,
+            on_pass_error=self.on_pass_error,  # type: ignore[arg-type]
+            keep_graphs=self.keep_graphs,
+        )
+
+
+def optimize_program(program: Program, options: CompileOptions, model: str = "") -> Report:
+    """Normal form, facts and pipeline, in place; returns the report so far."""
+    pipeline = Pipeline.parse(options.pipeline)
+    report = Report(model=model, pipeline=pipeline.text(), origin=program.origin, training=program.training)
+    report.versions = {"torch": torch.__version__}
+    report.graph_breaks = list(program.graph_breaks)
+    run = options.run_options()
+    started = time.perf_counter()
+    report.passes = normalize(program, run)
+    report.seconds["normalize"] = time.perf_counter() - started
+    _check_required(program, options.require)
+    apply_user_facts(program, dict(options.facts))
+    started = time.perf_counter()
+    derive_facts(program)
+    report.seconds["facts"] = time.perf_counter() - started
+    report.facts = [{"name": f.name, "value": repr(f.value), "origin": f.origin} for f in program.facts]
+    if options.costs:
+        report.costs_before = node_costs(program, measure_host())
+        report.totals_before = totals(report.costs_before)
+    started = time.perf_counter()
+    report.passes += pipeline.run(program, run)
+    report.seconds["passes"] = time.perf_counter() - started
+    return report
+
+
+def _check_required(program: Program, require: Mapping[str, int]) -> None:
+    counts = count_semantic_ops(program)
+    for name, wanted in require.items():
+        if counts.get(name, 0) < wanted:
+            raise FactError(
+                f"{counts.get(name, 0)} {name} found, {wanted} required",
+                remedy=f"`tilewright why match-{name.replace('_', '-')} NODE` says what was in the way",
+            )
+
+
+def count_semantic_ops(program: Program) -> dict[str, int]:
+    """How many nodes of each semantic op the program holds."""
+    counts: dict[str, int] = {}
+    for node in program.graph.nodes:
+        op = semantic_op(node.target) if node.op == "call_function" else None
+        if op is not None:
+            counts[op.name] = counts.get(op.name, 0) + 1
+    return counts
+
+
+def lower_program(program: Program, options: CompileOptions, report: Report) -> Callable[..., Any]:
+    """Lower the program and compile the rest; the result takes the program's inputs in order."""
+    before = {n.name: n for n in program.graph.nodes} if options.costs else {}
+    costs = node_costs(program, measure_host()) if options.costs else []
+    started = time.perf_counter()
+    lower(program, report, rest=options.lower, use_kernels=options.kernels)
+    report.seconds["lower"] = time.perf_counter() - started
+    if options.costs:
+        where = where_of(report)
+        for cost in costs:
+            cost.where = where(before[cost.node])
+        report.costs_after, report.totals_after = costs, totals(costs)
+    check = DerivedCheck(program)
+    started = time.perf_counter()
+    compiled = _compile_rest(program, options)
+    report.seconds[options.lower] = time.perf_counter() - started
+    REPORTS.append(report)
+    if check.empty:
+        return compiled
+
+    def checked(*args: Any) -> Any:
+        check(args)
+        return compiled(*args)
+
+    return checked
+
+
+def _compile_rest(program: Program, options: CompileOptions) -> Callable[..., Any]:
+    if options.lower == "eager":
+        return program.module
+    from torch._inductor.compile_fx import compile_fx
+
+    return compile_fx(program.module, program.example_inputs, config_patches=dict(INDUCTOR_PATCHES))
+

@@ -1,0 +1,113 @@
+"""Lowering: each semantic op goes to a kernel that fits, or back to the aten ops of its definition."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from tilewright.compiler.graph import dead_code
+from tilewright.compiler.ops import SemanticOp, semantic_op
+from tilewright.compiler.program import Program
+from tilewright.compiler.regions import inline
+from tilewright.compiler.report import Report
+from tilewright.compiler.rewrite import signature_of, trace, traced_outputs
+from tilewright.compiler.schema import arguments
+from tilewright.kernels.table import KernelChoice, host_target, select_for_node
+from tilewright.runtime.contracts import Refusal, Target
+
+
+def lower(
+    program: Program, report: Report, *, target: Target | None = None, rest: str = "inductor", use_kernels: bool = True
+) -> None:
+    """Replace every semantic op of the program in place and record each decision in `report.kernels`.
+
+    `rest` names what will run everything that has no kernel of ours.
+    """
+    target = target or host_target()
+    report.target = str(target)
+    traces: dict[Any, fx.GraphModule] = {}
+    for node in list(program.graph.nodes):
+        op = semantic_op(node.target) if node.op == "call_function" else None
+        if op is None:
+            continue
+        choice = (
+            _choose(op, node, target, program.training) if use_kernels else Refusal("generated kernels are off")
+        )
+        row = {"node": node.name, "op": op.name, "kernel": "", "why": "", "source": ""}
+        if isinstance(choice, Refusal):
+            _inline_definition(program, op, node, traces)
+            row.update(kernel=rest, why=choice.reason)
+        else:
+            _call_kernel(program, node, choice)
+            row.update(kernel=choice.name, source=str(choice.source_path))
+        report.kernels.append(row)
+    dead_code(program.graph)
+    program.graph.lint()
+    program.module.recompile()
+
+
+def _choose(op: SemanticOp, node: fx.Node, target: Target, training: bool) -> KernelChoice | Refusal:
+    metas = fx.node.map_arg(tuple(arguments(node).values()), lambda n: n.meta["val"])
+    return select_for_node(op.name, list(metas), target, training=training)
+
+
+def _call_kernel(program: Program, node: fx.Node, choice: KernelChoice) -> None:
+    args, kwargs = choice.rewrite_args(tuple(arguments(node).values()))
+    with program.graph.inserting_before(node):
+        new = program.graph.call_function(choice.op, args, kwargs)
+    new.meta = dict(node.meta)
+    node.replace_all_uses_with(new)
+    program.graph.erase_node(node)
+
+
+def _inline_definition(
+    program: Program, op: SemanticOp, node: fx.Node, traces: dict[Any, fx.GraphModule]
+) -> None:
+    values = tuple(arguments(node).values())
+    inputs: list[fx.Node] = []
+    fx.node.map_arg(values, inputs.append)
+    key = (op.name, signature_of(values))
+    if key not in traces:
+        traces[key] = _trace_definition(op.definition, values, inputs)
+    module = traces[key]
+    new = inline(program, module, inputs, before=node, like=node, origin=f"lower:{op.name}")
+    results = [new[r] for r in traced_outputs(module)]
+    if isinstance(node.meta.get("val"), (list, tuple)):
+        for user in list(node.users):
+            index = user.args[1]
+            assert isinstance(index, int), "a multi-output op is read by getitem only"
+            user.replace_all_uses_with(results[index])
+            program.graph.erase_node(user)
+    else:
+        node.replace_all_uses_with(results[0])
+    program.graph.erase_node(node)
+
+
+def _trace_definition(definition: Callable[..., Any], values: Any, inputs: list[fx.Node]) -> fx.GraphModule:
+    fakes = [n.meta["val"] for n in inputs]
+
+    def run(*given: Any) -> Any:
+        feed = iter(given)
+        out = definition(*fx.node.map_arg(values, lambda _: next(feed)))
+        return tuple(out) if isinstance(out, (list, tuple)) else (out,)
+
+    return trace(run, fakes)
+
+
+def is_lowered(module: fx.GraphModule) -> bool:
+    """True when no semantic op is left."""
+    return not any(semantic_op(n.target) for n in module.graph.nodes if n.op == "call_function")
+
+
+def where_of(report: Report) -> Callable[[fx.Node], str]:
+    """What runs a node of the program before lowering, from the recorded decisions."""
+    chosen = {row["node"]: row["kernel"] for row in report.kernels}
+    rest = next((row["kernel"] for row in report.kernels if row["why"]), "inductor")
+
+    def where(node: fx.Node) -> str:
+        return chosen.get(node.name, rest) if isinstance(node.target, torch._ops.OpOverload) else ""
+
+    return where
