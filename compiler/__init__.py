@@ -7,7 +7,7 @@ from tilewright.compiler.diagnostics import TilewrightError
 from tilewright.compiler.graph_pass import GraphPass, graph_pass
 from tilewright.compiler.log import PassLog
 from tilewright.compiler.passes_base import Example, Tensor
-from tilewright.compiler.pattern import Match, known_equal, refuse
+from tilewright.compiler.pattern import Match, either, known_equal, number, refuse
 from tilewright.compiler.pipeline import Pipeline, RunOptions
 from tilewright.compiler.program import Program
 from tilewright.compiler.rewrite import ACCEPT, Change, Rewrite, Verdict, rewrite_pass
@@ -31,8 +31,10 @@ __all__ = [
     "Tensor",
     "TilewrightError",
     "Verdict",
+    "either",
     "graph_pass",
     "known_equal",
+    "number",
     "ops",
     "refuse",
     "rewrite_pass",

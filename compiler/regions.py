@@ -99,6 +99,8 @@ def _stamp(new: fx.Node, traced: fx.Node, like: fx.Node, origin: str) -> None:
 
 def sort_after(graph: fx.Graph, moved: list[fx.Node]) -> None:
     """Restore topological order after uses were redirected to nodes that stand later: move users down."""
+    if all(node < user for node in moved for user in node.users):
+        return
     position = {n: i for i, n in enumerate(graph.nodes)}
     late = [u for node in moved for u in node.users if position[u] < position[node]]
     if not late:
