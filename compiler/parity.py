@@ -143,7 +143,7 @@ def assert_parity(
     found = errors(got, truth)
     if not found.within(ulps=ulps, rms=rms):
         raise ParityError(
-            f"relative RMS error {found.rms:.3g} (bound {rms:g}), largest {found.ulps:.3g} ulp (bound {ulps:g})"
+            f"relative RMS error {found.rms:.3g} (bound {rms:g}), {found.ulps:.3g} ulp (bound {ulps:g})"
         )
     if reference64 is not None:
         allowed = _allowed(errors(want, reference64).rms, want.dtype)
@@ -190,7 +190,7 @@ def errors_against_fp64(
 ) -> Against64:
     """Errors of both functions on args, in their own dtypes, against the model run in float64.
 
-    args are cloned for every run. Raises ParityError when the number or shapes of outputs, or integers, differ.
+    args are cloned for every run. Raises ParityError when shapes or integer outputs differ.
     """
     with torch.no_grad():
         ours, theirs = (tree_flatten(function(*_clones(args)))[0] for function in (optimized, model))
