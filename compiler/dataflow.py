@@ -1,7 +1,7 @@
 """What flows into what: ancestor and descendant sets of a functional graph, and the classes of its nodes.
 
-Sets are Python integers used as bit masks over node positions, so that a union or an intersection of node sets is
-one arithmetic operation: a graph of 2,500 nodes takes 1.5 MB and some milliseconds.
+Sets are Python integers used as bit masks over node positions, so that a union or an intersection of sets
+is one arithmetic operation: a graph of 2,500 nodes takes 1.5 MB and some milliseconds.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def is_attention(node: fx.Node) -> bool:
 
 
 def is_heavy(node: fx.Node) -> bool:
-    """True for the ops that carry the arithmetic of a model: products of matrices, convolutions, attentions."""
+    """True for the ops that carry the arithmetic of a model: matrix products, convolutions, attentions."""
     name = op_name(node)
     return name in MATRIX_OPS or name in LINEAR_OPS or name in CONV_OPS or is_attention(node)
 
@@ -73,7 +73,9 @@ def is_mutating(node: fx.Node) -> bool:
 
 def passes_through(node: fx.Node) -> fx.Node | None:
     """The first operand of a node that keeps its values apart from rounding (casts and no-ops), else None."""
-    if op_name(node) not in NOOP_OPS or not node.args or not isinstance(node.args[0], fx.Node):
+    name = op_name(node)
+    idle_dropout = name == "dropout" and (node.args[1] == 0 or node.args[2] is False)
+    if not (name in NOOP_OPS or idle_dropout) or not node.args or not isinstance(node.args[0], fx.Node):
         return None
     before, after = tensor_of(node.args[0]), tensor_of(node)
     if before is None or after is None or shape_key(before) != shape_key(after):
@@ -99,7 +101,7 @@ def see_through(node: fx.Node) -> fx.Node:
 
 
 def data_inputs(node: fx.Node) -> list[fx.Node]:
-    """The operands whose values a node reads: a shape is not a value, nor is the dtype that `type_as` takes."""
+    """The operands whose values a node reads; a shape is no value, nor is the dtype that `type_as` takes."""
     name = op_name(node)
     if name in SHAPE_ONLY_OPS:
         return []
@@ -107,7 +109,7 @@ def data_inputs(node: fx.Node) -> list[fx.Node]:
 
 
 class Flow:
-    """Reachability over one graph. Masks have bit i set for the i-th node of `nodes`; dead nodes are in none."""
+    """Reachability over one graph. Masks have bit i set for the i-th of `nodes`; dead nodes are in none."""
 
     def __init__(self, graph: fx.Graph) -> None:
         self.nodes: list[fx.Node] = list(graph.nodes)

@@ -1,4 +1,4 @@
-"""Where a node came from: its dotted module path and its line in the user's model, in one form for every capture."""
+"""Where a node came from: dotted module path and line in the user's model, in one form for every capture."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def normalise_path(expression: str) -> str:
 def module_stack(node: fx.Node) -> list[tuple[str, int]]:
     """(dotted path, visit number) of each module the node was captured in, outermost first.
 
-    The visit number is 0 the first time a module runs, then 1, 2, ...: shared and looped modules differ in it only.
+    The visit number is 0 the first time a module runs, then 1, 2, ...: looped modules differ in it only.
     """
     stack = node.meta.get("nn_module_stack") or {}
     entries = []
@@ -49,7 +49,7 @@ def module_stack(node: fx.Node) -> list[tuple[str, int]]:
 
 
 def module_path(node: fx.Node) -> str:
-    """Dotted path of the innermost module the node was captured in; empty in the root's own forward or unknown."""
+    """Dotted path of the innermost module of a node; empty in the root's own forward and where unknown."""
     entries = module_stack(node)
     return entries[-1][0] if entries else ""
 
@@ -63,8 +63,8 @@ def module_visit(node: fx.Node) -> int:
 def source_line(node: fx.Node) -> str:
     """`file:line` of the innermost frame in the user's own code; empty when the capture recorded no frame.
 
-    Where every frame lies in an installed package, the innermost one outside torch (the model's line) is taken,
-    and the innermost of all where there is none.
+    Where every frame lies in an installed package, the innermost one outside torch (the model's line) is
+    taken, and the innermost of all where there is none.
     """
     return _innermost(str(node.meta.get("stack_trace") or ""))
 
