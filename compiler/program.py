@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any
 
@@ -121,6 +121,24 @@ class Program:
                 if isinstance(value, torch.Tensor):
                     return value
         raise KeyError(node.name)
+
+    def clone(self) -> Program:
+        """An independent copy of graph and descriptions; weights, buffers and facts are shared."""
+        graph = fx.Graph()
+        done: dict[fx.Node, fx.Node] = {}
+        graph.output(graph.graph_copy(self.graph, done))
+        for old, new in done.items():
+            new.name = old.name
+            if hasattr(old, "_dynamo_source"):
+                new._dynamo_source = old._dynamo_source  # type: ignore[attr-defined]
+        module = fx.GraphModule(self.module, graph)
+        for name, value in self.module._buffers.items():
+            if name not in module._buffers:
+                module.register_buffer(name, value, persistent=False)
+        specs = [replace(s) for s in self.inputs]
+        return Program(
+            module, specs, list(self.example_inputs), self.origin, self.training, self.facts, list(self.derived)
+        )
 
     def _by_name(self) -> dict[str, InputSpec]:
         return {spec.name: spec for spec in self.inputs}
