@@ -1,41 +1,66 @@
-"""The compiler: programs, patterns, passes, verification. These names are the pass-authoring API."""
+"""The compiler: programs, patterns, passes, verification. These names are the pass-authoring API.
+
+They are imported on first use, so that parts which need no torch (errors, option text) load in milliseconds.
+"""
 
 from __future__ import annotations
 
-from tilewright.compiler import ops
-from tilewright.compiler.diagnostics import TilewrightError
-from tilewright.compiler.graph_pass import GraphPass, graph_pass
-from tilewright.compiler.log import PassLog
-from tilewright.compiler.passes_base import Example, Tensor
-from tilewright.compiler.pattern import Match, either, known_equal, number, refuse
-from tilewright.compiler.pipeline import Pipeline, RunOptions
-from tilewright.compiler.program import Program
-from tilewright.compiler.rewrite import ACCEPT, Change, Rewrite, Verdict, rewrite_pass
-from tilewright.compiler.stage import Exactness, Stage
-from tilewright.runtime.contracts import Refusal
+import importlib
+from typing import TYPE_CHECKING, Any
 
-__all__ = [
-    "ACCEPT",
-    "Change",
-    "Exactness",
-    "Example",
-    "GraphPass",
-    "Match",
-    "PassLog",
-    "Pipeline",
-    "Program",
-    "Refusal",
-    "Rewrite",
-    "RunOptions",
-    "Stage",
-    "Tensor",
-    "TilewrightError",
-    "Verdict",
-    "either",
-    "graph_pass",
-    "known_equal",
-    "number",
-    "ops",
-    "refuse",
-    "rewrite_pass",
-]
+if TYPE_CHECKING:
+    from tilewright.compiler import ops as ops
+    from tilewright.compiler.diagnostics import TilewrightError as TilewrightError
+    from tilewright.compiler.graph_pass import GraphPass as GraphPass
+    from tilewright.compiler.graph_pass import graph_pass as graph_pass
+    from tilewright.compiler.log import PassLog as PassLog
+    from tilewright.compiler.passes_base import Example as Example
+    from tilewright.compiler.passes_base import Tensor as Tensor
+    from tilewright.compiler.pattern import Match as Match
+    from tilewright.compiler.pattern import known_equal as known_equal
+    from tilewright.compiler.pattern import refuse as refuse
+    from tilewright.compiler.pipeline import Pipeline as Pipeline
+    from tilewright.compiler.pipeline import RunOptions as RunOptions
+    from tilewright.compiler.program import Program as Program
+    from tilewright.compiler.rewrite import ACCEPT as ACCEPT
+    from tilewright.compiler.rewrite import Change as Change
+    from tilewright.compiler.rewrite import Rewrite as Rewrite
+    from tilewright.compiler.rewrite import Verdict as Verdict
+    from tilewright.compiler.rewrite import rewrite_pass as rewrite_pass
+    from tilewright.compiler.stage import Exactness as Exactness
+    from tilewright.compiler.stage import Stage as Stage
+    from tilewright.runtime.contracts import Refusal as Refusal
+
+_HOME = {
+    "ACCEPT": "rewrite",
+    "Change": "rewrite",
+    "Exactness": "stage",
+    "Example": "passes_base",
+    "GraphPass": "graph_pass",
+    "Match": "pattern",
+    "PassLog": "log",
+    "Pipeline": "pipeline",
+    "Program": "program",
+    "Rewrite": "rewrite",
+    "RunOptions": "pipeline",
+    "Stage": "stage",
+    "Tensor": "passes_base",
+    "TilewrightError": "diagnostics",
+    "Verdict": "rewrite",
+    "graph_pass": "graph_pass",
+    "known_equal": "pattern",
+    "refuse": "pattern",
+    "rewrite_pass": "rewrite",
+}
+
+__all__ = [*sorted(_HOME), "Refusal", "ops"]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    if name == "ops":
+        return importlib.import_module("tilewright.compiler.ops")
+    if name == "Refusal":
+        return importlib.import_module("tilewright.runtime.contracts").Refusal
+    if name in _HOME:
+        return getattr(importlib.import_module(f"tilewright.compiler.{_HOME[name]}"), name)
+    raise AttributeError(f"module 'tilewright.compiler' has no attribute {name!r}")

@@ -45,7 +45,9 @@ def bisect(make: Callable[[], Program], pipeline: Pipeline, accept: Accept) -> C
     """
     search = _Search(make, pipeline, accept)
     if search.fails(0):
-        raise ParityError("the program disagrees before any rewrite", remedy="the fault is not in the pipeline")
+        raise ParityError(
+            "the program disagrees before any rewrite", remedy="the fault is not in the pipeline"
+        )
     total = search.total()
     if total is not None and not search.fails(total):
         return None
@@ -112,7 +114,9 @@ class _Search:
                 size = max(len(application.removed), len(application.inserted))
                 where = application.rule, application.node, application.source
                 return Culprit(p.name, *where, number, self.runs, old, new, size, failure)
-        raise ParityError("the failing rewrite could not be reproduced", remedy="make() must be deterministic")
+        raise ParityError(
+            "the failing rewrite could not be reproduced", remedy="make() must be deterministic"
+        )
 
 
 class Region:
@@ -139,5 +143,8 @@ class Region:
 
 def _shape(node: fx.Node) -> str:
     value = node.meta.get("val")
-    return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}" if hasattr(value, "shape") else "value"
-
+    return (
+        f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
+        if hasattr(value, "shape")
+        else "value"
+    )

@@ -44,7 +44,7 @@ class PassLog:
 
     def take(self, node: fx.Node, m: Match | None = None) -> bool:
         """Ask for fuel before a rewrite, and for the slots the pass owns; PipelineError on a slot conflict."""
-        for matched in (m.nodes if m is not None else (node,)):
+        for matched in m.nodes if m is not None else (node,):
             for slot in self._slots:
                 owner = matched.meta.get("tw_slots", {}).get(slot)
                 if owner is not None and owner != self.name:
@@ -91,7 +91,9 @@ class PassLog:
             Application(
                 rule=rule,
                 node=node.name,
-                inserted=[n.name for n in inserted] if not isinstance(inserted, dict) else [n.name for n in inserted.values() if n.op == "call_function"],
+                inserted=[n.name for n in inserted]
+                if not isinstance(inserted, dict)
+                else [n.name for n in inserted.values() if n.op == "call_function"],
                 removed=[n.name for n in removed],
                 source=source_line(node),
                 module=module_path(node),
@@ -101,7 +103,13 @@ class PassLog:
         )
 
     def refused(
-        self, node: fx.Node, reason: str, *, rule: str = "", blame: fx.Node | str | None = None, depth: int = 0
+        self,
+        node: fx.Node,
+        reason: str,
+        *,
+        rule: str = "",
+        blame: fx.Node | str | None = None,
+        depth: int = 0,
     ) -> None:
         """Record that the pass looked at `node` and said no."""
         name = blame.name if isinstance(blame, fx.Node) else (blame or "")

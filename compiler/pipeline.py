@@ -99,9 +99,13 @@ class Pipeline:
                 )
             for earlier in p.after:
                 if position.get(earlier, -1) > i:
-                    raise PipelineError(f"{p.name} must come after {earlier}", remedy=f"swap {p.name} and {earlier}")
+                    raise PipelineError(
+                        f"{p.name} must come after {earlier}", remedy=f"swap {p.name} and {earlier}"
+                    )
 
-    def run(self, program: Program, options: RunOptions | None = None, fuel: Fuel | None = None) -> list[PassReport]:
+    def run(
+        self, program: Program, options: RunOptions | None = None, fuel: Fuel | None = None
+    ) -> list[PassReport]:
         """Run every pass over the program in place. A pass that raises leaves the program as it found it."""
         options = options or RunOptions()
         fuel = fuel or Fuel(options.fuel)
@@ -112,7 +116,9 @@ def _resolve(name: str, texts: dict[str, str]) -> list[Pass]:
     preset = registry.presets().get(name)
     if preset is not None:
         if texts:
-            raise OptionError(f"preset {name!r} takes no options", remedy="give options to its passes instead")
+            raise OptionError(
+                f"preset {name!r} takes no options", remedy="give options to its passes instead"
+            )
         return [option_text.build(registry.find(n), n, t) for n, t in option_text.split_pipeline(preset)]
     return [option_text.build(registry.find(name), name, texts)]
 

@@ -83,7 +83,9 @@ def _errors(
         ours = tensors_in(program.module(*clone_inputs(list(inputs))))
 
     def worst(got: list[torch.Tensor]) -> float:
-        return max((relative_rms(g.double(), w.double()) for g, w in zip(got, want, strict=True)), default=0.0)
+        return max(
+            (relative_rms(g.double(), w.double()) for g, w in zip(got, want, strict=True)), default=0.0
+        )
 
     return {"eager": worst(eager), "tilewright": worst(ours)}
 

@@ -17,7 +17,7 @@ from tilewright.compiler.diagnostics import LoadError, TilewrightError
 from tilewright.frontends.example_calls import causal_lm_examples, encoder_examples, wan_examples
 from tilewright.frontends.gguf_check import GgufInfo, check_gguf
 from tilewright.frontends.loaded_model import LoadedModel
-from tilewright.frontends.model_files import file_inside, open_model_file, read_json_object, show
+from tilewright.frontends.model_files import file_inside, model_file, open_model_file, read_json_object, show
 from tilewright.frontends.safetensors_check import check_weights_folder
 from tilewright.runtime.store import ArtifactStore
 
@@ -56,15 +56,13 @@ def load_folder(folder: Path, *, name: str | None = None) -> LoadedModel:
 
 def load_gguf(path: Path, *, name: str | None = None) -> LoadedModel:
     """A GGUF file, dequantized to float32 once and then read from the artifact store. Raises LoadError."""
-    info = check_gguf(path)
-    _check_gguf_model(info, str(path))
     key = {
         "artifact": "gguf-as-safetensors-1",
-        "file": _file_sha256(path),
+        "file": _file_sha256(model_file(path)),
         "dtype": "float32",
         **{package: _version(package) for package in ("transformers", "gguf", "torch")},
     }
-    folder = ArtifactStore.default().get_or_build(key, lambda target: _dequantize(path, info, target))
+    folder = ArtifactStore.default().get_or_build(key, lambda target: _dequantize(path, target))
     return load_folder(folder, name=name or path.name)
 
 
@@ -136,8 +134,10 @@ def _tokenizer(folder: Path) -> Any | None:
     return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
-def _dequantize(path: Path, info: GgufInfo, target: Path) -> None:
-    """Read a checked GGUF file with transformers and save model and tokenizer as an ordinary folder."""
+def _dequantize(path: Path, target: Path) -> None:
+    """Check a GGUF file, read it with transformers, save model and tokenizer as an ordinary folder."""
+    info = check_gguf(path)
+    _check_gguf_model(info, str(path))
     with _reading(path):
         from safetensors.torch import save_model
         from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -210,9 +210,10 @@ def _check_complete(found: Mapping[str, Any], path: Path) -> None:
 
 @contextmanager
 def _reading(path: Path) -> Iterator[None]:
-    """Turn whatever a third-party reader raises about a foreign file into one LoadError."""
+    """Turn whatever a third-party reader raises about a foreign file into one LoadError; no progress bars."""
     try:
-        yield
+        with _no_progress_bars():
+            yield
     except (TilewrightError, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
     except ImportError as error:
@@ -223,6 +224,19 @@ def _reading(path: Path) -> Iterator[None]:
     except BaseException as error:  # a panic of a reader written in Rust is not an Exception
         text = f"{type(error).__name__}: {ascii(' '.join(str(error).split())[:160])[1:-1]}"
         raise LoadError(f"cannot be read: {text}", where=str(path)) from error
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _file_sha256(path: Path) -> str:

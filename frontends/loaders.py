@@ -1,8 +1,8 @@
 """MODEL: from what the user writes to a module with a tokenizer and example inputs.
 
 MODEL is a bundled name, a Hugging Face folder, a .gguf file, or `package.module:factory`. Nothing is
-unpickled, no code out of a model file runs, and nothing is fetched from the network: every file is checked before the
-library that reads it sees it, and what that library then says is turned into one LoadError.
+unpickled, no code out of a model file runs, and nothing is fetched from the network: every file is checked
+before the library that reads it sees it, and what that library then says is turned into one LoadError.
 """
 
 from __future__ import annotations
