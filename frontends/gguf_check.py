@@ -1,7 +1,7 @@
 """GGUF files, checked before anything else reads them.
 
 Source: the GGUF specification of ggml (docs/gguf.md), versions 2 and 3, little-endian. The check reads the
-header, metadata and tensor table once, allocates no more than the longest string it accepts, and trusts no count:
+header, metadata and tensor table once, allocates no more than the longest string it accepts, trusts no count:
 each is bounded by the bytes left in the file.
 """
 
