@@ -79,7 +79,9 @@ def _transposed_weight(node: Any) -> fx.Node | None:
     return weight if isinstance(weight, fx.Node) and weight.op in ("placeholder", "get_attr") else None
 
 
-_COMPARISONS = {getattr(aten, n).Tensor: getattr(aten, n).Scalar for n in ("eq", "ne", "lt", "le", "gt", "ge")}
+_COMPARISONS = {
+    getattr(aten, n).Tensor: getattr(aten, n).Scalar for n in ("eq", "ne", "lt", "le", "gt", "ge")
+}
 _SCALAR_FORMS = {
     **{getattr(aten, n).Tensor: getattr(aten, n).Tensor for n in ("add", "sub", "mul", "div")},
     **_COMPARISONS,
@@ -107,7 +109,9 @@ def scalar_constant(c: Canonical, node: Any) -> int | float | None:
     """The number in a constant without dimensions: `scalar_tensor`, `full([])`, a captured constant; else None."""
     if is_op(node, aten.lift_fresh_copy.default, aten.detach.default):
         return scalar_constant(c, node.args[0])
-    if is_op(node, aten.scalar_tensor.default) or (is_op(node, aten.full.default) and list(node.args[0]) == []):
+    if is_op(node, aten.scalar_tensor.default) or (
+        is_op(node, aten.full.default) and list(node.args[0]) == []
+    ):
         number = node.args[-1]
         value = tensor_val(node)
         exact = value is not None and isinstance(number, int | float) and _exact(number, value.dtype)
@@ -125,8 +129,22 @@ def _exact(number: float, dtype: torch.dtype) -> bool:
         return bool(torch.tensor(number, dtype=dtype).item() == number)
 
 
-_FACTORIES = frozenset("arange full zeros ones empty eye linspace rand randn randint scalar_tensor".split())
-_LIKES = frozenset("zeros_like ones_like full_like empty_like rand_like randn_like".split())
+_FACTORIES = frozenset(
+    [
+        "arange",
+        "full",
+        "zeros",
+        "ones",
+        "empty",
+        "eye",
+        "linspace",
+        "rand",
+        "randn",
+        "randint",
+        "scalar_tensor",
+    ]
+)
+_LIKES = frozenset(["zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like"])
 _NEWS = {"new_zeros": aten.zeros.default, "new_ones": aten.ones.default, "new_full": aten.full.default}
 
 
@@ -182,14 +200,16 @@ def known_size(c: Canonical, node: fx.Node) -> bool:
 
 
 SIZE_OPS = (aten.sym_size.int, aten.sym_numel.default, aten.sym_stride.int)
-PYTHON_OPS = frozenset({operator.add, operator.sub, operator.mul, operator.floordiv, operator.mod, operator.neg})
+PYTHON_OPS = frozenset(
+    {operator.add, operator.sub, operator.mul, operator.floordiv, operator.mod, operator.neg}
+)
 
 RULES: dict[str, tuple[Rule, ...]] = {
     "mul": (square, fold_scalar),
     "square": (square,),
     "pow": (whole_exponent, fold_scalar),
     "add": (add_of_negative, fold_scalar),
-    **{n: (fold_scalar,) for n in "sub div eq ne lt le gt ge masked_fill".split()},
+    **{n: (fold_scalar,) for n in ["sub", "div", "eq", "ne", "lt", "le", "gt", "ge", "masked_fill"]},
     "mm": (matmul_form,),
     "bmm": (matmul_form,),
     "matmul": (linear_form,),

@@ -35,7 +35,9 @@ _KNOWN_NAMESPACES = frozenset({"aten", "prims", "prim", "tilewright", "higher_or
 
 def layout(value: torch.Tensor) -> tuple[str, ...]:
     """dtype, sizes and the strides that matter (of dimensions longer than one), comparable also when symbolic."""
-    strides = [str(st) for s, st in zip(value.shape, value.stride(), strict=True) if not (type(s) is int and s == 1)]
+    strides = [
+        str(st) for s, st in zip(value.shape, value.stride(), strict=True) if not (type(s) is int and s == 1)
+    ]
     return (str(value.dtype), str(value.device), str(tuple(value.shape)), *strides)
 
 
@@ -47,6 +49,8 @@ class Canonical:
         self.graph = gm.graph
         self.training = training
         self.counts: Counter[str] = Counter()
+        self.held_back = False
+        """Whether a copy was kept: what shares memory may be fewer values once the graph is smaller."""
         aliases = Aliases(self.graph)
         self._group = {n: aliases.leader(n) for n in self.graph.nodes}
         final = _write_backs(self.graph)
@@ -61,7 +65,9 @@ class Canonical:
         What is written once at the end of the graph may be read before.
         """
         mine, theirs = self._group[copy], self._group[source]
-        return mine not in self._escaping and mine not in self._in_place and theirs not in self._in_place
+        free = mine not in self._escaping and mine not in self._in_place and theirs not in self._in_place
+        self.held_back = self.held_back or not free
+        return free
 
     def replace(self, node: fx.Node, new: fx.Node, rule: str) -> bool:
         """Let the users of a node use another one, and erase it."""
@@ -83,15 +89,21 @@ class Canonical:
         args: Sequence[Any],
         rule: str,
         kwargs: Mapping[str, Any] | None = None,
+        *,
+        same_memory: bool = False,
     ) -> bool:
         """Replace a call by another one, unless its traced value would differ in sizes, dtype or strides.
 
-        Equal strides matter because the order of a reduction, and so its rounding, follows the memory.
+        Equal strides matter because the order of a reduction, and so its rounding, follows the memory. With
+        `same_memory` the caller knows them to be equal and nothing is traced.
         """
-        value = self.value_of(node, target, args, kwargs or {})
         old = tensor_val(node)
-        if value is None or old is None or layout(value) != layout(old):
+        if old is None:
             return False
+        if not same_memory:
+            value = self.value_of(node, target, args, kwargs or {})
+            if value is None or layout(value) != layout(old):
+                return False
         with self.graph.inserting_before(node):
             new = self.graph.call_function(target, tuple(args), dict(kwargs or {}))
         copy_source(node, new)
@@ -132,7 +144,9 @@ class Canonical:
             return None
         return value if isinstance(value, torch.Tensor) else None
 
-    def update(self, node: fx.Node, rule: str, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None) -> bool:
+    def update(
+        self, node: fx.Node, rule: str, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None
+    ) -> bool:
         """Spell the arguments of a call in another way that means the same."""
         node.args = tuple(args)
         if kwargs is not None:

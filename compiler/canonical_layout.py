@@ -15,10 +15,60 @@ aten = torch.ops.aten
 
 _DIM_ARGS = ("dim", "dims", "dim0", "dim1", "dim2")
 _DIM_OPS = frozenset(
-    "mean sum amax amin prod argmax argmin max min any all std var var_mean norm logsumexp softmax log_softmax "
-    "_softmax _log_softmax cumsum cumprod cat stack unsqueeze squeeze select slice index_select gather scatter "
-    "scatter_add index_copy index_add index_fill slice_scatter select_scatter unbind chunk split split_with_sizes "
-    "topk sort argsort flip roll diff repeat_interleave diagonal glu narrow tensor_split".split()
+    [
+        "mean",
+        "sum",
+        "amax",
+        "amin",
+        "prod",
+        "argmax",
+        "argmin",
+        "max",
+        "min",
+        "any",
+        "all",
+        "std",
+        "var",
+        "var_mean",
+        "norm",
+        "logsumexp",
+        "softmax",
+        "log_softmax",
+        "_softmax",
+        "_log_softmax",
+        "cumsum",
+        "cumprod",
+        "cat",
+        "stack",
+        "unsqueeze",
+        "squeeze",
+        "select",
+        "slice",
+        "index_select",
+        "gather",
+        "scatter",
+        "scatter_add",
+        "index_copy",
+        "index_add",
+        "index_fill",
+        "slice_scatter",
+        "select_scatter",
+        "unbind",
+        "chunk",
+        "split",
+        "split_with_sizes",
+        "topk",
+        "sort",
+        "argsort",
+        "flip",
+        "roll",
+        "diff",
+        "repeat_interleave",
+        "diagonal",
+        "glu",
+        "narrow",
+        "tensor_split",
+    ]
 )
 
 
@@ -30,13 +80,15 @@ def reshape_form(c: Canonical, node: fx.Node) -> bool:
     """
     if node.target is aten.view.dtype or tensor_val(node) is None or not isinstance(node.args[0], fx.Node):
         return False
-    asked = arg(node, "shape" if node.target is aten.reshape.default else "size") if _lists_sizes(node) else None
+    asked = (
+        arg(node, "shape" if node.target is aten.reshape.default else "size") if _lists_sizes(node) else None
+    )
     sizes = explicit_sizes(node, asked)
     if sizes is None:
         return False
     if node.target is aten.reshape.default:
         return not same(sizes, asked) and c.update(node, "reshape-sizes", (node.args[0], sizes))
-    return c.swap(node, aten.reshape.default, (node.args[0], sizes), "reshape-form")
+    return c.swap(node, aten.reshape.default, (node.args[0], sizes), "reshape-form", same_memory=True)
 
 
 def _lists_sizes(node: fx.Node) -> bool:
@@ -67,16 +119,13 @@ def merge_reshapes(c: Canonical, node: fx.Node) -> bool:
 def reshape_of_contiguous(c: Canonical, node: fx.Node) -> bool:
     """`reshape` copies by itself where it must: a `contiguous` or `clone` before it goes if the layout stays."""
     inner = node.args[0]
-    if not is_op(inner, aten.contiguous.default, aten.clone.default) or inner.kwargs.get("memory_format") not in (  # type: ignore[union-attr]
-        None,
-        torch.contiguous_format,
-        torch.preserve_format,
-    ):
+    if not isinstance(inner, fx.Node) or not is_op(inner, aten.contiguous.default, aten.clone.default):
         return False
-    source = inner.args[0]  # type: ignore[union-attr]
-    return c.may_drop_copy(inner, source) and c.swap(  # type: ignore[arg-type]
-        node, aten.reshape.default, (source, node.args[1]), "reshape-of-contiguous"
-    )
+    source, form = inner.args[0], normalized_args(inner)["memory_format"]
+    plain = form is None or form in (torch.contiguous_format, torch.preserve_format)
+    if not plain or not isinstance(source, fx.Node) or not c.may_drop_copy(inner, source):
+        return False
+    return c.swap(node, aten.reshape.default, (source, node.args[1]), "reshape-of-contiguous")
 
 
 def permute_form(c: Canonical, node: fx.Node) -> bool:
@@ -87,7 +136,7 @@ def permute_form(c: Canonical, node: fx.Node) -> bool:
     if node.target is aten.permute.default:
         wanted = list(order)
         return not same(node.args[1], wanted) and c.update(node, "permute-dims", (node.args[0], wanted))
-    return c.swap(node, aten.permute.default, (node.args[0], list(order)), "permute-form")
+    return c.swap(node, aten.permute.default, (node.args[0], list(order)), "permute-form", same_memory=True)
 
 
 def merge_permutes(c: Canonical, node: fx.Node) -> bool:
@@ -205,7 +254,12 @@ def narrow_form(c: Canonical, node: fx.Node) -> bool:
     given = normalized_args(node)
     start, length = given["start"], given["length"]
     sizes = static_shape(given["self"])
-    if node.target is not aten.narrow.default or type(start) is not int or type(length) is not int or sizes is None:
+    if (
+        node.target is not aten.narrow.default
+        or type(start) is not int
+        or type(length) is not int
+        or sizes is None
+    ):
         return False
     dim = given["dim"] % len(sizes)
     start = start + sizes[dim] if start < 0 else start
@@ -235,7 +289,9 @@ def interleave(c: Canonical, node: fx.Node) -> bool:
     parts = [pieces[i] for i in range(step)]
     if any(static_shape(p) != tuple(inner) or tensor_val(p).dtype != tensor_val(node).dtype for p in parts):  # type: ignore[union-attr]
         return False
-    return c.swap_chain(node, [(aten.stack.default, (parts, dim + 1)), (aten.reshape.default, (list(sizes),))], "interleave")
+    return c.swap_chain(
+        node, [(aten.stack.default, (parts, dim + 1)), (aten.reshape.default, (list(sizes),))], "interleave"
+    )
 
 
 _REGROUP = "view reshape _unsafe_view flatten unflatten view_as reshape_as _reshape_alias ravel"

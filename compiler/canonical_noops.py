@@ -89,7 +89,11 @@ def _keeps_order(node: fx.Node) -> bool:
 def drop_neutral(c: Canonical, node: fx.Node) -> bool:
     """`x * 1`, `x / 1`, `x - 0`, and `x + 0` of integers (for floats -0.0 + 0 is 0.0), where dtype and shape stay."""
     source, other = node.args[0], node.args[1]
-    if not isinstance(source, fx.Node) and isinstance(other, fx.Node) and base_name(node.target) in ("mul", "add"):
+    if (
+        not isinstance(source, fx.Node)
+        and isinstance(other, fx.Node)
+        and base_name(node.target) in ("mul", "add")
+    ):
         source, other = other, source
     name = base_name(node.target)
     neutral = 1 if name in ("mul", "div") else 0

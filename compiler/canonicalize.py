@@ -44,20 +44,27 @@ def canonicalize(gm: fx.GraphModule, *, training: bool = False) -> dict[str, int
     Raises VerifyError when the rules do not come to rest.
     """
     counts = inline_regions(gm, training=training)
-    state = Canonical(gm, training)
-    state.counts.update(counts)
+    while True:
+        state = Canonical(gm, training)
+        _run_to_rest(state)
+        counts.update(state.counts)
+        if not (state.counts and state.held_back):
+            break
+    gm.recompile()
+    return dict(sorted(counts.items()))
+
+
+def _run_to_rest(state: Canonical) -> None:
+    """Sweep until nothing changes."""
     for _ in range(_ROUNDS):
         before = state.counts.total()
         _sweep(state)
-        removed = len(dead_code(gm.graph))
+        removed = len(dead_code(state.graph))
         if removed:
             state.counts["dead-code"] += removed
         if state.counts.total() == before:
-            break
-    else:
-        raise VerifyError(f"the canonical rules did not come to rest in {_ROUNDS} rounds: {dict(state.counts)}")
-    gm.recompile()
-    return dict(sorted(state.counts.items()))
+            return
+    raise VerifyError(f"the canonical rules did not come to rest in {_ROUNDS} rounds: {dict(state.counts)}")
 
 
 def _sweep(state: Canonical) -> None:

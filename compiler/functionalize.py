@@ -80,9 +80,7 @@ def functionalize(gm: fx.GraphModule) -> Functionalized:
     return result
 
 
-def _refusal(
-    aliases: Aliases, group: StorageClass, strided: fx.Node | None
-) -> tuple[fx.Node, str] | None:
+def _refusal(aliases: Aliases, group: StorageClass, strided: fx.Node | None) -> tuple[fx.Node, str] | None:
     """The first reason why a written memory has to stay in place, with the node it is about; None when none."""
     if group.reasons:
         return group.reasons[0]
@@ -101,7 +99,11 @@ def _refusal(
         for alias, step in aliases.path(written(node)[0]):
             if step.kind == "parts":
                 return node, f"{node.name} writes to a list of views"
-            if step.kind == "expand" and not same(shape(alias), shape(step.parent)) and _numel_differs(alias, step):
+            if (
+                step.kind == "expand"
+                and not same(shape(alias), shape(step.parent))
+                and _numel_differs(alias, step)
+            ):
                 return node, f"{node.name} writes through the expanded view {alias.name}"
     return None
 
@@ -150,13 +152,16 @@ def functional_form(target: torch._ops.OpOverload) -> torch._ops.OpOverload | No
     wanted = [a for a in signature(target).names if a != "out"]
     if name.startswith("__i") and name.endswith("__"):
         name = f"__{name[3:]}"
-    packet = getattr(aten, name.removesuffix("_") if not name.endswith("__") else name, None) if name else None
-    if packet is None or len(signature(target).mutated) != 1:
+    packet = (
+        getattr(aten, name.removesuffix("_") if not name.endswith("__") else name, None) if name else None
+    )
+    mine = signature(target)
+    if packet is None or len(mine.mutated) != 1 or mine.types[mine.mutated[0]] != "Tensor":
         return None
     for overload in packet.overloads():
-        candidate = getattr(packet, overload)
+        candidate: torch._ops.OpOverload = getattr(packet, overload)
         sig = signature(candidate)
-        same_types = all(sig.types.get(n) == signature(target).types[n] for n in wanted)
+        same_types = all(sig.types.get(n) == mine.types[n] for n in wanted)
         if list(sig.names) == wanted and same_types and not sig.mutated and sig.returns == 1:
             return candidate
     return None
@@ -166,7 +171,11 @@ class _Rewriter:
     """One run over a graph in order, with the newest value of every alias of the functional classes."""
 
     def __init__(
-        self, graph: fx.Graph, aliases: Aliases, functional: dict[fx.Node, StorageClass], result: Functionalized
+        self,
+        graph: fx.Graph,
+        aliases: Aliases,
+        functional: dict[fx.Node, StorageClass],
+        result: Functionalized,
     ) -> None:
         self.graph, self.aliases, self.functional, self.result = graph, aliases, functional, result
         self.version = dict.fromkeys(functional, 0)
@@ -277,7 +286,9 @@ class _Rewriter:
             return insert_like(self.graph, node, aten.full_like.default, (like, value), node)
         new = value.meta["val"]
         if tuple(new.shape) != tuple(old.shape):
-            value = insert_like(self.graph, node, aten.expand.default, (value, self._sizes(alias, node)), node)
+            value = insert_like(
+                self.graph, node, aten.expand.default, (value, self._sizes(alias, node)), node
+            )
         if new.device != old.device:
             return insert_like(self.graph, node, aten.to.device, (value, old.device, old.dtype), node)
         if new.dtype != old.dtype:
@@ -352,5 +363,6 @@ def _layout(node: fx.Node) -> Any:
     value = node.meta.get("val")
     values = value if isinstance(value, list | tuple) else [value]
     return [
-        (str(v.dtype), str(tuple(v.shape)), str(v.stride())) if isinstance(v, torch.Tensor) else None for v in values
+        (str(v.dtype), str(tuple(v.shape)), str(v.stride())) if isinstance(v, torch.Tensor) else None
+        for v in values
     ]

@@ -1,4 +1,4 @@
-"""FX helpers: values, schema-normal arguments, insertion with metadata, purity, dead code, comparison, text form."""
+"""FX helpers: insertion with metadata, purity, dead code, comparison; schema and text helpers come along."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tilewright.compiler.graph_schema import (
     tensor_val,
     val,
 )
-from tilewright.compiler.graph_text import clean_path, describe, line_of, module_path, op_name, print_graph
+from tilewright.compiler.graph_text import describe, line_of, module_path, op_name, print_graph
 
 PURE_FUNCTIONS = frozenset(
     {getattr(operator, n) for n in dir(operator) if not n.startswith("_")}
@@ -43,7 +43,7 @@ def is_op(node: object, *targets: Any) -> bool:
 
 
 def fake_mode_of(*values: Any) -> Any:
-    """The fake tensor mode that the given nodes' values live in; None when none of them holds a fake tensor."""
+    """The fake tensor mode that the given nodes' values live in; None when none holds a fake tensor."""
     found: list[Any] = []
 
     def look(value: Any) -> None:
@@ -77,7 +77,7 @@ def insert_like(
     like_meta_from: fx.Node,
     kwargs: Mapping[str, Any] | None = None,
 ) -> fx.Node:
-    """Insert a call in front of `before` with its value computed and the source metadata of `like_meta_from`."""
+    """Insert a call in front of `before`: its value is computed, its origin that of `like_meta_from`."""
     given = dict(kwargs or {})
     mode = fake_mode_of(args, list(given.values()), like_meta_from)
     value = None if mode is None else compute_val(target, args, given, mode)
@@ -104,8 +104,8 @@ def mutates(node: fx.Node) -> bool:
 def is_impure(node: fx.Node) -> bool:
     """True for nodes that do more than compute their value, so that they stay without users.
 
-    Placeholders, output, writes, checks that return nothing, random ops unless their dropout probability is zero
-    (an attention call is tagged random although it is pure at probability 0), calls of things that are not ops.
+    Placeholders, output, writes, checks that return nothing, random ops unless their dropout probability is
+    zero (an attention call is tagged random although it is pure at probability 0), calls of what is not an op.
     """
     if node.op == "get_attr":
         return False
@@ -139,13 +139,19 @@ def placeholders(graph: fx.Graph) -> list[fx.Node]:
 
 def output_node(graph: fx.Graph) -> fx.Node:
     """The one output node."""
-    return next(n for n in reversed(graph.nodes) if n.op == "output")
+    end: fx.Node = next(n for n in reversed(graph.nodes) if n.op == "output")
+    return end
 
 
 def all_inputs(args: Iterable[Any]) -> list[fx.Node]:
     """Nodes among nested arguments, in order, with repeats."""
     found: list[fx.Node] = []
-    map_arg(tuple(args), lambda n: (found.append(n), n)[1])
+
+    def note(node: fx.Node) -> fx.Node:
+        found.append(node)
+        return node
+
+    map_arg(tuple(args), note)
     return found
 
 
@@ -155,8 +161,7 @@ def structural_difference(
     """The first difference between two graphs up to node names and the order of independent nodes, or None.
 
     `inputs` maps placeholder names of `a` to those of `b`; without it placeholders match by position. Sharing
-    counts: one node used twice is not the same as two equal nodes. Nodes that only have effects are compared in
-    order.
+    counts: one node used twice is not the same as two equal nodes. Nodes with effects are compared in order.
     """
     return _Comparison(a, b, inputs).run()
 
@@ -194,7 +199,7 @@ class _Comparison:
         return None
 
     def _pair_tree(self, root_a: fx.Node, root_b: fx.Node) -> str | None:
-        """Pair two nodes and everything they read, arguments first, so that the first cause is what is reported."""
+        """Pair two nodes and everything they read, arguments first, so that the first cause is reported."""
         stack = [(root_a, root_b, False)]
         while stack:
             x, y, ready = stack.pop()
@@ -251,7 +256,6 @@ __all__ = [
     "Signature",
     "all_inputs",
     "arg",
-    "clean_path",
     "compute_val",
     "copy_source",
     "dead_code",

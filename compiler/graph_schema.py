@@ -11,8 +11,6 @@ from typing import Any
 import torch
 from torch import fx
 
-_MISSING = object()
-
 
 @dataclass(frozen=True)
 class Signature:
@@ -43,8 +41,9 @@ def signature(target: torch._ops.OpOverload) -> Signature:
     for a in arguments:
         if a.alias_info is not None and a.alias_info.is_write:
             mutated.append(a.name)
-        elif a.alias_info is not None and (a.alias_info.before_set & out_sets or "*" in a.alias_info.after_set):
-            aliased.append(a.name)
+        elif a.alias_info is not None:
+            if a.alias_info.before_set & out_sets or "*" in a.alias_info.after_set:
+                aliased.append(a.name)
     return Signature(
         positional=tuple(a.name for a in arguments if not a.kwarg_only),
         keyword=tuple(a.name for a in arguments if a.kwarg_only),
@@ -65,11 +64,13 @@ def _default(argument: Any) -> Any:
 
 
 def normalized_args(node: fx.Node) -> dict[str, Any]:
-    """Arguments of an op call by schema name, defaults filled in; a required argument that is absent is left out."""
+    """Arguments of an op call by schema name, defaults filled in; required ones that are absent are left out."""
     sig = signature(_overload(node))
     found: dict[str, Any] = dict(zip(sig.positional, node.args, strict=False))
     found.update(node.kwargs)
-    return {n: found.get(n, sig.defaults.get(n, _MISSING)) for n in sig.names if n in found or n in sig.defaults}
+    return {
+        n: found[n] if n in found else sig.defaults[n] for n in sig.names if n in found or n in sig.defaults
+    }
 
 
 def arg(node: fx.Node, name: str) -> Any:
@@ -86,9 +87,9 @@ def _overload(node: fx.Node) -> torch._ops.OpOverload:
 def set_positional(node: fx.Node) -> bool:
     """Bring a call into schema form and say whether it changed.
 
-    Arguments that may be positional are, trailing ones that equal their default are dropped, keyword-only ones
-    stay keywords in schema order and are dropped when they equal their default. Ints given for float arguments
-    become floats, tuples become lists, so that equal calls have equal arguments.
+    Arguments that may be positional are, trailing ones that equal their default are dropped, keyword-only
+    ones stay keywords in schema order and are dropped when they equal their default. Ints given for float
+    arguments become floats and tuples become lists, so that equal calls have equal arguments.
     """
     sig = signature(_overload(node))
     full = {n: _tidy(v, sig.types[n]) for n, v in normalized_args(node).items()}
@@ -98,7 +99,8 @@ def set_positional(node: fx.Node) -> bool:
     while positional and _is_default(positional[-1], sig, sig.positional[len(positional) - 1]):
         positional.pop()
     keywords = {n: full[n] for n in sig.keyword if n in full and not _is_default(full[n], sig, n)}
-    if same(tuple(positional), node.args) and same(keywords, node.kwargs) and list(keywords) == list(node.kwargs):
+    same_keywords = same(keywords, node.kwargs) and list(keywords) == list(node.kwargs)
+    if same_keywords and same(tuple(positional), node.args):
         return False
     node.args, node.kwargs = tuple(positional), keywords
     return True
@@ -130,7 +132,7 @@ def same(a: Any, b: Any) -> bool:
 
 
 def val(node: Any) -> Any:
-    """The value a node was traced with: a fake tensor, a number, a SymInt, a tuple of those; None when unknown."""
+    """The value a node was traced with: fake tensor, number, SymInt or a tuple of them; None when unknown."""
     return node.meta.get("val") if isinstance(node, fx.Node) else node
 
 

@@ -1,37 +1,14 @@
-"""The one text form of a graph and of its parts, and where a node comes from in the user's model."""
+"""The one text form of a graph and of its parts."""
 
 from __future__ import annotations
 
-import functools
-import re
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import fx
 
-
-def module_path(node: fx.Node) -> str:
-    """Dotted path of the innermost module a node comes from (`model.layers.0.mlp`); empty in the root module.
-
-    Dynamo spells paths as `L['self'].__dict__['_modules']['blocks'].0.attn`, export as `blocks.0.attn`; both give
-    `blocks.0.attn`.
-    """
-    stack = node.meta.get("nn_module_stack")
-    if not stack:
-        return ""
-    last = next(reversed(stack.values()))
-    return clean_path(str(last[0] if isinstance(last, tuple) else last))
-
-
-@functools.lru_cache(maxsize=4096)
-def clean_path(path: str) -> str:
-    """A module or parameter path without the capture's own spelling."""
-    path = re.sub(r"^L\['\w+'\]", "", path)
-    path = re.sub(r"\.__dict__\['_modules'\]", "", path)
-    path = re.sub(r"\._(?:modules|parameters|buffers)\b", "", path)
-    path = re.sub(r"\[['\"]?([\w.]+)['\"]?\]", r".\1", path)
-    return path.strip(".")
+from tilewright.compiler.module_paths import module_path
 
 
 def op_name(target: Any) -> str:
@@ -71,7 +48,7 @@ _SHORT_DTYPES = {
 
 
 def describe(value: Any) -> str:
-    """`f32[2, 3]` for a tensor, `sym s0` for a symbolic number, the type name for the rest, empty when unknown."""
+    """`f32[2, 3]` for a tensor, `sym s0` for a symbolic number, else the type name; empty when unknown."""
     if isinstance(value, torch.Tensor):
         name = _SHORT_DTYPES.get(value.dtype, str(value.dtype).removeprefix("torch."))
         return f"{name}[{', '.join(map(str, value.shape))}]"
@@ -88,7 +65,8 @@ def call_text(node: fx.Node, number: Mapping[fx.Node, str]) -> str:
     name = op_name(node.target)
     if node.op == "get_attr":
         return f"attribute {name}"
-    given = [_text(a, number) for a in node.args] + [f"{k}={_text(v, number)}" for k, v in node.kwargs.items()]
+    given = [_text(a, number) for a in node.args]
+    given += [f"{k}={_text(v, number)}" for k, v in node.kwargs.items()]
     return f"{name}({', '.join(given)})"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -24,26 +25,39 @@ from tilewright.compiler.graph import (
 aten = torch.ops.aten
 
 IDENTITY = frozenset(
-    ["detach", "detach_", "alias", "lift_fresh", "contiguous", "to", "type_as", "dropout", "dropout_", "feature_dropout", "alpha_dropout", "positive", "resolve_conj", "resolve_neg", "lift"]
+    {"detach", "detach_", "alias", "lift_fresh", "lift", "contiguous", "to", "type_as", "dropout", "dropout_"}
+    | {"feature_dropout", "alpha_dropout", "positive", "resolve_conj", "resolve_neg"}
 )
 RESHAPE = frozenset(
-    ["view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "view_as", "reshape_as", "_reshape_alias", "ravel"]
+    {"view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "view_as", "reshape_as"}
+    | {"_reshape_alias", "ravel"}
 )
-PERMUTE = frozenset(["permute", "transpose", "t", "numpy_T", "mT", "swapaxes", "swapdims", "movedim", "moveaxis"])
-PARTS = frozenset(["chunk", "split", "split_with_sizes", "tensor_split", "unsafe_chunk", "unsafe_split", "unsafe_split_with_sizes"])
-SURE = (PERMUTE | RESHAPE | PARTS | {"detach", "detach_", "alias", "lift_fresh", "positive"}) - frozenset(
-    ["reshape", "flatten", "reshape_as", "_unsafe_view", "ravel", "unsafe_chunk", "unsafe_split", "unsafe_split_with_sizes"]
+PERMUTE = frozenset(
+    {"permute", "transpose", "t", "numpy_T", "mT", "swapaxes", "swapdims", "movedim", "moveaxis"}
 )
-"""Ops whose result always shares memory with their first argument."""
-OTHER = frozenset(["slice", "narrow", "select", "unsqueeze", "expand", "expand_as", "diagonal", "unbind"])
+PARTS = frozenset({"chunk", "split", "split_with_sizes", "tensor_split"})
+UNSAFE_PARTS = frozenset({"unsafe_chunk", "unsafe_split", "unsafe_split_with_sizes"})
+OTHER = frozenset({"slice", "narrow", "select", "unsqueeze", "expand", "expand_as", "diagonal", "unbind"})
+SURE = (PERMUTE | RESHAPE | PARTS | OTHER | {"detach", "detach_", "alias", "lift_fresh", "positive"}) - {
+    "reshape",
+    "flatten",
+    "reshape_as",
+    "_unsafe_view",
+    "ravel",
+}
+"""Ops whose result shares memory with their first argument whatever its strides."""
 FRESH = frozenset(
-    ["linear", "matmul", "scaled_dot_product_attention", "layer_norm", "rms_norm", "group_norm", "embedding", "conv1d", "conv2d", "conv3d", "softmax", "log_softmax", "silu", "gelu", "outer", "cross_entropy_loss", "conv_transpose1d", "conv_transpose2d", "stack", "cat", "repeat_interleave", "pad", "one_hot", "addmm", "where", "cumsum", "square", "pow", "rsub"]
+    {"linear", "matmul", "scaled_dot_product_attention", "layer_norm", "rms_norm", "group_norm", "embedding"}
+    | {"conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "softmax", "log_softmax", "silu"}
+    | {"gelu", "outer", "cross_entropy_loss", "stack", "cat", "pad", "one_hot", "where", "square", "rsub"}
+    | {"batch_norm", "instance_norm"}
 )
 """Composite ops that never return their argument; composites not listed here are looked at by storage."""
-HIDDEN_WRITES = frozenset(["batch_norm", "instance_norm", "native_batch_norm", "_native_batch_norm_legit"])
+HIDDEN_WRITES = frozenset({"batch_norm", "instance_norm", "native_batch_norm"})
 """Ops that update running statistics although their schema does not say so."""
 
 
+@functools.cache
 def base_name(target: Any) -> str:
     """`slice` for `aten.slice.Tensor`; empty for what is not an aten overload."""
     if isinstance(target, torch._ops.OpOverload) and target.namespace == "aten":
@@ -76,8 +90,8 @@ def written(node: fx.Node) -> list[fx.Node]:
 class Step:
     """One view step from a parent value to the value of a node.
 
-    `kind` is `same`, `reshape`, `permute`, `unsqueeze`, `expand`, `slice`, `select`, `diagonal`, `parts` (a list of
-    slices or selections, whose members are `getitem` nodes) or `opaque` (shares memory in a way not modelled).
+    `kind` is `same`, `reshape`, `permute`, `unsqueeze`, `expand`, `slice`, `select`, `diagonal`, `parts` (a list
+    of slices or selections, whose members are `getitem` nodes) or `opaque` (shares memory in an unknown way).
     """
 
     kind: str
@@ -176,8 +190,8 @@ def _shared_inputs(nodes: list[fx.Node]) -> list[tuple[fx.Node, fx.Node]]:
 def shares_memory(node: fx.Node, parent: fx.Node) -> bool:
     """Whether a node's value is memory of its parent's, by the storages of the traced values.
 
-    Different storages prove nothing when the values were loaded from a file, so the op is then run again on the
-    parent's traced value. A call that cannot be run counts as sharing.
+    Different storages prove nothing when the values were loaded from a file, so the op is then run again on
+    the parent's traced value. A call that cannot be run counts as sharing.
     """
     keys = {storage_key(v) for v in _flat(node.meta.get("val"))}
     mine = storage_key(parent.meta.get("val"))
@@ -200,7 +214,7 @@ def is_certain(node: fx.Node) -> bool:
     name = base_name(node.target)
     if name == "view" and node.target is not aten.view.default:
         return True
-    return name in SURE or name in OTHER or node.target is operator.getitem or bool(written(node))
+    return name in SURE or node.target is operator.getitem or bool(written(node))
 
 
 def possible_steps(node: fx.Node) -> list[Step]:
@@ -235,10 +249,16 @@ def _holds_tensor(node: fx.Node) -> bool:
 
 
 def _is_unknown_composite(target: torch._ops.OpOverload, name: str) -> bool:
-    """Composite ops may return an argument without their schema saying so (`type_as`, `einsum`, `meshgrid`)."""
+    """Composite ops may return an argument although no schema says so (`type_as`, `einsum`, `meshgrid`)."""
     if name in FRESH or target.namespace != "aten":
         return False
-    return torch._C._dispatch_has_kernel_for_dispatch_key(target.name(), "CompositeImplicitAutograd")
+    return torch._C._dispatch_has_kernel_for_dispatch_key(_full_name(target), "CompositeImplicitAutograd")
+
+
+@functools.cache
+def _full_name(target: torch._ops.OpOverload) -> str:
+    schema = target._schema
+    return f"{schema.name}.{schema.overload_name}" if schema.overload_name else schema.name
 
 
 def _named_step(node: fx.Node, name: str, first: fx.Node) -> Step | None:
@@ -248,7 +268,7 @@ def _named_step(node: fx.Node, name: str, first: fx.Node) -> Step | None:
         return Step("opaque", first)
     if name in RESHAPE:
         return Step("reshape", first)
-    if name in PARTS or name == "unbind":
+    if name in PARTS | UNSAFE_PARTS or name == "unbind":
         return Step("parts", first)
     if name in PERMUTE:
         order = permutation(node)
@@ -277,7 +297,11 @@ def _item_step(node: fx.Node) -> list[Step]:
     if not isinstance(source, fx.Node) or not isinstance(index, int):
         return [Step("opaque", n) for n in all_inputs(node.args)]
     name = base_name(source.target)
-    if source.op == "call_function" and name in PARTS | {"unbind"} and isinstance(source.args[0], fx.Node):
+    if (
+        source.op == "call_function"
+        and name in PARTS | UNSAFE_PARTS | {"unbind"}
+        and isinstance(source.args[0], fx.Node)
+    ):
         dim = normalized_args(source).get("dim", 0)
         if name == "unbind":
             return [Step("select", source.args[0], (dim, index))]
@@ -294,6 +318,8 @@ def permutation(node: fx.Node) -> tuple[int, ...] | None:
     name = base_name(node.target)
     if n is None or name not in PERMUTE:
         return None
+    if n == 0:
+        return ()
     given = normalized_args(node)
     order = list(range(n))
     if name == "permute":
@@ -301,10 +327,11 @@ def permutation(node: fx.Node) -> tuple[int, ...] | None:
     if name in ("t", "numpy_T", "mT"):
         return tuple(order[:-2] + order[-2:][::-1]) if name != "numpy_T" else tuple(reversed(order))
     if name in ("movedim", "moveaxis"):
-        source, target = ([d] if isinstance(d, int) else list(d) for d in (given["source"], given["destination"]))
+        ends = (given["source"], given["destination"])
+        source, target = ([d] if isinstance(d, int) else list(d) for d in ends)
         moved = {t % n: s % n for s, t in zip(source, target, strict=True)}
         rest = iter(d for d in order if d not in moved.values())
         return tuple(moved[d] if d in moved else next(rest) for d in order)
-    a, b = (d % n for d in list(given.values())[1:3]) if n else (0, 0)
+    a, b = (d % n for d in list(given.values())[1:3])
     order[a], order[b] = order[b], order[a]
     return tuple(order)
