@@ -44,6 +44,8 @@ class Example:
     inputs: tuple[Any, ...]
     refusal: str | None = None
     count: int = 1
+    training: bool = False
+    """Gradients of the program are wanted."""
 
 
 class Pass:

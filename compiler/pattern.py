@@ -76,6 +76,8 @@ class Form:
 
     tag: str
     outputs: tuple[Call, ...]
+    chosen: tuple[tuple[str, str], ...] = ()
+    """Choices already made: an output that is an `either` gives one form for each of its terms."""
 
 
 @dataclass(frozen=True)
@@ -221,7 +223,7 @@ class Pattern:
         found_any = False
         for form in self.forms:
             search = _Search(form.tag)
-            for env in self._solve(form.outputs[0], root, _Env(), search):
+            for env in self._solve(form.outputs[0], root, _Env(dict(form.chosen)), search):
                 found = self._finish(form, env, search, inner_may_escape)
                 if found is not None:
                     found_any = True
@@ -397,10 +399,20 @@ def _trace_forms(fn: Callable[..., Any], params: tuple[str, ...]) -> Iterator[Fo
     for tag, result in alternatives:
         outputs = result if isinstance(result, tuple) else (result,)
         terms = tuple(_term(o.node if isinstance(o, fx.Proxy) else o, done) for o in outputs)
-        for term in terms:
-            if not isinstance(term, Call):
-                raise PassDefinitionError(f"{fn.__qualname__}: form {tag!r} must return a call, not {term!r}")
-        yield Form(str(tag), terms)
+        yield from _forms(fn.__qualname__, str(tag), terms)
+
+
+def _forms(owner: str, tag: str, terms: tuple[Any, ...], chosen: tuple[tuple[str, str], ...] = ()) -> Iterator[Form]:
+    for i, term in enumerate(terms):
+        if isinstance(term, Either):
+            for label, alternative in term.terms:
+                one = (*terms[:i], alternative, *terms[i + 1 :])
+                yield from _forms(owner, tag, one, (*chosen, (term.choice.name, label)))
+            return
+        if not isinstance(term, Call):
+            raise PassDefinitionError(f"{owner}: form {tag!r} must return a call, not {type(term).__name__}")
+    if len(dict(chosen)) == len(set(chosen)):
+        yield Form(tag, terms, chosen)
 
 
 def _term(value: Any, done: dict[fx.Node, Any]) -> Any:

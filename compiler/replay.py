@@ -14,6 +14,7 @@ from torch import fx
 from tilewright.compiler.diagnostics import VerifyError
 from tilewright.compiler.pattern import Match
 from tilewright.compiler.program import Program
+from tilewright.compiler.schema import arguments, op_name, tensor_meta
 from tilewright.compiler.stage import Exactness
 
 MAX_ELEMENTS = 1 << 22
@@ -73,7 +74,9 @@ class Replayer:
     def _run(self, before: fx.GraphModule, after: fx.GraphModule, m: Match, inputs: list[fx.Node]) -> float:
         generator = torch.Generator().manual_seed(self._seed)
         made: dict[fx.Node, Any] = {}
-        values = [made.setdefault(n, random_like(n.meta["val"], generator)) for n in inputs]
+        for node in inputs:
+            made.setdefault(node, _in_range(node, m, random_like(node.meta["val"], generator)))
+        values = [made[n] for n in inputs]
         with torch.no_grad():
             want = tensors_in(before(*values))
             got = tensors_in(after(*values))
@@ -88,6 +91,22 @@ class Replayer:
                 )
             worst = max(worst, error)
         return worst
+
+
+_INDEXED = {"embedding": ("weight", "indices", 0), "index_select": ("self", "index", "dim")}
+"""Ops that read rows by index: the table, the indices and the axis they count over, by argument name."""
+
+
+def _in_range(node: fx.Node, m: Match, value: Any) -> Any:
+    """Counting integers folded into the number of rows of the tables that the match looks them up in."""
+    for user in node.users:
+        names = _INDEXED.get(op_name(user).rsplit(":", 1)[-1])
+        given = arguments(user) if names and user in m.nodes else {}
+        if names and given.get(names[1]) is node and isinstance(value, torch.Tensor):
+            table = tensor_meta(given[names[0]])
+            axis = names[2] if isinstance(names[2], int) else given[names[2]]
+            value = value % hint(table.shape[axis]) if table is not None else value
+    return value
 
 
 def _elements(node: fx.Node) -> int:

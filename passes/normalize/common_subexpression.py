@@ -34,7 +34,9 @@ class CommonSubexpression(GraphPass):
             if first is node:
                 continue
             if out in node.users and out in first.users:
-                log.refused(node, f"it and {first.name} are both outputs, which the caller may write to apart")
+                log.refused(
+                    node, f"it and {first.name} are both outputs, which the caller may write to apart"
+                )
             elif log.take(node):
                 log.applied(node, inserted=[first], removed=[node])
                 node.replace_all_uses_with(first)

@@ -46,7 +46,11 @@ class FoldConstants(GraphPass):
         value = node.meta.get("val")
         if node.op == "get_attr":
             return "derived" not in node.meta
-        if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload) or is_impure(node):
+        if (
+            node.op != "call_function"
+            or not isinstance(node.target, torch._ops.OpOverload)
+            or is_impure(node)
+        ):
             return False
         if not isinstance(value, torch.Tensor) or not all(type(s) is int for s in value.shape):
             return False

@@ -58,7 +58,9 @@ class GqaUnrepeat(Rewrite):
                 return refuse(f"{name} has {m.val(name).dim()} axes, expected 4", at=m[name])
             batch, heads, length, size = m.shape(name)
             if m[f"{name}_axis"] not in (2, -3):
-                return refuse(f"{name} is repeated along axis {m[f'{name}_axis']}, not along its heads", at=m[name])
+                return refuse(
+                    f"{name} is repeated along axis {m[f'{name}_axis']}, not along its heads", at=m[name]
+                )
             queries = m.shape("q")[1]
             folded = m.outputs[0].args[1 if name == "k" else 2]
             shape = folded.meta["val"].shape
@@ -77,10 +79,14 @@ class GqaUnrepeat(Rewrite):
     def _packs(q: torch.Tensor, mask: object, sinks: object, m: Match | None = None) -> bool:
         if q.shape[2] != 1 or sinks is not None:
             return False
-        shape = getattr(mask, "shape", None) if m is None else (m.shape("mask") if m.is_tensor("mask") else None)
+        shape = (
+            getattr(mask, "shape", None) if m is None else (m.shape("mask") if m.is_tensor("mask") else None)
+        )
         return shape is None or (len(shape) == 4 and shape[1] == 1 and shape[2] == 1)
 
-    def replacement(self, q, k, v, k_axis, v_axis, k_sizes, v_sizes, k_shape, v_shape, mask, scale, softcap, sinks):
+    def replacement(
+        self, q, k, v, k_axis, v_axis, k_sizes, v_sizes, k_shape, v_shape, mask, scale, softcap, sinks
+    ):
         if self.form == "gqa" or not self._packs(q, mask, sinks):
             return ops.attention(q, k, v, mask, scale, False, softcap, sinks)
         batch, heads, _, size = q.shape
