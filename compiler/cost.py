@@ -261,12 +261,12 @@ class _Numbers:
 def node_costs(
     program: Program | fx.GraphModule,
     device: DeviceDescriptor,
-    where: Callable[[fx.Node], str],
+    where: Callable[[fx.Node], str] | None = None,
 ) -> list[NodeCost]:
     """Cost of every call in the graph, in order, with its roofline time on `device` at the captured sizes.
 
-    `where` says what runs a node (a kernel name, `inductor`, `eager`). A node whose sizes have no value
-    (unbacked) keeps its formulas and has no numbers.
+    `where` says what runs a node (a kernel name, `inductor`, `eager`); None leaves it open. A node
+    whose sizes have no value (unbacked) keeps its formulas and has no numbers.
     """
     module = program.module if isinstance(program, Program) else program
     sizes, number = _Sizes(), _Numbers(size_values(module))
@@ -288,7 +288,7 @@ def node_costs(
                 bytes_written=sizes.text(cost.bytes_written),
                 launches=cost.launches,
                 roofline_us=time_us,
-                where=where(node) if cost.launches else "",
+                where=where(node) if where is not None and cost.launches else "",
                 source=source_line(node),
                 module=module_path(node),
                 flops_value=flops,

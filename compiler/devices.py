@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from types import MappingProxyType
 
 import torch
@@ -148,8 +148,9 @@ def _best(run: Callable[[], object], rounds: int) -> float:
     return best
 
 
+@cache
 def measure_host(rounds: int = 4) -> DeviceDescriptor:
-    """Measure this machine through torch in under half a second, with torch's current thread count.
+    """Measure this machine through torch in under half a second, once a process, with torch's thread count.
 
     Arithmetic: a matrix product per dtype. Bandwidth: the better of summing 64 MiB of float32 and
     copying 32 MiB (bytes read and written counted). Launch: one addition of two scalars. What torch reaches

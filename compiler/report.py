@@ -123,7 +123,8 @@ class Report:
     graph_breaks: list[dict[str, str]] = field(default_factory=list)
     """reason and user source line of each graph break."""
     kernels: list[dict[str, str]] = field(default_factory=list)
-    """node, op, kernel (or refusal), source (file) and text (generated source) of each lowering decision."""
+    """node, op, kernel (what runs it), why (there is no generated kernel), source (file) and text (generated
+    source, where the file is gone) of each lowering decision."""
     costs_before: list[NodeCost] = field(default_factory=list)
     costs_after: list[NodeCost] = field(default_factory=list)
     totals_before: Totals = field(default_factory=Totals)

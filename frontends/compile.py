@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from tilewright.compiler.cost import node_costs, totals
+from tilewright.compiler.cost import node_costs, size_values, totals
 from tilewright.compiler.devices import measure_host
 from tilewright.compiler.diagnostics import FactError, OptionError, nearest
 from tilewright.compiler.facts import apply_user_facts, derive_facts
@@ -100,6 +100,7 @@ def optimize_program(program: Program, options: CompileOptions, model: str = "")
     report.seconds["facts"] = time.perf_counter() - started
     report.facts = [{"name": f.name, "value": repr(f.value), "origin": f.origin} for f in program.facts]
     if options.costs:
+        report.device, report.sizes = measure_host().name, size_values(program.module)
         report.costs_before = node_costs(program, measure_host())
         report.totals_before = totals(report.costs_before)
     started = time.perf_counter()

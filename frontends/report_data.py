@@ -204,7 +204,7 @@ def _add_diffs(report: Report, passes: list[dict[str, Any]]) -> None:
 
 
 def _kernels(report: Report, texts: _Texts) -> dict[str, Any]:
-    """Rows [node, op, kernel, refusal, file, index of its text or -1] and the distinct generated texts."""
+    """Rows [node, op, what runs it, why no kernel, file, text index or -1] and the distinct texts."""
     sources = _Texts()
     rows = []
     used = 0
@@ -214,7 +214,7 @@ def _kernels(report: Report, texts: _Texts) -> dict[str, Any]:
         if not known and used + len(text) > _KERNEL_TEXTS:
             text = ""
         used += 0 if known else len(text)
-        fields = [texts(k.get(name, "")) for name in ("op", "kernel", "refusal", "source")]
+        fields = [texts(k.get(name, "")) for name in ("op", "kernel", "why", "source")]
         rows.append([k.get("node", ""), *fields, sources(text) if text else -1])
     return {"rows": rows, "sources": sources.table}
 

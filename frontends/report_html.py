@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import errno
 import hashlib
 import json
 import os
@@ -44,6 +45,18 @@ def write_html(report: Report, path: str | os.PathLike[str]) -> Path:
     finally:
         Path(temporary).unlink(missing_ok=True)
     return target
+
+
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """ReportError when a report could not be written to `path`; made for asking before the work begins."""
+    target = Path(path)
+    if target.is_dir():
+        raise _unwritable(target, IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR)))
+    try:
+        with tempfile.TemporaryFile(dir=target.parent):
+            pass
+    except OSError as error:
+        raise _unwritable(target, error) from error
 
 
 def _unwritable(target: Path, error: OSError) -> ReportError:

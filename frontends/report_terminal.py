@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import TextIO
 
 from rich.console import Console
 from rich.table import Table
@@ -86,6 +88,17 @@ def show(report: Report, console: Console, top: int = 10) -> None:
             table.caption, table.caption_justify = Text(clean(section.note)), "left"
         console.print()
         console.print(table)
+
+
+def lines_for(report: Report, stream: TextIO, top: int = 10) -> list[str]:
+    """The lines that `show` would write to a stream: tables with colours on a terminal, plain lines elsewhere."""
+    if not stream.isatty():
+        return plain_lines(report, top)
+    width = Console(file=stream).width
+    console = Console(file=io.StringIO(), force_terminal=True, width=width)
+    with console.capture() as capture:
+        show(report, console, top)
+    return capture.get().rstrip("\n").split("\n")
 
 
 def plain_lines(report: Report, top: int = 10) -> list[str]:
@@ -179,11 +192,14 @@ def _refusal_rows(p: PassReport) -> Iterator[tuple[str, ...]]:
 
 
 def _kernels(report: Report) -> Section:
-    section = Section("What runs where", ("op", "kernel or reason", "count"))
-    entries = [(k.get("op", ""), k.get("kernel") or k.get("refusal", "")) for k in report.kernels]
-    for (op, kernel), count in Counter(entries).most_common():
-        section.rows.append((op, kernel, str(count)))
-    launches = Counter(c.where for c in report.costs_after if c.where).most_common()
+    section = Section("What runs where", ("op", "runs on", "count", "no generated kernel because"))
+    entries = [(k.get("op", ""), k.get("kernel", ""), k.get("why", "")) for k in report.kernels]
+    for (op, kernel, reason), count in Counter(entries).most_common():
+        section.rows.append((op, kernel, str(count), reason))
+    counts: Counter[str] = Counter()
+    for c in report.costs_after:
+        counts[c.where] += c.launches
+    launches = [(where, count) for where, count in counts.most_common() if where and count]
     if launches:
         section.note = "launches: " + ", ".join(f"{where} {count}" for where, count in launches)
     return section

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 
 from tilewright.frontends.cli import Result
 from tilewright.frontends.commands.shared import add_model, add_pipeline, compile_options, load, step
@@ -26,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> Result:
     from tilewright.frontends.api import explain
     from tilewright.frontends.report_html import check_writable, write_html
-    from tilewright.frontends.report_terminal import plain_lines
+    from tilewright.frontends.report_terminal import lines_for
 
     options = compile_options(args)
     if args.html:
@@ -37,7 +38,7 @@ def run(args: argparse.Namespace) -> Result:
         report = explain(
             model.module, call_args, kwargs=call_kwargs, measure=args.error, name=model.name, **options
         )
-    lines = plain_lines(report, top=args.top)
+    lines = lines_for(report, sys.stdout, top=args.top)
     if args.html:
         lines.append(f"wrote {write_html(report, args.html)}")
     return Result(report.to_dict(), lines)

@@ -42,7 +42,8 @@ def _costs(layers, source, name, fused):
             kernel = "tilewright" in target and us >= 10
             where = "" if us == 0 else ("tw_gemv_avx2" if kernel and fused else "inductor")
             path = name(f"model.layers.{i}" + (f".{module}" if module else ""))
-            node = name(f"{op}_{i}")
+            node = name(f"rms_norm_{i}" if fused and op == "mul" else f"{op}_{i}")
+            target = "tilewright.rms_norm.default" if fused and op == "mul" else target
             rows.append(
                 NodeCost(
                     node, target, f"{int(us * 1e4)}*s0", f"{int(us * 2e3)}*s0 + 576", f"{int(us * 1e3)}*s0",
@@ -88,7 +89,7 @@ def build(layers=30, name=str, model_file=None):
     for i in range(layers):
         norm.applied.append(
             Application(
-                name("scale_first"), name(f"mul_{i}"), [name(f"mul_{i}")],
+                name("scale_first"), name(f"mul_{i}"), [name(f"rms_norm_{i}")],
                 [name(f"{op}_{i}") for op in ("pow", "mean", "add", "rsqrt", "mul")], source(i),
                 name(f"model.layers.{i}.input_layernorm"), rng.random() * 1e-7, "",
             )
@@ -136,7 +137,7 @@ def build(layers=30, name=str, model_file=None):
         kernels=[
             {"node": r.node, "op": "linear", "kernel": "tw_gemv_avx2", "source": "gemv.cpp", "text": kernel}
             for r in after if r.where == "tw_gemv_avx2"
-        ] + [{"node": name("attention_0"), "op": "attention", "refusal": name("head size 9 is odd")}],
+        ] + [{"node": name("at_0"), "op": "attention", "kernel": "inductor", "why": name("head size 9 is odd")}],
         costs_before=before, costs_after=after, totals_before=_total(before), totals_after=_total(after),
         errors={"eager output 0": 3.1e-7, "tilewright output 0": 2.2e-7},
         seconds={"capture": 1.2, "passes": 0.043, "lower": 0.4, "inductor": 21.0},

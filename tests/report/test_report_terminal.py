@@ -11,7 +11,7 @@ from rich.console import Console
 from tilewright.compiler.diagnostics import OptionError
 from tilewright.compiler.report import PassReport, Refused, Report, Totals
 from tilewright.frontends.report_source import source_lines
-from tilewright.frontends.report_terminal import plain_lines, show
+from tilewright.frontends.report_terminal import lines_for, plain_lines, show
 from tilewright.frontends.report_text import change, clean, duration, group_refusals, number
 from tilewright.frontends.report_why import why
 
@@ -149,6 +149,7 @@ def test_why_it_did_not_apply(make_report):
 def test_why_it_did_apply(make_report):
     text = why(make_report(6), "match-rms-norm", "rsqrt_3")
     assert "applied at mul_3" in text
+    assert "inserted: rms_norm_3" in text
     assert "removed: pow_3, mean_3, add_3, rsqrt_3, mul_3" in text
     assert "relative RMS difference" in text
     assert why(make_report(6), "match-rms-norm", "model.layers.3").count("applied at") == 1
@@ -178,3 +179,13 @@ def test_only_regular_python_files_are_read(tmp_path):
     assert source_lines(f"{code}:2", around=1) == [(1, "a"), (2, "b"), (3, "c")]
     for source in (f"{secret}:1", f"{code}:0", f"{code}:99", f"{code}:x", f"{tmp_path}.py:1", "a\0.py:1", ""):
         assert source_lines(source) == []
+
+
+def test_lines_for_a_stream_are_tables_only_on_a_terminal(make_report):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    report = make_report(2)
+    assert lines_for(report, io.StringIO()) == plain_lines(report)
+    assert any("┃" in line for line in lines_for(report, Terminal()))
