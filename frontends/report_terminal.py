@@ -91,7 +91,7 @@ def show(report: Report, console: Console, top: int = 10) -> None:
 
 
 def lines_for(report: Report, stream: TextIO, top: int = 10) -> list[str]:
-    """The lines that `show` would write to a stream: tables with colours on a terminal, plain lines elsewhere."""
+    """The lines that `show` writes to such a stream: tables on a terminal, plain lines elsewhere."""
     if not stream.isatty():
         return plain_lines(report, top)
     width = Console(file=stream).width

@@ -137,7 +137,7 @@ def build(layers=30, name=str, model_file=None):
         kernels=[
             {"node": r.node, "op": "linear", "kernel": "tw_gemv_avx2", "source": "gemv.cpp", "text": kernel}
             for r in after if r.where == "tw_gemv_avx2"
-        ] + [{"node": name("at_0"), "op": "attention", "kernel": "inductor", "why": name("head size 9 is odd")}],
+        ] + [{"node": name("at_0"), "op": "attention", "kernel": "inductor", "why": name("odd head size")}],
         costs_before=before, costs_after=after, totals_before=_total(before), totals_after=_total(after),
         errors={"eager output 0": 3.1e-7, "tilewright output 0": 2.2e-7},
         seconds={"capture": 1.2, "passes": 0.043, "lower": 0.4, "inductor": 21.0},
