@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -46,8 +46,10 @@ class Mutant(NamedTuple):
         return self.description.split(":", 1)[0]
 
 
-def mutants(module: fx.GraphModule, inputs: Sequence[Any]) -> Iterator[Mutant]:
-    """Every one-step mutant of a flat graph that runs on `inputs` (real tensors; they are not changed).
+def mutants(
+    module: fx.GraphModule, inputs: Sequence[Any], kinds: Collection[str] = KINDS
+) -> Iterator[Mutant]:
+    """Every one-step mutant of these kinds of a flat graph that runs on `inputs` (real tensors, not changed).
 
     module holds calls of overloads (aten, tilewright) and operator.getitem only. A mutant shares parameters
     with the original. Some mutants mean the same as the original: callers decide by evaluation.
@@ -57,6 +59,8 @@ def mutants(module: fx.GraphModule, inputs: Sequence[Any]) -> Iterator[Mutant]:
         if not is_overload(node):
             continue
         for description, edit in _changes(node, values):
+            if description.split(":", 1)[0] not in kinds:
+                continue
             mutant = edited(module, node, edit)
             if runs(mutant, inputs):
                 yield Mutant(f"{description} at {node.name}", mutant)
