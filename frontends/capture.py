@@ -18,6 +18,7 @@ from tilewright.compiler.module_paths import normalise_path
 from tilewright.compiler.pipeline import Pipeline, RunOptions, run_pass
 from tilewright.compiler.program import InputKind, InputSpec, Program
 from tilewright.compiler.report import PassReport
+from tilewright.frontends.vmap_regions import check_nothing_lost, expand_vmap
 
 NORMAL_FORM = "normal-form"
 _DYNAMO_KEYS = ("tensor_dict",)
@@ -37,7 +38,7 @@ def from_dynamo(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Program:
     training = torch.is_grad_enabled() and any(
         isinstance(t, torch.Tensor) and t.requires_grad for t in example_inputs
     )
-    interpreter = fx.Interpreter(gm)
+    interpreter = fx.Interpreter(expand_vmap(gm, context.fake_mode, fakes))
     with context.fake_mode, torch.fx.traceback.preserve_node_meta():
         flat = make_fx(
             lambda *a: interpreter.run(*a),
@@ -45,6 +46,7 @@ def from_dynamo(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Program:
             tracing_mode="real",
             _allow_non_fake_inputs=True,
         )(*fakes)
+    check_nothing_lost(flat)
     specs = _adopt_placeholders(gm, flat, example_inputs)
     return Program(flat, specs, list(example_inputs), origin="dynamo", training=training)
 
