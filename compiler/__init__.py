@@ -11,13 +11,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tilewright.compiler import ops as ops
     from tilewright.compiler.diagnostics import TilewrightError as TilewrightError
-    from tilewright.compiler.graph_pass import GraphPass as GraphPass
-    from tilewright.compiler.graph_pass import graph_pass as graph_pass
+    from tilewright.compiler.whole_graph import GraphPass as GraphPass
+    from tilewright.compiler.whole_graph import graph_pass as graph_pass
     from tilewright.compiler.log import PassLog as PassLog
     from tilewright.compiler.passes_base import Example as Example
     from tilewright.compiler.passes_base import Tensor as Tensor
     from tilewright.compiler.pattern import Match as Match
+    from tilewright.compiler.pattern import either as either
     from tilewright.compiler.pattern import known_equal as known_equal
+    from tilewright.compiler.pattern import number as number
     from tilewright.compiler.pattern import refuse as refuse
     from tilewright.compiler.pipeline import Pipeline as Pipeline
     from tilewright.compiler.pipeline import RunOptions as RunOptions
@@ -36,7 +38,7 @@ _HOME = {
     "Change": "rewrite",
     "Exactness": "stage",
     "Example": "passes_base",
-    "GraphPass": "graph_pass",
+    "GraphPass": "whole_graph",
     "Match": "pattern",
     "PassLog": "log",
     "Pipeline": "pipeline",
@@ -47,8 +49,10 @@ _HOME = {
     "Tensor": "passes_base",
     "TilewrightError": "diagnostics",
     "Verdict": "rewrite",
-    "graph_pass": "graph_pass",
+    "either": "pattern",
+    "graph_pass": "whole_graph",
     "known_equal": "pattern",
+    "number": "pattern",
     "refuse": "pattern",
     "rewrite_pass": "rewrite",
 }

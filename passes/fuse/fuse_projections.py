@@ -11,7 +11,17 @@ from collections.abc import Iterator
 
 from torch import fx
 
-from tilewright.compiler import Example, Exactness, GraphPass, PassLog, Program, Stage, Tensor, graph_pass, ops
+from tilewright.compiler import (
+    Example,
+    Exactness,
+    GraphPass,
+    PassLog,
+    Program,
+    Stage,
+    Tensor,
+    graph_pass,
+    ops,
+)
 from tilewright.compiler.graph import insert_like
 from tilewright.compiler.schema import arguments
 
@@ -77,5 +87,7 @@ class FuseProjections(GraphPass):
 
         yield {}, Example(projections, (x, *weights))
         yield {}, Example(lambda x, w: ops.linear(x, w), (x, weights[0]), refusal="no other linear")
-        late = Example(lambda x, w: (lambda a: (a, ops.linear(x, w * a.mean())))(ops.linear(x, w)), (x, weights[0]))
+        late = Example(
+            lambda x, w: (lambda a: (a, ops.linear(x, w * a.mean())))(ops.linear(x, w)), (x, weights[0])
+        )
         yield {}, Example(late.model, late.inputs, refusal="computed after")

@@ -11,7 +11,17 @@ from collections.abc import Iterator
 import torch
 from torch import fx
 
-from tilewright.compiler import Example, Exactness, GraphPass, PassLog, Program, Stage, Tensor, graph_pass, ops
+from tilewright.compiler import (
+    Example,
+    Exactness,
+    GraphPass,
+    PassLog,
+    Program,
+    Stage,
+    Tensor,
+    graph_pass,
+    ops,
+)
 from tilewright.compiler.schema import arguments
 
 
@@ -88,22 +98,38 @@ class FoldNormScale(GraphPass):
         g, b = Tensor(12, weight=True), Tensor(12, weight=True)
         yield {}, Example(lambda x, g, w: ops.linear(ops.rms_norm(x, g, 1e-6), w), (x, g, w))
         yield {}, Example(lambda x, g, w: ops.linear(ops.rms_norm(x, g, 1e-6, 1.0), w), (x, g, w))
-        yield {}, Example(
-            lambda x, g, b, w, c: ops.linear(ops.layer_norm(x, [12], g, b), w, c),
-            (x, g, b, w, Tensor(7, weight=True)),
+        yield (
+            {},
+            Example(
+                lambda x, g, b, w, c: ops.linear(ops.layer_norm(x, [12], g, b), w, c),
+                (x, g, b, w, Tensor(7, weight=True)),
+            ),
         )
         yield {}, Example(lambda x, g, b, w: ops.linear(ops.layer_norm(x, [12], g, b), w), (x, g, b, w))
         yield {}, Example(lambda x, w: ops.linear(ops.rms_norm(x, None, 1e-6), w), (x, w), refusal="no gain")
         yield {}, Example(lambda x, g: ops.rms_norm(x, g, 1e-6) * 2, (x, g), refusal="not a linear")
-        yield {}, Example(lambda x, g, w: ops.linear(ops.rms_norm(x, g * 2, 1e-6), w), (x, g, w), refusal="computed")
-        yield {}, Example(
-            lambda x, g, w: ops.linear(ops.rms_norm(x, g, 1e-6), w * 2), (x, g, w), refusal="is computed, not"
+        yield (
+            {},
+            Example(
+                lambda x, g, w: ops.linear(ops.rms_norm(x, g * 2, 1e-6), w), (x, g, w), refusal="computed"
+            ),
+        )
+        yield (
+            {},
+            Example(
+                lambda x, g, w: ops.linear(ops.rms_norm(x, g, 1e-6), w * 2),
+                (x, g, w),
+                refusal="is computed, not",
+            ),
         )
         tied = Example(lambda x, g, w: (ops.linear(ops.rms_norm(x, g, 1e-6), w), w.sum()), (x, g, w))
         yield {}, Example(tied.model, tied.inputs, refusal="tied")
         square = Tensor(5, 12, weight=True)
-        yield {}, Example(
-            lambda x, s, w: ops.linear(ops.layer_norm(x, [5, 12], s), w), (x, square, w), refusal="2 axes"
+        yield (
+            {},
+            Example(
+                lambda x, s, w: ops.linear(ops.layer_norm(x, [5, 12], s), w), (x, square, w), refusal="2 axes"
+            ),
         )
 
 
