@@ -56,6 +56,15 @@ def attention(
     return torch.softmax(scores, -1) @ value
 
 
+@takes(torch.matmul, Tensor.matmul, _ATEN.matmul.default)
+def matmul(x: Tensor, other: Tensor) -> Tensor:
+    """aten's own, but for a vector on the left, where it squeezes in place."""
+    if x.dim() == 1 and other.dim() >= 2:
+        return matmul(x.unsqueeze(0), other).squeeze(-2)
+    with torch._C.DisableTorchFunctionSubclass():
+        return torch.matmul(x, other)
+
+
 @takes(F.rms_norm, torch.rms_norm, _ATEN.rms_norm.default)
 def rms_norm(
     input: Tensor,  # noqa: A002

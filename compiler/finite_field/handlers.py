@@ -102,7 +102,7 @@ def _pow(context: Context, x: object, exponent: object) -> Planes:
         return found if exponent > 0 else field.reciprocal(found)
     if isinstance(exponent, int | float) and float(exponent).is_integer() and abs(exponent) <= 64:
         base = as_planes(x)
-        result = field.lift(1)
+        result = field.lift(torch.ones(base.shape, dtype=torch.int64))
         for _ in range(abs(int(exponent))):
             result = field.multiply(result, base)
         return field.reciprocal(result) if exponent < 0 else result
