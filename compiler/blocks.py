@@ -137,16 +137,19 @@ class _Draft:
     """Names of coupled blocks -> their masks with their entries."""
 
 
-def find_blocks(graph: fx.Graph, inputs: Sequence[InputSpec] = ()) -> BlockStructure:
+def find_blocks(
+    graph: fx.Graph, inputs: Sequence[InputSpec] = (), flow: Flow | None = None
+) -> BlockStructure:
     """The residual streams, blocks and layers of a functional graph with `meta["val"]`.
 
     `inputs` describes the placeholders (a Program's `inputs`): with it a block's placeholders are told apart
     into parameters, arguments and state; without it all that is not written to counts as a parameter.
+    `flow` is the graph's reachability where the caller has it already.
     """
     foreign = next((n for n in graph.nodes if n.op in ("call_module", "call_method")), None)
     if foreign is not None:
         return BlockStructure(refusal=f"{foreign.name} is a {foreign.op}: the graph is not in normal form")
-    flow = Flow(graph)
+    flow = flow or Flow(graph)
     chains = find_chains(flow)
     sites = tuple(attention_sites(flow))
     if not chains:

@@ -50,6 +50,7 @@ class Facts:
 
     def __init__(self) -> None:
         self._facts: dict[str, Fact] = {}
+        self._absent: dict[str, str] = {}
 
     def set(self, name: str, value: Any, origin: str) -> None:
         """Record a fact; one that the user gave is never overwritten by a derived one."""
@@ -66,8 +67,13 @@ class Facts:
     def has(self, name: str) -> bool:
         return name in self._facts
 
+    def absent(self, name: str, reason: str) -> None:
+        """Remember why a fact could not be derived, for the message of the pass that needs it."""
+        self._absent[name] = reason
+
     def missing(self, name: str) -> str:
-        return f"fact {name!r} is absent"
+        reason = self._absent.get(name)
+        return f"fact {name!r} is absent: {reason}" if reason else f"fact {name!r} is absent"
 
     def __iter__(self) -> Any:
         return iter(self._facts.values())
@@ -137,22 +143,28 @@ class Program:
                 module.register_buffer(name, value, persistent=False)
         specs = [replace(s) for s in self.inputs]
         return Program(
-            module, specs, list(self.example_inputs), self.origin, self.training, self.facts, list(self.derived)
+            module,
+            specs,
+            list(self.example_inputs),
+            self.origin,
+            self.training,
+            self.facts,
+            list(self.derived),
         )
 
     def _by_name(self) -> dict[str, InputSpec]:
         return {spec.name: spec for spec in self.inputs}
 
-    def derive(
-        self, name: str, sources: Sequence[fx.Node], compute: Callable[..., torch.Tensor]
-    ) -> fx.Node:
+    def derive(self, name: str, sources: Sequence[fx.Node], compute: Callable[..., torch.Tensor]) -> fx.Node:
         """Register a buffer computed from weights and return the get_attr node that reads it.
 
         The node is inserted right after the placeholders. The executable re-computes the buffer whenever a
         source tensor is another object or has another version than at the last call.
         """
         if self.training:
-            raise ValueError(f"derived buffer {name!r}: weights are inputs in training and may not be derived from")
+            raise ValueError(
+                f"derived buffer {name!r}: weights are inputs in training and may not be derived from"
+            )
         unique = f"tw_derived_{len(self.derived)}"
         value = compute(*[self.tensor_of(s) for s in sources])
         self.module.register_buffer(unique, value, persistent=False)

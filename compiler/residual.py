@@ -1,8 +1,8 @@
 """Residual streams: chains of additions `x + f(x)` on one value that runs through a model.
 
 Found on the data flow alone. An addition is residual when one of its terms, seen through casts, is an
-ancestor of another term with a heavy op in between. Two residual additions are linked when the first reaches the
-second's skip term through light ops only, which allows a norm after the addition (BERT).
+ancestor of another term with a heavy op in between. Two residual additions are linked when the first reaches
+the second's skip term through light ops only, which allows a norm after the addition (BERT).
 """
 
 from __future__ import annotations
