@@ -63,6 +63,11 @@ class Pipeline:
         """From `name{opt=v},name`, a list of pass values and texts, or a pipeline; PipelineError, OptionError."""
         if isinstance(source, Pipeline):
             return source
+        if not isinstance(source, (str, Pass, list, tuple)):
+            raise PipelineError(
+                f"pipeline = {source!r}: expected text, a list of passes, or a Pipeline",
+                remedy="write 'name{option=value},name'",
+            )
         items = [source] if isinstance(source, (str, Pass)) else list(source)
         passes: list[Pass] = []
         for item in items:
