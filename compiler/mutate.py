@@ -108,7 +108,7 @@ def runs(module: fx.GraphModule, inputs: Sequence[Any]) -> bool:
     """True if the graph evaluates on the inputs; a shape or dtype error of torch means it does not."""
     try:
         with torch.no_grad():
-            module(*copies(inputs))
+            module.forward(*copies(inputs))  # calling the module would print the traceback of a failure
     except (RuntimeError, IndexError, ValueError, TypeError, NotImplementedError):
         return False
     return True
