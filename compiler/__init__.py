@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from tilewright.compiler.passes_base import Tensor as Tensor
     from tilewright.compiler.pattern import Match as Match
     from tilewright.compiler.pattern import either as either
+    from tilewright.compiler.pattern import free as free
     from tilewright.compiler.pattern import known_equal as known_equal
     from tilewright.compiler.pattern import number as number
     from tilewright.compiler.pattern import refuse as refuse
@@ -50,6 +51,7 @@ _HOME = {
     "TilewrightError": "diagnostics",
     "Verdict": "rewrite",
     "either": "pattern",
+    "free": "pattern",
     "graph_pass": "whole_graph",
     "known_equal": "pattern",
     "number": "pattern",

@@ -43,6 +43,15 @@ class Float64(fx.Interpreter):
                 return derived.compute(*[self._inputs[s] for s in derived.sources])
         return widen(super().get_attr(target, args, kwargs))
 
+    def run_node(self, n: fx.Node) -> Any:
+        self._node = n
+        return super().run_node(n)
+
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         args, kwargs = tree_map(widen, (args, kwargs))
+        if target is torch.ops.aten.rms_norm.default and (len(args) < 4 or args[3] is None):
+            # Without eps it takes that of the dtype it computes in, which is part of the program's meaning.
+            narrow = self._node.args[0].meta["val"].dtype  # type: ignore[union-attr]
+            eps = torch.finfo(torch.promote_types(narrow, torch.float32)).eps
+            args, kwargs = (*args[:3], *[None] * (3 - len(args)), eps), {}
         return super().call_function(target, args, kwargs)

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import inspect
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -47,27 +48,45 @@ class Call:
 
 @dataclass(frozen=True)
 class Number:
-    """A parameter that binds a constant int or float and nothing else."""
+    """Binds a constant int or float and nothing else; see `constant_of`."""
 
     var: Var
 
 
 @dataclass(frozen=True, eq=False)
 class Either:
-    """Alternative spellings of one value; the label of the one that matched is bound to the parameter `choice`."""
+    """Alternative spellings of one value; the label of the one that matched is bound to `choice`."""
 
     choice: Var
     terms: tuple[tuple[str, Any], ...]
 
 
+_TRACING: ContextVar[dict[str, fx.Proxy]] = ContextVar("tracing")
+"""The parameters and free values of the pattern that is being traced."""
+
+
+def free(name: str) -> Any:
+    """In a pattern: a value bound to `name` that is not a parameter.
+
+    Constants among these reach `replacement` as the dict `chosen`; a tensor has to be a parameter.
+    """
+    known = _TRACING.get()
+    if name not in known:
+        tracer = next(iter(known.values())).tracer
+        known[name] = fx.Proxy(tracer.graph.placeholder(name), tracer)
+    return known[name]
+
+
 def either(choice: Any, **terms: Any) -> Any:
-    """In a pattern: any one of the named terms, tried in order. The parameter `choice` binds the name."""
-    return choice.tracer.create_proxy("call_function", either, (choice,), terms)
+    """In a pattern: any one of the named terms, tried in order. `choice`, a parameter or a name, binds which."""
+    proxy = free(choice) if isinstance(choice, str) else choice
+    return proxy.tracer.create_proxy("call_function", either, (proxy,), terms)
 
 
 def number(value: Any) -> Any:
-    """In a pattern: the parameter `value`, bound to a constant int or float only."""
-    return value.tracer.create_proxy("call_function", number, (value,), {})
+    """In a pattern: the parameter or the name `value`, bound to a constant int or float only."""
+    proxy = free(value) if isinstance(value, str) else value
+    return proxy.tracer.create_proxy("call_function", number, (proxy,), {})
 
 
 @dataclass(frozen=True)
@@ -115,7 +134,11 @@ class Match:
         return self.outputs[0]
 
     def __getitem__(self, name: str) -> Any:
-        return self.bound[name]
+        return self.bound.get(name)
+
+    def chosen(self, params: Iterable[str]) -> dict[str, Any]:
+        """The constants bound to names other than the parameters."""
+        return {k: v for k, v in sorted(self.bound.items()) if k not in params and not _has_node(v)}
 
     def val(self, name: str) -> torch.Tensor:
         """The fake tensor bound to a parameter; TypeError when it is not a tensor."""
@@ -168,6 +191,12 @@ class Match:
                 if not known_equal(known, size):
                     return refuse(f"axis {letter} of {name} is {size}, expected {known}", at=self.bound[name])
         return sizes
+
+
+def _has_node(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return any(_has_node(v) for v in value)
+    return isinstance(value, fx.Node)
 
 
 def known_equal(a: Any, b: Any) -> bool:
@@ -248,7 +277,7 @@ class Pattern:
                     reason = f"{node.name} is also used by {outside[0].name}, outside the match"
                     search.fail(len(env.calls), reason, node)
                     return None
-        bound = {name: env.values.get(name) for name in self.params}
+        bound = {**dict.fromkeys(self.params), **env.values}
         return Match(outputs, nodes, bound, form.tag)
 
     def _solve(self, term: Any, value: Any, env: _Env, search: _Search, what: str = "") -> Iterator[_Env]:
@@ -261,10 +290,12 @@ class Pattern:
                 for chosen in self._bind(term.choice, label, env, search):
                     yield from self._solve(alternative, value, chosen, search, what)
         elif isinstance(term, Number):
-            if type(value) in (int, float):
-                yield from self._bind(term.var, value, env, search)
-            else:
+            constant, made_by = constant_of(value)
+            if constant is None:
                 search.fail(len(env.calls), f"{what} is {value}, expected a number", value)
+            else:
+                env = _Env(dict(env.values), {**env.calls, **{id(n): n for n in made_by}})
+                yield from self._bind(term.var, constant, env, search)
         elif isinstance(term, (list, tuple)):
             if isinstance(value, (list, tuple)) and len(value) == len(term):
                 yield from self._all([(what, t, v) for t, v in zip(term, value, strict=True)], env, search)
@@ -293,10 +324,13 @@ class Pattern:
             search.fail(depth, f"expected a call of {call.op}, found the constant {value!r}", value)
             return
         if id(call) in env.calls:
-            if env.calls[id(call)] is value:
-                yield env
-            else:
+            again = _twins(env.calls[id(call)], value, set(env.calls.values()))
+            if again is None:
                 search.fail(depth, f"expected {env.calls[id(call)].name} again, found {value.name}", value)
+            else:
+                env = env.copy() if again else env
+                env.calls.update((id(n), n) for n in again)
+                yield env
             return
         if op_name(value) != call.op:
             search.fail(depth, f"expected {call.op}, found {op_name(value)}", value)
@@ -316,6 +350,66 @@ class Pattern:
         (what, term, value), rest = pairs[0], pairs[1:]
         for found in self._solve(term, value, env, search, what):
             yield from self._all(rest, found, search)
+
+
+def constant_of(value: Any) -> tuple[int | float | None, list[fx.Node]]:
+    """The number a value stands for and the nodes that make it; (None, []) when it is no constant number.
+
+    A number, `full([], n)`, `scalar_tensor(n)`, or a captured constant without dimensions.
+    """
+    if type(value) in (int, float):
+        return value, []
+    if not isinstance(value, fx.Node):
+        return None, []
+    name = op_name(value)
+    if name in ("aten::lift_fresh_copy", "aten::detach", "aten::scalar_tensor"):
+        number, made_by = constant_of(value.args[0])
+        return number, [value, *made_by] if number is not None else []
+    if name == "aten::full" and list(value.args[0]) == []:
+        number, made_by = constant_of(value.args[1])
+        return number, [value, *made_by] if number is not None else []
+    if name == "get_attr" and value.graph.owning_module is not None:
+        held = value.graph.owning_module._buffers.get(str(value.target))
+        if held is None:
+            held = vars(value.graph.owning_module).get(str(value.target))
+        is_scalar = type(held) is torch.Tensor and held.dim() == 0 and not held.is_complex()
+        if is_scalar and held.dtype is not torch.bool and "tw_derived" not in str(value.target):
+            return held.item(), [value]
+    return None, []
+
+
+def _twins(first: Any, second: Any, matched: set[fx.Node]) -> list[fx.Node] | None:
+    """The nodes that compute `second` when it is `first` computed again from the same values; None when it is not."""
+    if first is second:
+        return []
+    if not isinstance(first, fx.Node) or not isinstance(second, fx.Node):
+        return [] if _same_constant(first, second) else None
+    if first not in matched or first.target is not second.target or not _is_repeatable(first):
+        return None
+    found = [second]
+    a, b = list(arguments(first).values()), list(arguments(second).values())
+    for one, other in zip(_flat(a), _flat(b), strict=False):
+        again = _twins(one, other, matched)
+        if again is None:
+            return None
+        found += again
+    return found if len(list(_flat(a))) == len(list(_flat(b))) else None
+
+
+def _flat(values: Any) -> Iterator[Any]:
+    for value in values:
+        if isinstance(value, (list, tuple)):
+            yield len(value)
+            yield from _flat(value)
+        else:
+            yield value
+
+
+def _is_repeatable(node: fx.Node) -> bool:
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload):
+        return op_name(node) == GETITEM
+    return not target._schema.is_mutable and torch.Tag.nondeterministic_seeded not in target.tags
 
 
 _Pair = tuple[str, Any, Any]
@@ -387,6 +481,7 @@ def _trace_forms(fn: Callable[..., Any], params: tuple[str, ...]) -> Iterator[Fo
     graph = fx.Graph()
     tracer = fx.proxy.GraphAppendingTracer(graph)
     proxies = [fx.Proxy(graph.placeholder(name), tracer) for name in params]
+    token = _TRACING.set(dict(zip(params, proxies, strict=True)))
     try:
         out = fn(*proxies)
         alternatives = list(out) if isinstance(out, types.GeneratorType) else [("", out)]
@@ -395,6 +490,8 @@ def _trace_forms(fn: Callable[..., Any], params: tuple[str, ...]) -> Iterator[Fo
             f"{fn.__qualname__} branches on a value: {error}",
             remedy="a pattern may branch on options, never on its inputs; yield several forms instead",
         ) from error
+    finally:
+        _TRACING.reset(token)
     done: dict[fx.Node, Any] = {}
     for tag, result in alternatives:
         outputs = result if isinstance(result, tuple) else (result,)

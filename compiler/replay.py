@@ -151,7 +151,7 @@ def extract(program: Program, m: Match, inputs: Sequence[fx.Node]) -> fx.GraphMo
         if node in inside and node not in done:
             done[node] = graph.node_copy(node, lambda n: done[n])
     graph.output(tuple(done[o] for o in m.outputs))
-    return fx.GraphModule({}, graph)
+    return fx.GraphModule(program.module, graph)
 
 
 def tensors_in(value: Any) -> list[torch.Tensor]:

@@ -63,6 +63,8 @@ class _Run:
     regions: dict[fx.Node, int] | None
     traces: dict[Any, Traced] = field(default_factory=dict)
     erased: set[fx.Node] = field(default_factory=set)
+    refusals: list[tuple[fx.Node, str, str, fx.Node | str | None, int]] = field(default_factory=list)
+    """(node, reason, form, blame, depth); those of nodes that a later match took are not reported."""
 
 
 class Rewrite(Pass):
@@ -100,6 +102,9 @@ class Rewrite(Pass):
             if node in state.erased or node.op != "call_function" or op_name(node) not in pattern.anchors:
                 continue
             self._visit(node, program, log, state)
+        for node, reason, form, blame, depth in state.refusals:
+            if node not in state.erased:
+                log.refused(node, reason, rule=form, blame=blame, depth=depth)
         log.finish(pattern.anchors)
 
     def _visit(self, node: fx.Node, program: Program, log: PassLog, state: _Run) -> None:
@@ -109,7 +114,7 @@ class Rewrite(Pass):
         for m in itertools.islice(found, MAX_CANDIDATES):
             if isinstance(m, Failure):
                 if m.depth >= self.near_miss_depth:
-                    log.refused(node, m.reason, rule=m.form, blame=m.node, depth=m.depth)
+                    state.refusals.append((node, m.reason, m.form, m.node, m.depth))
                 return
             m = replace(m, program=program)
             verdict = self._verdict(m, program, state.regions)
@@ -120,7 +125,7 @@ class Rewrite(Pass):
             refusal = refusal or (m, verdict)
         if refusal is not None:
             m, verdict = refusal
-            log.refused(node, verdict.reason, rule=m.form, blame=verdict.node, depth=len(m.nodes))
+            state.refusals.append((node, verdict.reason, m.form, verdict.node, len(m.nodes)))
 
     def _verdict(self, m: Match, program: Program, regions: dict[fx.Node, int] | None) -> Verdict:
         if regions is not None and len({regions[n] for n in m.nodes}) > 1:
@@ -136,8 +141,8 @@ class Rewrite(Pass):
     def _replace(
         self, program: Program, m: Match, traces: dict[Any, Traced], log: PassLog, erased: set[fx.Node]
     ) -> None:
-        params = [p for p in inspect.signature(self.replacement).parameters if p != "form"]
-        key = (m.form, tuple(signature_of(m.bound.get(p)) for p in params))
+        params = [p for p in inspect.signature(self.replacement).parameters if p not in ("form", "chosen")]
+        key = (m.form, tuple(signature_of(m.bound.get(p)) for p in params), repr(m.chosen(params)))
         if key not in traces:
             traces[key] = trace_replacement(self.replacement, params, m)
         traced = traces[key]
@@ -202,16 +207,15 @@ def _fill(value: Any, fakes: Iterator[Any]) -> Any:
 
 def trace_replacement(fn: Callable[..., Any], params: list[str], m: Match) -> Traced:
     """Trace a replacement on the fake tensors of a match into a flat graph of overloads."""
-    wants_form = "form" in inspect.signature(fn).parameters
+    extra = {"form": m.form, "chosen": m.chosen(params)}
+    extra = {k: v for k, v in extra.items() if k in inspect.signature(fn).parameters}
     bound = [m.bound.get(p) for p in params]
     fakes = [n.meta["val"] for b in bound for n in _nodes_in(b)]
 
     def run(*values: Any) -> Any:
         feed = iter(values)
         filled = {p: _fill(b, feed) for p, b in zip(params, bound, strict=True)}
-        if wants_form:
-            filled["form"] = m.form
-        out = fn(**filled)
+        out = fn(**filled, **extra)
         return tuple(out) if isinstance(out, (list, tuple)) else (out,)
 
     module = trace(run, fakes)
@@ -243,7 +247,7 @@ def _check_rewrite(cls: type) -> None:
         if needed not in cls.__dict__:
             raise PassDefinitionError(f"{cls.__name__} must define {needed}()")
     want = list(inspect.signature(cls.pattern).parameters)  # type: ignore[attr-defined]
-    got = [p for p in inspect.signature(cls.replacement).parameters if p not in ("self", "form")]  # type: ignore[attr-defined]
+    got = [p for p in inspect.signature(cls.replacement).parameters if p not in ("self", "form", "chosen")]  # type: ignore[attr-defined]
     if want != got:
         raise PassDefinitionError(f"{cls.__name__}: pattern binds {want} but replacement takes {got}")
     if not isinstance(cls.__dict__["pattern"], staticmethod):

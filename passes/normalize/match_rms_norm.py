@@ -80,8 +80,6 @@ class MatchRmsNorm(Rewrite):
             return refuse(f"x is {m.dtype('x')}", at=m["x"])
         if m.form == "rms-norm" and len(m["shape"]) != 1:
             return refuse(f"it normalises over {len(m['shape'])} axes, expected the last one")
-        if m["wide"] == "cast" and m.dtype("x") == torch.float64:
-            return refuse("float64 is narrowed to float32 inside", at=m["x"])
         if m["weight"] is not None:
             if not m.is_tensor("weight") or m.val("weight").dim() != 1:
                 return refuse("the factor is not a vector of weights", at=m["weight"])
@@ -141,7 +139,3 @@ class MatchRmsNorm(Rewrite):
         yield {}, Example(lambda x, w: x / torch.sqrt((x * x).mean(-1, True) + 1e-6) * w, (x, w))
         yield {}, Example(lambda x: norm(x), (x,))
         yield {}, Example(lambda x, w: norm(x) * w, (x, Tensor(5, 1)), count=1)
-        yield (
-            {},
-            Example(lambda x: norm(x.float()), (Tensor(2, 12, dtype=torch.float64),), refusal="narrowed"),
-        )
