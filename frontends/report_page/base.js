@@ -91,6 +91,10 @@ function shortSource(source) {
   return parts.length <= 3 ? source : parts.slice(-3).join("/");
 }
 
+function shortOp(op) {
+  return op.replace(/^aten\./, "").replace(/\.default$/, "");
+}
+
 function sourceText(index) {
   const place = texts[index];
   const at = Number(place.slice(place.lastIndexOf(":") + 1));
@@ -121,18 +125,18 @@ function lazy(details, make) {
   return details;
 }
 
-// A list that shows `step` items at a time.
+// A list that shows `step` items, then ten times as many at a time.
 function paged(items, draw, step) {
   const list = el("ul", {class: "rows"});
   const more = el("button", {class: "plain", type: "button"});
   let at = 0;
-  const next = () => {
-    for (const item of items.slice(at, at + step)) list.append(draw(item));
-    at = Math.min(items.length, at + step);
-    more.textContent = `Show ${Math.min(step, items.length - at)} more of ${items.length - at}`;
+  const next = (size) => {
+    for (const item of items.slice(at, at + size)) list.append(draw(item));
+    at = Math.min(items.length, at + size);
+    more.textContent = `Show ${Math.min(step * 10, items.length - at)} more of ${items.length - at}`;
     more.hidden = at >= items.length;
   };
-  more.addEventListener("click", next);
-  next();
+  more.addEventListener("click", () => next(step * 10));
+  next(step);
   return el("div", null, list, more);
 }

@@ -17,26 +17,27 @@ function makeTree(side) {
   return finish(root);
 }
 
-// Children in program order; a chain of single modules becomes one box, a long run of nodes is cut into parts.
+// Children in program order; a chain of single modules becomes one box, a long row of children is cut into parts.
 function finish(group) {
-  let children = [...group.groups.values()].map(finish);
+  const children = [...group.groups.values()].map(finish);
   for (const child of children) {
     while (child.children.length === 1 && !child.children[0].leaf) {
       const only = child.children[0];
       Object.assign(child, {path: only.path, label: `${child.label}.${only.label}`, children: only.children});
     }
   }
-  let leaves = group.leaves;
-  if (leaves.length > CHUNK * 1.5) {
-    const parts = [];
-    for (let i = 0; i < leaves.length; i += CHUNK) {
-      const part = {path: `${group.path}\u0001${i}`, label: `nodes ${i + 1}\u2013${Math.min(i + CHUNK, leaves.length)}`, children: leaves.slice(i, i + CHUNK)};
-      parts.push(summed(part));
-    }
-    leaves = parts;
-  }
-  group.children = [...children, ...leaves].sort((a, b) => a.first - b.first);
+  const all = [...children, ...group.leaves].sort((a, b) => a.first - b.first);
+  group.children = all.length > CHUNK * 1.5 ? parts(group.path, all) : all;
   return summed(group);
+}
+
+function parts(path, children) {
+  const made = [];
+  for (let i = 0; i < children.length; i += CHUNK) {
+    const some = children.slice(i, i + CHUNK), name = (item) => (item.leaf ? item.row.name : item.label);
+    made.push(summed({path: `${path}\u0001${i}`, label: `${name(some[0])} \u2026 ${name(some[some.length - 1])}`, children: some}));
+  }
+  return made;
 }
 
 function summed(group) {
@@ -58,7 +59,7 @@ function connect(root, side) {
   for (const [i, to] of chain) {
     for (const input of rows[i][side][INPUTS]) {
       const from = chain.get(input);
-      if (!from) continue;
+      if (!from || input === i) continue;
       let k = 0;
       while (from[k][1] === to[k][1]) k += 1;
       const [group, target] = to[k], source = from[k][1];
@@ -136,16 +137,16 @@ function drawGroup(group, made, into, view) {
     const name = item.leaf ? item.row.name : item.label;
     const times = item.us ? ` \u00b7 ${duration(item.us / 1e6)}` : "";
     const users = fan.get(item) > 6 ? ` \u00b7 feeds ${fan.get(item)}` : "";
-    const op = item.leaf ? texts[item.row[view.side][OP]].replace(/^aten\./, "").replace(/\.default$/, "") : plural(item.count, "node");
+    const op = item.leaf ? shortOp(texts[item.row[view.side][OP]]) : plural(item.count, "node");
     const marks = item.fresh && !item.leaf ? ` \u00b7 ${item.fresh} ${view.side === "after" ? "new" : "removed"}` : "";
     const label = `${name}, ${op}${times}${marks}`;
     const g = svg("g", {
-      class: `${item.leaf ? "leaf" : open ? "open" : "group"}${item.fresh ? " fresh" : ""}`, transform: `translate(${box.x},${box.y})`,
+      class: `${item.leaf ? "leaf" : open ? "bar" : "group"}${item.fresh && !open ? " fresh" : ""}`, transform: `translate(${box.x},${box.y})`,
       role: "button", tabindex: "0", "aria-label": label,
     }, svg("title", null, item.leaf ? label : `${item.path}: ${label}`));
     if (!item.leaf) g.setAttribute("aria-expanded", String(open));
-    const shape = svg("rect", {width: box.w, height: open ? HEAD : box.h, rx: 7});
-    if (open) into.append(svg("g", {class: "open", transform: `translate(${box.x},${box.y})`}, svg("rect", {width: box.w, height: box.h, rx: 9})));
+    const shape = svg("rect", {width: box.w, height: open ? HEAD - 4 : box.h, rx: 7});
+    if (open) into.append(svg("g", {class: `open${item.fresh ? " fresh" : ""}`, transform: `translate(${box.x},${box.y})`}, svg("rect", {width: box.w, height: box.h, rx: 9})));
     g.append(shape);
     if (!open && item.us) g.append(svg("rect", {class: "heat", x: 4, y: 6, width: 4, height: box.h - 12, rx: 2, opacity: Math.max(0.12, Math.sqrt(item.us / view.most)).toFixed(2)}));
     g.append(svg("text", {x: 14, y: open ? 17 : 17}, cut(open ? `${name} \u25b4` : name, box.w - 24)));

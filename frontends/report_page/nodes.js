@@ -52,7 +52,7 @@ function drawRow(row) {
   const us = (side, value) => (side ? (value === null ? "unknown" : small(value)) : "\u2013");
   return add(line, [
     el("td", {class: "name"}, open, row.state ? [" ", el("span", {class: `badge ${row.state}`}, row.state === "new" ? "new" : "removed")] : null),
-    el("td", {class: "mono wrap"}, row.op), el("td", {class: "mono wrap"}, row.module), el("td", {class: "mono"}, row.where),
+    el("td", {class: "mono wrap"}, shortOp(row.op)), el("td", {class: "mono wrap"}, row.module), el("td", {class: "mono"}, row.where),
     el("td", {class: "num"}, number(row.flops)), el("td", {class: "num"}, number(row.bytes)),
     el("td", {class: "num"}, us(row.before, row.old)), el("td", {class: "num"}, us(row.after, row.now)), el("td", {class: "mono"}, row.pass),
   ]);

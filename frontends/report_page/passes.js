@@ -86,7 +86,7 @@ function refusedGroup(group) {
   const item = el("li", {class: "refused"});
   const [rule, , reason] = group[0];
   const places = lazy(el("details", null, el("summary", {class: "small soft"}, `${plural(group.length, "node")}; nearest miss ${group[0][1]} (${group[0][4]} matched)`)),
-    () => paged(group, refusedItem, 50));
+    () => paged(group, refusedItem, 12));
   return add(item, [el("span", {class: "count warn"}, `${group.length} \u00d7 `), texts[reason], texts[rule] ? [" ", el("span", {class: "badge"}, texts[rule])] : null, places]);
 }
 
@@ -103,7 +103,7 @@ function passBody(p) {
   add(body, [el("p", {class: "soft small wrap"}, facts.join(" \u00b7 "))]);
   if (p.skipped) add(body, [el("p", null, `Skipped: ${p.skipped}`)]);
   for (const note of p.notes) add(body, [el("p", {class: "small"}, note)]);
-  if (p.applied.length) add(body, [el("h3", null, `Applied at ${plural(p.applied.length, "place")}`), paged(p.applied, appliedItem, 20)]);
+  if (p.applied.length) add(body, [el("h3", null, `Applied at ${plural(p.applied.length, "place")}`), paged(p.applied, appliedItem, 8)]);
   if (p.refused.length) add(body, [el("h3", null, "Refused, nearest miss first"), paged(refusedGroups(p.refused), refusedGroup, 20)]);
   if (p.diff && p.diff.rows.length) {
     const [removed, inserted, rewired] = p.diff.counts;
