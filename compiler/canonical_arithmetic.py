@@ -1,4 +1,4 @@
-"""Rules that give arithmetic, products, constants and factories one spelling without changing a bit of any result."""
+"""Rules that give arithmetic, products, constants and factories one spelling, bit for bit."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def linear_form(c: Canonical, node: fx.Node) -> bool:
 
 
 def addmm_form(c: Canonical, node: fx.Node) -> bool:
-    """`addmm(b, x, w^T)` with scales of one is `linear(x, w, b)`, which calls just that for two dimensions."""
+    """`addmm(b, x, w^T)` with scales of one is `linear(x, w, b)`, which calls just that in two dimensions."""
     given = normalized_args(node)
     weight = _transposed_weight(given["mat2"])
     if weight is None or rank(given["self"]) != 1 or given["beta"] != 1 or given["alpha"] != 1:
@@ -106,7 +106,7 @@ def fold_scalar(c: Canonical, node: fx.Node) -> bool:
 
 
 def scalar_constant(c: Canonical, node: Any) -> int | float | None:
-    """The number in a constant without dimensions: `scalar_tensor`, `full([])`, a captured constant; else None."""
+    """The number in a constant without dimensions (`scalar_tensor`, `full([])`, captured); else None."""
     if is_op(node, aten.lift_fresh_copy.default, aten.detach.default):
         return scalar_constant(c, node.args[0])
     if is_op(node, aten.scalar_tensor.default) or (

@@ -1,4 +1,4 @@
-"""What every rule of the canonicaliser uses: insertion and replacement that keep values, and when a copy may go."""
+"""What every rule of the canonicaliser uses: replacement that keeps values, and when a copy may go."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _KNOWN_NAMESPACES = frozenset({"aten", "prims", "prim", "tilewright", "higher_or
 
 
 def layout(value: torch.Tensor) -> tuple[str, ...]:
-    """dtype, sizes and the strides that matter (of dimensions longer than one), comparable also when symbolic."""
+    """dtype, device, sizes and the strides of dimensions longer than one, comparable also when symbolic."""
     strides = [
         str(st) for s, st in zip(value.shape, value.stride(), strict=True) if not (type(s) is int and s == 1)
     ]
@@ -42,7 +42,7 @@ def layout(value: torch.Tensor) -> tuple[str, ...]:
 
 
 class Canonical:
-    """The state of one canonicalisation: the graph, the counts per rule and the memory that must stay apart."""
+    """The state of one canonicalisation: graph, counts per rule and the memory that must stay apart."""
 
     def __init__(self, gm: fx.GraphModule, training: bool) -> None:
         self.gm = gm
@@ -60,9 +60,10 @@ class Canonical:
         self.layout_free = not any(_reads_layout(n) for n in self.graph.nodes)
 
     def may_drop_copy(self, copy: fx.Node, source: fx.Node) -> bool:
-        """Whether readers of a copy may read its source: neither is written in between and the copy is not returned.
+        """Whether readers of a copy may read its source.
 
-        What is written once at the end of the graph may be read before.
+        They may when neither memory is written in between and the copy is not returned. What is written once
+        at the end of the graph may be read before.
         """
         mine, theirs = self._group[copy], self._group[source]
         free = mine not in self._escaping and mine not in self._in_place and theirs not in self._in_place
@@ -112,7 +113,7 @@ class Canonical:
         return self.replace(node, new, rule)
 
     def swap_chain(self, node: fx.Node, calls: Sequence[tuple[Any, Sequence[Any]]], rule: str) -> bool:
-        """Replace a call by several, each on the result of the one before; the first has all its arguments."""
+        """Replace a call by several, each on the result of the one before; the first has all arguments."""
         made: list[fx.Node] = []
         for target, tail in calls:
             args = (*made[-1:], *tail)
@@ -170,7 +171,7 @@ def same_kind(a: fx.Node, b: fx.Node) -> bool:
 
 
 def _reads_layout(node: fx.Node) -> bool:
-    """Ops outside our own namespaces, and reads by stride, may depend on the strides of what they are given."""
+    """Ops of unknown namespaces, and reads by stride, may depend on the strides of what they are given."""
     if not isinstance(node.target, torch._ops.OpOverload):
         return False
     return node.target.namespace not in _KNOWN_NAMESPACES or base_name(node.target).startswith("as_strided")

@@ -1,4 +1,4 @@
-"""Rules that give data movement one spelling: reshape, permute, expand, slice, positive dims, explicit sizes."""
+"""Rules that give data movement one spelling: reshape, permute, expand, slice, dims, sizes."""
 
 from __future__ import annotations
 
@@ -8,75 +8,38 @@ import torch
 from torch import fx
 
 from tilewright.compiler.canonical_context import END, Canonical, Rule
-from tilewright.compiler.graph import arg, is_op, normalized_args, rank, same, shape, static_shape, tensor_val
-from tilewright.compiler.storage_alias import PERMUTE, base_name, permutation
+from tilewright.compiler.graph import (
+    arg,
+    is_op,
+    normalized_args,
+    rank,
+    same,
+    set_positional,
+    shape,
+    static_shape,
+    tensor_val,
+    val,
+)
+from tilewright.compiler.storage_alias import PERMUTE, base_name, permutation, storage_key
 
 aten = torch.ops.aten
 
 _DIM_ARGS = ("dim", "dims", "dim0", "dim1", "dim2")
 _DIM_OPS = frozenset(
-    [
-        "mean",
-        "sum",
-        "amax",
-        "amin",
-        "prod",
-        "argmax",
-        "argmin",
-        "max",
-        "min",
-        "any",
-        "all",
-        "std",
-        "var",
-        "var_mean",
-        "norm",
-        "logsumexp",
-        "softmax",
-        "log_softmax",
-        "_softmax",
-        "_log_softmax",
-        "cumsum",
-        "cumprod",
-        "cat",
-        "stack",
-        "unsqueeze",
-        "squeeze",
-        "select",
-        "slice",
-        "index_select",
-        "gather",
-        "scatter",
-        "scatter_add",
-        "index_copy",
-        "index_add",
-        "index_fill",
-        "slice_scatter",
-        "select_scatter",
-        "unbind",
-        "chunk",
-        "split",
-        "split_with_sizes",
-        "topk",
-        "sort",
-        "argsort",
-        "flip",
-        "roll",
-        "diff",
-        "repeat_interleave",
-        "diagonal",
-        "glu",
-        "narrow",
-        "tensor_split",
-    ]
+    {"mean", "sum", "amax", "amin", "prod", "argmax", "argmin", "max", "min", "any", "all", "std"}
+    | {"var", "var_mean", "norm", "logsumexp", "softmax", "log_softmax", "_softmax", "_log_softmax"}
+    | {"cumsum", "cumprod", "cat", "stack", "unsqueeze", "squeeze", "select", "slice", "index_select"}
+    | {"gather", "scatter", "scatter_add", "index_copy", "index_add", "index_fill", "slice_scatter"}
+    | {"select_scatter", "unbind", "chunk", "split", "split_with_sizes", "topk", "sort", "argsort"}
+    | {"flip", "roll", "diff", "repeat_interleave", "diagonal", "glu", "narrow", "tensor_split"}
 )
 
 
 def reshape_form(c: Canonical, node: fx.Node) -> bool:
     """Every op that only regroups dimensions becomes `reshape` with explicit sizes.
 
-    `reshape` rather than `view`: as a value the two are the same, and `view` would forbid later passes to change
-    the strides of what it reads. At most one size is -1: the only dynamic one.
+    `reshape` rather than `view`: as a value the two are the same, and `view` would forbid later passes to
+    change the strides of what it reads. At most one size is -1: the only dynamic one.
     """
     if node.target is aten.view.dtype or tensor_val(node) is None or not isinstance(node.args[0], fx.Node):
         return False
@@ -96,7 +59,7 @@ def _lists_sizes(node: fx.Node) -> bool:
 
 
 def explicit_sizes(node: fx.Node, asked: Any) -> list[Any] | None:
-    """The sizes of a node's value as arguments: ints, -1 for a single dynamic size, else what was asked for."""
+    """A node's sizes as arguments: ints, -1 for a single dynamic size, else what was asked for."""
     sizes = list(shape(node) or ())
     dynamic = [i for i, s in enumerate(sizes) if type(s) is not int]
     if len(dynamic) == 1 and 0 not in sizes:
@@ -117,15 +80,19 @@ def merge_reshapes(c: Canonical, node: fx.Node) -> bool:
 
 
 def reshape_of_contiguous(c: Canonical, node: fx.Node) -> bool:
-    """`reshape` copies by itself where it must: a `contiguous` or `clone` before it goes if the layout stays."""
+    """`reshape` copies where it must: a `contiguous` or `clone` before it goes if the layout stays."""
     inner = node.args[0]
     if not isinstance(inner, fx.Node) or not is_op(inner, aten.contiguous.default, aten.clone.default):
         return False
     source, form = inner.args[0], normalized_args(inner)["memory_format"]
     plain = form is None or form in (torch.contiguous_format, torch.preserve_format)
-    if not plain or not isinstance(source, fx.Node) or not c.may_drop_copy(inner, source):
+    if not plain or not isinstance(source, fx.Node):
         return False
-    return c.swap(node, aten.reshape.default, (source, node.args[1]), "reshape-of-contiguous")
+    args = (source, node.args[1])
+    own_memory = storage_key(c.value_of(node, aten.reshape.default, args, {})) != storage_key(val(source))
+    if not own_memory and not c.may_drop_copy(inner, source):
+        return False
+    return c.swap(node, aten.reshape.default, args, "reshape-of-contiguous")
 
 
 def permute_form(c: Canonical, node: fx.Node) -> bool:
@@ -186,7 +153,7 @@ def _ints(value: Any) -> bool:
 
 
 def slice_form(c: Canonical, node: fx.Node) -> bool:
-    """Slices have explicit start and end: the size where it is known, the largest integer where it is dynamic."""
+    """Slices have explicit bounds: the size where it is known, the largest integer where it is dynamic."""
     given = normalized_args(node)
     size = (shape(given["self"]) or ())[given["dim"]] if rank(given["self"]) else None
     if size is None:
@@ -218,7 +185,7 @@ def select_form(c: Canonical, node: fx.Node) -> bool:
 
 
 def expand_form(c: Canonical, node: fx.Node) -> bool:
-    """`expand` names every size that is known, -1 for dynamic sizes it keeps; `expand_as` becomes `expand`."""
+    """`expand` names every known size, -1 for dynamic sizes it keeps; `expand_as` becomes `expand`."""
     source = node.args[0]
     sizes, old = shape(node), shape(source)
     if sizes is None or old is None or node.kwargs:
@@ -241,10 +208,20 @@ def expand_form(c: Canonical, node: fx.Node) -> bool:
 
 
 def split_form(c: Canonical, node: fx.Node) -> bool:
-    """`split` by a list of sizes becomes `split_with_sizes`."""
-    if node.target not in (aten.split.sizes, aten.split.default):
+    """`split` by a list of sizes becomes `split_with_sizes`, `split` into as many equal parts `chunk`."""
+    given = normalized_args(node)
+    pieces = val(node)
+    if node.target in (aten.split.sizes, aten.split.default):
+        node.target = aten.split_with_sizes.default
+    elif node.target is aten.split.Tensor and isinstance(pieces, list | tuple) and pieces:
+        sizes, step = static_shape(given["self"]), given["split_size"]
+        if sizes is None or type(step) is not int or -(-sizes[given["dim"]] // len(pieces)) != step:
+            return False
+        node.target = aten.chunk.default
+        node.args = (given["self"], len(pieces), given["dim"])
+        set_positional(node)
+    else:
         return False
-    node.target = aten.split_with_sizes.default
     c.counts["split-form"] += 1
     return True
 
@@ -267,7 +244,7 @@ def narrow_form(c: Canonical, node: fx.Node) -> bool:
 
 
 def interleave(c: Canonical, node: fx.Node) -> bool:
-    """Strided writes that cover a whole fresh value (`out[..., 0::2] = a; out[..., 1::2] = b`) are one stack."""
+    """Strided writes that cover a whole value (`out[..., 0::2] = a; out[..., 1::2] = b`) are one stack."""
     given = normalized_args(node)
     dim, step, sizes = given["dim"], given["step"], static_shape(node)
     if sizes is None or type(step) is not int or step < 2 or sizes[dim] % step:

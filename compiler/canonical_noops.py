@@ -1,4 +1,4 @@
-"""Rules that drop what does nothing: casts to the same dtype, eval dropout, copies nobody can tell from the original."""
+"""Rules that drop what does nothing: casts to the same dtype, eval dropout, copies nobody can tell apart."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from tilewright.compiler.canonical_context import Canonical, Rule, same_kind, same_layout
-from tilewright.compiler.graph import arg, is_random, normalized_args, shape, static_shape, tensor_val
+from tilewright.compiler.graph import arg, is_op, is_random, normalized_args, shape, static_shape, tensor_val
 from tilewright.compiler.storage_alias import base_name
 
 aten = torch.ops.aten
@@ -30,7 +30,7 @@ def drop_dropout(c: Canonical, node: fx.Node) -> bool:
 
 
 def cast(c: Canonical, node: fx.Node) -> bool:
-    """Casts that change nothing go; the others become `to.dtype(x, dtype)` or `to.device(x, device, dtype)`."""
+    """Casts that change nothing go; others become `to.dtype(x, dtype)` or `to.device(x, device, dtype)`."""
     source = node.args[0]
     old, new = tensor_val(source), tensor_val(node)
     if old is None or new is None or not isinstance(source, fx.Node):
@@ -39,7 +39,9 @@ def cast(c: Canonical, node: fx.Node) -> bool:
     copies = given.get("copy", base_name(node.target) == "_to_copy") is True
     if same_layout(source, node) and old.layout == new.layout:
         return (not copies or c.may_drop_copy(node, source)) and c.replace(node, source, "drop-cast")
-    if copies or given.get("memory_format") not in (None, torch.preserve_format) or given.get("non_blocking"):
+    same_data = old.dtype == new.dtype and old.device == new.device
+    special = given.get("memory_format") not in (None, torch.preserve_format)
+    if same_data or special or given.get("non_blocking") or given.get("pin_memory"):
         return False
     if old.device == new.device and node.target is not aten.to.dtype:
         return c.swap(node, aten.to.dtype, (source, new.dtype), "cast-form")
@@ -49,7 +51,7 @@ def cast(c: Canonical, node: fx.Node) -> bool:
 
 
 def drop_contiguous(c: Canonical, node: fx.Node) -> bool:
-    """`contiguous` of a value that already has that layout returns its argument."""
+    """`contiguous` returns a value that already has that layout, and is a `clone` into it otherwise."""
     source = node.args[0]
     value = tensor_val(source)
     if value is None or not isinstance(source, fx.Node):
@@ -57,13 +59,28 @@ def drop_contiguous(c: Canonical, node: fx.Node) -> bool:
     wanted = arg(node, "memory_format")
     if value.is_contiguous(memory_format=wanted):
         return c.replace(node, source, "drop-contiguous")
-    return False
+    return c.swap(node, aten.clone.default, (source,), "contiguous-form", {"memory_format": wanted})
 
 
 def drop_copy(c: Canonical, node: fx.Node) -> bool:
     """A copy with the layout of its source that nobody writes to, returns or writes back is its source."""
     source = node.args[0]
     if not isinstance(source, fx.Node) or not same_layout(source, node):
+        return False
+    return c.may_drop_copy(node, source) and c.replace(node, source, "drop-copy")
+
+
+_SCATTERS = (aten.slice_scatter.default, aten.select_scatter.default, aten.diagonal_scatter.default)
+
+
+def drop_overwrite(c: Canonical, node: fx.Node) -> bool:
+    """The functional `copy(x, y)` is a copy of y where y has the dtype, sizes and layout of the result.
+
+    Where it is only scattered into another value its layout is of no matter.
+    """
+    source = node.args[1]
+    scattered = all(is_op(u, *_SCATTERS) and u.args[0] is not node for u in node.users)
+    if not isinstance(source, fx.Node) or not (same_kind if scattered else same_layout)(source, node):
         return False
     return c.may_drop_copy(node, source) and c.replace(node, source, "drop-copy")
 
@@ -87,7 +104,7 @@ def _keeps_order(node: fx.Node) -> bool:
 
 
 def drop_neutral(c: Canonical, node: fx.Node) -> bool:
-    """`x * 1`, `x / 1`, `x - 0`, and `x + 0` of integers (for floats -0.0 + 0 is 0.0), where dtype and shape stay."""
+    """`x * 1`, `x / 1`, `x - 0`, and `x + 0` of integers (-0.0 + 0 is 0.0), where dtype and shape stay."""
     source, other = node.args[0], node.args[1]
     if (
         not isinstance(source, fx.Node)
@@ -139,6 +156,15 @@ def cat_empty(c: Canonical, node: fx.Node) -> bool:
     )
 
 
+def drop_cudnn(c: Canonical, node: fx.Node) -> bool:
+    """`layer_norm` and `group_norm` ignore their last argument; export and Dynamo give different values."""
+    names = [n for n in ("cudnn_enable", "cudnn_enabled") if n in normalized_args(node)]
+    given = normalized_args(node)
+    if not names or given[names[0]] is True or node.kwargs:
+        return False
+    return c.update(node, "drop-cudnn", node.args[: list(given).index(names[0])])
+
+
 _SAME_SHAPE = "reshape permute slice expand squeeze narrow flatten unflatten view"
 
 RULES: dict[str, tuple[Rule, ...]] = {
@@ -149,7 +175,10 @@ RULES: dict[str, tuple[Rule, ...]] = {
     **{n: (drop_neutral,) for n in ("mul", "add", "sub", "div")},
     **{n: (drop_check,) for n in ("_assert_tensor_metadata", "_assert_scalar")},
     **{n: (drop_same_shape,) for n in _SAME_SHAPE.split()},
+    "copy": (drop_overwrite,),
     "contiguous": (drop_contiguous,),
+    "layer_norm": (drop_cudnn,),
+    "group_norm": (drop_cudnn,),
     "repeat": (drop_repeat,),
     "cat": (cat_empty,),
 }

@@ -1,7 +1,7 @@
 """One normal form of flat pre-dispatch ATen: equal programs of both frontends become equal graphs.
 
-Every rule keeps every bit of every result: it drops what does nothing, spells data movement and arguments in one
-way, or replaces an op by another that runs the same arithmetic. What a rule does not understand stays.
+Every rule keeps every bit of every result: it drops what does nothing, spells data movement and arguments in
+one way, or replaces an op by another that runs the same arithmetic. What a rule does not understand stays.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ _RULES = _table()
 def canonicalize(gm: fx.GraphModule, *, training: bool = False) -> dict[str, int]:
     """Bring a graph into normal form, in place; returns how often each rule applied.
 
-    Run it after `functionalize`. Results are bit-equal, strides of all that remains included, unless the last bit
-    of a reduction depends on more than dtype, sizes and strides. A second run changes nothing.
+    Run it after `functionalize`. Results are bit-equal, and what remains keeps its strides, since the order of
+    a reduction follows them. A second run changes nothing.
 
     training: keep `detach` and regions without gradients, which matter to autograd.
 

@@ -1,8 +1,8 @@
-"""In-place writes become values: a flat graph without mutation but for one write-back of each changed input.
+"""In-place writes become values: no mutation is left but one write-back of each changed input.
 
-Each memory that is written has one root value. A write through a view makes a new value of the view, and scatters
-it back step by step into a new root; later readers of any alias get their view of the newest root. A memory with a
-write or a view that is not modelled stays exactly as it was, in place, and the reason is reported.
+Each memory that is written has one root value. A write through a view makes a new value of the view, and
+scatters it back step by step into a new root; later readers of any alias get their view of the newest root.
+A memory with a write or a view that is not modelled stays as it was, in place, and the reason is reported.
 """
 
 from __future__ import annotations
@@ -54,10 +54,10 @@ class Functionalized:
 
 
 def functionalize(gm: fx.GraphModule) -> Functionalized:
-    """Replace the in-place writes of a flat ATen graph by values, in place; see the module's docstring.
+    """Replace the writes of a flat ATen graph by values, in place; see the module's docstring.
 
-    Readers see bit-equal values and inputs end with bit-equal contents. Outputs that shared memory with a written
-    input still do.
+    Readers see bit-equal values and inputs end with bit-equal contents. Outputs that shared memory with a
+    written input still do.
     """
     graph = gm.graph
     result = Functionalized()
@@ -81,7 +81,7 @@ def functionalize(gm: fx.GraphModule) -> Functionalized:
 
 
 def _refusal(aliases: Aliases, group: StorageClass, strided: fx.Node | None) -> tuple[fx.Node, str] | None:
-    """The first reason why a written memory has to stay in place, with the node it is about; None when none."""
+    """The first reason why a written memory has to stay in place, with the node it is about; else None."""
     if group.reasons:
         return group.reasons[0]
     if strided is not None:
@@ -147,7 +147,7 @@ def _without_out(node: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def functional_form(target: torch._ops.OpOverload) -> torch._ops.OpOverload | None:
-    """The overload that computes the value which an in-place or out= overload writes; None when there is none."""
+    """The overload that computes what an in-place or out= overload writes; None when there is none."""
     name = base_name(target)
     wanted = [a for a in signature(target).names if a != "out"]
     if name.startswith("__i") and name.endswith("__"):
@@ -247,7 +247,7 @@ class _Rewriter:
             node.meta["val"] = compute_val(node.target, node.args, node.kwargs, mode)
         except (RuntimeError, ValueError) as error:
             raise VerifyError(
-                f"{node.name} ({node.target}) cannot be computed on the functional value of its input: {error}",
+                f"{node.name} ({node.target}) has no value on the functional form of its input: {error}",
                 remedy="clone the tensor before it is written in place",
             ) from error
         if _layout(node) != before:
@@ -335,7 +335,7 @@ class _Rewriter:
         return value
 
     def _write_back(self, end: fx.Node) -> None:
-        """Write final values to the inputs they belong to, then let the outputs read what they shared before."""
+        """Write final values to their inputs, then let the outputs read what they shared before."""
         returned = {n for n in all_inputs(end.args) if self.aliases.leader(n) in self.functional}
         for leader, group in self.functional.items():
             root = group.root

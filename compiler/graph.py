@@ -104,8 +104,8 @@ def mutates(node: fx.Node) -> bool:
 def is_impure(node: fx.Node) -> bool:
     """True for nodes that do more than compute their value, so that they stay without users.
 
-    Placeholders, output, writes, checks that return nothing, random ops unless their dropout probability is
-    zero (an attention call is tagged random although it is pure at probability 0), calls of what is not an op.
+    Placeholders, output, writes, checks that return nothing, calls of what is not an op, random ops unless
+    their dropout probability is zero (an attention call is tagged random although it is pure at 0).
     """
     if node.op == "get_attr":
         return False

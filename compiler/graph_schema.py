@@ -39,11 +39,11 @@ def signature(target: torch._ops.OpOverload) -> Signature:
     out_sets = {name for r in target._schema.returns if r.alias_info for name in r.alias_info.before_set}
     mutated, aliased = [], []
     for a in arguments:
-        if a.alias_info is not None and a.alias_info.is_write:
+        info = a.alias_info
+        if info is not None and info.is_write:
             mutated.append(a.name)
-        elif a.alias_info is not None:
-            if a.alias_info.before_set & out_sets or "*" in a.alias_info.after_set:
-                aliased.append(a.name)
+        elif info is not None and (info.before_set & out_sets or "*" in info.after_set):
+            aliased.append(a.name)
     return Signature(
         positional=tuple(a.name for a in arguments if not a.kwarg_only),
         keyword=tuple(a.name for a in arguments if a.kwarg_only),
@@ -64,7 +64,7 @@ def _default(argument: Any) -> Any:
 
 
 def normalized_args(node: fx.Node) -> dict[str, Any]:
-    """Arguments of an op call by schema name, defaults filled in; required ones that are absent are left out."""
+    """Arguments of a call by schema name, defaults filled in; required ones that are absent are left out."""
     sig = signature(_overload(node))
     found: dict[str, Any] = dict(zip(sig.positional, node.args, strict=False))
     found.update(node.kwargs)

@@ -90,8 +90,8 @@ def written(node: fx.Node) -> list[fx.Node]:
 class Step:
     """One view step from a parent value to the value of a node.
 
-    `kind` is `same`, `reshape`, `permute`, `unsqueeze`, `expand`, `slice`, `select`, `diagonal`, `parts` (a list
-    of slices or selections, whose members are `getitem` nodes) or `opaque` (shares memory in an unknown way).
+    `kind` is `same`, `reshape`, `permute`, `unsqueeze`, `expand`, `slice`, `select`, `diagonal`, `parts` (a
+    list of slices or selections, whose members are `getitem` nodes) or `opaque` (shares memory somehow).
     """
 
     kind: str

@@ -1,4 +1,4 @@
-"""Random programs with views and writes: the normal form computes the same bits and leaves the same inputs."""
+"""Random programs with views and writes: the normal form gives the same bits and leaves the same inputs."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def writes(gm: fx.GraphModule) -> list[fx.Node]:
 
 
 class RandomProgram:
-    """A seeded straight-line program with views and writes, built by running it so that every step is legal."""
+    """A seeded straight-line program with views and writes, built by running it: every step is legal."""
 
     def __init__(self, seed: int, length: int = 14) -> None:
         self.rng = random.Random(seed)
