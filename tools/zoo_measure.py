@@ -236,7 +236,9 @@ def eager_call(model: nn.Module, entry: ZooEntry) -> list[Tensor]:
 
 
 def describe(error: BaseException) -> str:
-    """Exception class, the first lines of its text, and the innermost place in our own files."""
+    """Exception class, the start of its text, and the innermost place in our own files."""
+    if isinstance(error, torch._dynamo.exc.BackendCompilerFailed):
+        return describe(error.inner_exception)
     text = " ".join(str(error).split())[:300]
     package = Path(__file__).resolve().parent.parent
     places = [
