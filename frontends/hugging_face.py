@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
+import math
 import re
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,8 +22,10 @@ from tilewright.frontends.gguf_check import GgufInfo, check_gguf
 from tilewright.frontends.loaded_model import LoadedModel
 from tilewright.frontends.model_files import file_inside, model_file, open_model_file, read_json_object, show
 from tilewright.frontends.safetensors_check import check_weights_folder
+from tilewright.frontends.weights import replace_weights
 from tilewright.runtime.store import ArtifactStore
 
+_log = logging.getLogger("tilewright.frontends")
 _UNTRUSTED = (
     "auto_map",  # names Python files of the folder to run
     "attn_implementation",  # may name a kernel to download
@@ -43,14 +48,17 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"
 def load_folder(folder: Path, *, name: str | None = None) -> LoadedModel:
     """A model folder: config.json and safetensors weights, of transformers or diffusers. Raises LoadError."""
     config = read_json_object(file_inside(folder, "config.json"))
-    headers = check_weights_folder(folder)
+    weights = check_weights_folder(folder)
+    headers = [header for file in weights.values() for header in file.values()]
     for path in sorted(folder.iterdir()):
         if not path.is_dir() or path.is_symlink():
             file_inside(folder, path.name)
-    elements = sum(_product(header.shape) for header in headers.values())
+    if (folder / "generation_config.json").exists():
+        read_json_object(folder / "generation_config.json")  # transformers would ignore a broken one
+    elements = sum(math.prod(header.shape) for header in headers)
     _check_numbers(config, len(headers), str(folder / "config.json"))
     if "_class_name" in config:
-        return _load_diffusers(folder, config, elements, name or folder.name)
+        return _load_diffusers(folder, config, sorted(weights), elements, name or folder.name)
     return _load_transformers(folder, config, elements, name or folder.name)
 
 
@@ -92,7 +100,7 @@ def _load_transformers(folder: Path, raw: dict[str, Any], elements: int, name: s
         )  # fmt: skip
         tokenizer = _tokenizer(folder)
     _check_complete(found, folder)
-    module.eval()
+    _own_memory(module.eval())
     if generates:
         return LoadedModel(name, "causal-lm", module, tokenizer, causal_lm_examples(module))
     return LoadedModel(name, "module", module, tokenizer, encoder_examples(module))
@@ -103,27 +111,27 @@ def _wants_lm_head(raw: Mapping[str, Any]) -> bool:
     return not architectures or any("CausalLM" in str(a) or "LMHead" in str(a) for a in architectures)
 
 
-def _load_diffusers(folder: Path, raw: dict[str, Any], elements: int, name: str) -> LoadedModel:
+def _load_diffusers(
+    folder: Path, raw: dict[str, Any], files: list[Path], elements: int, name: str
+) -> LoadedModel:
     with _reading(folder):
         from diffusers import WanTransformer3DModel
     where = str(folder / "config.json")
     if raw["_class_name"] != "WanTransformer3DModel":
-        raise LoadError(
-            f"_class_name is {show(raw['_class_name'])}",
-            where=where,
-            remedy="WanTransformer3DModel is read so far",
-        )
-    described = {
-        key: value for key, value in raw.items() if not key.startswith("_") and key not in _UNTRUSTED
-    }
+        remedy = "WanTransformer3DModel is the one that is read"
+        raise LoadError(f"_class_name is {show(raw['_class_name'])}", where=where, remedy=remedy)
+    described = {k: v for k, v in raw.items() if not k.startswith("_") and k not in _UNTRUSTED}
     _check_size(lambda: WanTransformer3DModel.from_config(described), elements, where)
     with _reading(folder):
-        module, found = WanTransformer3DModel.from_pretrained(
-            folder, torch_dtype=torch.float32, use_safetensors=True, local_files_only=True,
-            output_loading_info=True, low_cpu_mem_usage=False,
-        )  # fmt: skip
-    _check_complete(found, folder)
+        module = WanTransformer3DModel.from_config(described).float()
+    replace_weights(module, files)
     return LoadedModel(name, "dit", module.eval(), None, wan_examples(module))
+
+
+def _own_memory(module: nn.Module) -> None:
+    """Copy the weights out of the mapped file: aligned for kernels, and safe when the file is cut later."""
+    for parameter in module.parameters():
+        parameter.data = parameter.data.clone()
 
 
 def _tokenizer(folder: Path) -> Any | None:
@@ -138,20 +146,27 @@ def _dequantize(path: Path, target: Path) -> None:
     """Check a GGUF file, read it with transformers, save model and tokenizer as an ordinary folder."""
     info = check_gguf(path)
     _check_gguf_model(info, str(path))
+    with tempfile.TemporaryDirectory() as folder:
+        # Alone in a folder: transformers would also read configuration files that lie beside it.
+        (Path(folder) / "model.gguf").symlink_to(path.absolute())
+        _convert(path, Path(folder), info, target)
+
+
+def _convert(path: Path, alone: Path, info: GgufInfo, target: Path) -> None:
     with _reading(path):
         from safetensors.torch import save_model
         from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-        given = {"gguf_file": path.name, "local_files_only": True, "trust_remote_code": False}
-        config = AutoConfig.from_pretrained(path.parent, **given)
+        given = {"gguf_file": "model.gguf", "local_files_only": True, "trust_remote_code": False}
+        config = AutoConfig.from_pretrained(alone, **given)
     _check_numbers(config.to_dict(), len(info.tensors), str(path))
     _check_size(lambda: AutoModelForCausalLM.from_config(config), info.elements, str(path))
     with _reading(path):
         module, found = AutoModelForCausalLM.from_pretrained(
-            path.parent, config=config, dtype=torch.float32, output_loading_info=True, **given
+            alone, config=config, dtype=torch.float32, output_loading_info=True, **given
         )
         _check_complete(found, path)
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, **given)
+        tokenizer = AutoTokenizer.from_pretrained(alone, **given)
         described = module.config.to_dict()
         described.pop("quantization_config", None)  # says gguf; the weights are plain float32 now
         (target / "config.json").write_text(json.dumps(described), encoding="utf-8")
@@ -206,13 +221,15 @@ def _check_complete(found: Mapping[str, Any], path: Path) -> None:
     for what, text in (("missing_keys", "lacks"), ("mismatched_keys", "has another shape of")):
         if names := sorted(str(item) for item in found.get(what) or ()):
             raise LoadError(f"{text} {len(names)} tensors, first {show(names[0])}", where=str(path))
+    if names := sorted(str(item) for item in found.get("unexpected_keys") or ()):
+        _log.warning("%s: %d tensors are not used, first %s", path, len(names), show(names[0]))
 
 
 @contextmanager
 def _reading(path: Path) -> Iterator[None]:
-    """Turn whatever a third-party reader raises about a foreign file into one LoadError; no progress bars."""
+    """Turn whatever a third-party reader raises about a foreign file into one LoadError; keep it quiet."""
     try:
-        with _no_progress_bars():
+        with _quiet():
             yield
     except (TilewrightError, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
@@ -227,16 +244,19 @@ def _reading(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    from transformers.utils import logging
+def _quiet() -> Iterator[None]:
+    """No progress bars, no tables of warnings from transformers: what matters is checked and raised here."""
+    from transformers.utils import logging as their_logging
 
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
+    bars, level = their_logging.is_progress_bar_enabled(), their_logging.get_verbosity()
+    their_logging.disable_progress_bar()
+    their_logging.set_verbosity(logging.CRITICAL)
     try:
         yield
     finally:
-        if shown:
-            logging.enable_progress_bar()
+        their_logging.set_verbosity(level)
+        if bars:
+            their_logging.enable_progress_bar()
 
 
 def _file_sha256(path: Path) -> str:
@@ -248,10 +268,3 @@ def _version(package: str) -> str:
     from importlib.metadata import version
 
     return version(package)
-
-
-def _product(shape: tuple[int, ...]) -> int:
-    result = 1
-    for size in shape:
-        result *= size
-    return result

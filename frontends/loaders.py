@@ -17,7 +17,6 @@ from tilewright.compiler.diagnostics import LoadError, nearest
 from tilewright.frontends.foreign_files import refuse_onnx, refuse_pt2
 from tilewright.frontends.loaded_model import Call, LoadedModel
 from tilewright.frontends.model_files import model_file, show
-from tilewright.frontends.safetensors_check import check_safetensors
 
 __all__ = ["Call", "LoadedModel", "resolve"]
 
@@ -27,6 +26,8 @@ if TYPE_CHECKING:
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 _FACTORY = re.compile(r"([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*):([A-Za-z_]\w*)")
+_NAME_CAP = 4096
+"""Characters of MODEL; the longest path Linux takes."""
 _SUFFIXES = (".gguf", ".pt2", ".onnx", ".safetensors", ".bin", ".pt", ".pth", ".pkl", ".ckpt")
 
 
@@ -38,7 +39,7 @@ def resolve(model: str, *, weights: str | None = None) -> LoadedModel:
     """
     from tilewright.frontends.bundled_models import BUNDLED
 
-    if not isinstance(model, str) or not model or "\0" in model:
+    if not isinstance(model, str) or not model.isprintable() or not 0 < len(model) <= _NAME_CAP:
         raise LoadError(
             "is not a model", where=show(model), remedy="give a name, a folder, a file or module:factory"
         )
@@ -53,15 +54,23 @@ def resolve(model: str, *, weights: str | None = None) -> LoadedModel:
             "no such model, folder or file", where=show(model)[1:-1], remedy=nearest(model, BUNDLED)
         )
     if weights is not None:
-        _load_weights(loaded.module, Path(weights))
+        _replace_weights(loaded.module, weights)
     loaded.module.eval()
     return loaded
+
+
+def _replace_weights(module: nn.Module, weights: str) -> None:
+    from tilewright.frontends.weights import replace_weights
+
+    if not weights.isprintable() or not weights.endswith(".safetensors"):
+        raise LoadError("is not a .safetensors file", where=f"weights={show(weights)}")
+    replace_weights(module, [Path(weights)])
 
 
 def _from_path(path: Path) -> LoadedModel:
     from tilewright.frontends.hugging_face import load_folder, load_gguf
 
-    if path.is_dir():
+    if os.path.isdir(path):
         return load_folder(path)
     model_file(path)
     if path.suffix == ".gguf":
@@ -122,26 +131,3 @@ def _from_factory(model: str, module_name: str, attribute: str) -> LoadedModel:
         return args, {}
 
     return LoadedModel(model, "module", module, None, {"call": call})
-
-
-def _load_weights(module: nn.Module, path: Path) -> None:
-    """Replace the module's tensors by those of a safetensors file; tied tensors need to be there once."""
-    from safetensors.torch import load_file
-
-    headers = check_safetensors(path)
-    state = module.state_dict()
-    for name, header in headers.items():
-        if name not in state:
-            raise LoadError(
-                f"tensor {show(name)} is not in the model", where=str(path), remedy=nearest(name, state)
-            )
-        if header.shape != tuple(state[name].shape):
-            raise LoadError(
-                f"tensor {show(name)} has shape {header.shape}; the model has {tuple(state[name].shape)}",
-                where=str(path),
-            )
-    given = {state[name].data_ptr() for name in headers}
-    for name, tensor in state.items():
-        if name not in headers and (tensor.numel() == 0 or tensor.data_ptr() not in given):
-            raise LoadError(f"lacks tensor {show(name)} of the model", where=str(path))
-    module.load_state_dict(load_file(path), strict=False)

@@ -30,6 +30,7 @@ DTYPE_BITS = {
     "I32": 32, "U32": 32, "F32": 32, "C64": 64, "F64": 64, "I64": 64, "U64": 64,
 }  # fmt: skip
 _RANK_CAP = 16
+_PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt", ".h5", ".msgpack")
 
 
 @dataclass(frozen=True)
@@ -105,8 +106,8 @@ def _sizes(values: Any) -> bool:
     return isinstance(values, list) and all(type(value) is int and 0 <= value < 1 << 62 for value in values)
 
 
-def check_weights_folder(folder: Path) -> dict[str, TensorHeader]:
-    """Check the safetensors weights of a model folder, single file or shards; name -> header over all shards.
+def check_weights_folder(folder: Path) -> dict[Path, dict[str, TensorHeader]]:
+    """Check the safetensors weights of a model folder, single file or shards; file -> tensor name -> header.
 
     Raises LoadError: no safetensors (naming what is there instead), an index that leaves the folder or
     disagrees with its shards, or a bad shard.
@@ -115,36 +116,35 @@ def check_weights_folder(folder: Path) -> dict[str, TensorHeader]:
     indices = [name for name in names if name.endswith(".safetensors.index.json")]
     weights = [name for name in names if name.endswith(".safetensors")]
     if len(indices) > 1:
-        raise LoadError(f"has {len(indices)} weight indices: {', '.join(indices[:3])}", where=str(folder))
+        raise LoadError(f"has {len(indices)} weight indices", where=str(folder), remedy="keep one")
     if indices:
         return _check_index(folder, indices[0])
     if len(weights) == 1:
-        return check_safetensors(file_inside(folder, weights[0]))
+        path = file_inside(folder, weights[0])
+        return {path: check_safetensors(path)}
     if weights:
         raise LoadError(f"has {len(weights)} .safetensors files and no index for them", where=str(folder))
-    others = [
-        name for name in names if name.endswith((".bin", ".pt", ".pth", ".pkl", ".ckpt", ".h5", ".msgpack"))
-    ]
+    others = [name for name in names if name.endswith(_PICKLES)]
     found = f"; it has {show(others[0])}, which is not read because such files can run code" if others else ""
-    raise LoadError(
-        f"has no .safetensors weights{found}", where=str(folder), remedy="save the model as safetensors"
-    )
+    remedy = "save the model as safetensors"
+    raise LoadError(f"has no .safetensors weights{found}", where=str(folder), remedy=remedy)
 
 
-def _check_index(folder: Path, index: str) -> dict[str, TensorHeader]:
+def _check_index(folder: Path, index: str) -> dict[Path, dict[str, TensorHeader]]:
     path = file_inside(folder, index)
     weight_map = read_json_object(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise LoadError("has no weight_map", where=str(path))
-    tensors: dict[str, TensorHeader] = {}
-    for shard in sorted({show(name) if not isinstance(name, str) else name for name in weight_map.values()}):
-        if not shard.endswith(".safetensors"):
-            raise LoadError(
-                f"names the shard {show(shard)}", where=str(path), remedy="shards end in .safetensors"
-            )
-        here = check_safetensors(file_inside(folder, shard))
-        listed = {name for name, file in weight_map.items() if file == shard}
-        if wrong := sorted(listed ^ set(here)):
+    listed: dict[str, set[str]] = {}
+    for tensor, shard in weight_map.items():
+        if not isinstance(shard, str) or not shard.endswith(".safetensors"):
+            remedy = "shards end in .safetensors"
+            raise LoadError(f"names the shard {show(shard)}", where=str(path), remedy=remedy)
+        listed.setdefault(shard, set()).add(tensor)
+    checked = {}
+    for shard, tensors in sorted(listed.items()):
+        file = file_inside(folder, shard)
+        checked[file] = check_safetensors(file)
+        if wrong := sorted(tensors ^ set(checked[file])):
             raise LoadError(f"disagrees with {shard} about tensor {show(wrong[0])}", where=str(path))
-        tensors |= here
-    return tensors
+    return checked
