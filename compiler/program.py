@@ -175,7 +175,7 @@ class Program:
         node.meta["derived"] = name
         sample = next((s.meta["val"] for s in sources if "val" in s.meta), None)
         mode = getattr(sample, "fake_mode", None)
-        node.meta["val"] = mode.from_tensor(value) if mode is not None else value
+        node.meta["val"] = mode.from_tensor(value, static_shapes=True) if mode is not None else value
         return node
 
 

@@ -225,10 +225,11 @@ def trace_replacement(fn: Callable[..., Any], params: list[str], m: Match) -> Tr
 def trace(run: Callable[..., Any], fakes: list[Any]) -> fx.GraphModule:
     """Pre-dispatch aten graph of `run` on fake tensors; constants made inside become buffers."""
     mode = next((f.fake_mode for f in fakes if hasattr(f, "fake_mode")), None)
-    arity = ", ".join(f"a{i}" for i in range(len(fakes)))
-    traceable = _fixed_arity(run, len(fakes)) if arity else run
+    traceable = _fixed_arity(run, len(fakes)) if fakes else run
     with mode if mode is not None else torch.no_grad(), torch.no_grad():
-        return make_fx(traceable, pre_dispatch=True, tracing_mode="real", _allow_non_fake_inputs=True)(*fakes)
+        # make_fx tells inputs apart by identity, and nodes inlined from one trace share their fake tensor.
+        inputs = [f.detach() if isinstance(f, torch.Tensor) else f for f in fakes]
+        return make_fx(traceable, pre_dispatch=True, tracing_mode="real", _allow_non_fake_inputs=True)(*inputs)
 
 
 def _fixed_arity(run: Callable[..., Any], count: int) -> Callable[..., Any]:

@@ -161,7 +161,7 @@ def test_options_do_not_mix() -> None:
         ({"pipelin": "exact"}, "did you mean 'pipeline'"),
         ({"pipeline": "fuse-add-rmsnrm"}, "did you mean 'fuse-add-rmsnorm'"),
         ({"pipeline": "fold-constants{max_elements=0}"}, "at least 1"),
-        ({"pipeline": "fold-constants{max=4}"}, "did you mean 'max_elements'"),
+        ({"pipeline": "fold-constants{max_element=4}"}, "did you mean 'max_elements'"),
         ({"pipeline": "fuse-add-rmsnorm,dead-code"}, "put dead-code before fuse-add-rmsnorm"),
         ({"pipeline": 3}, "pipeline"),
         ({"lower": "fast"}, "inductor, eager"),
