@@ -74,7 +74,8 @@ def rms_norm(
 ) -> Tensor:
     """input / sqrt(mean(input^2) + eps) * weight over the trailing axes."""
     dims = list(range(-len(normalized_shape), 0))
-    eps = torch.finfo(input.dtype).eps if eps is None else eps
+    if eps is None:  # the smallest step of the dtype that aten computes in
+        eps = torch.finfo(torch.promote_types(input.dtype, torch.float32)).eps
     scaled = input * torch.rsqrt(input.square().mean(dims, keepdim=True) + eps)
     return scaled if weight is None else scaled * weight
 
