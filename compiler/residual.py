@@ -111,16 +111,27 @@ def _flatten(flow: Flow, add: fx.Node, inner: set[fx.Node]) -> list[fx.Node]:
 
 
 def _previous(flow: Flow, add: fx.Node, skip: fx.Node, order: list[fx.Node]) -> fx.Node | None:
-    """The residual addition that feeds this one's skip term through light ops only."""
-    reached, own = flow.upto(skip), tensor_of(add)
-    assert own is not None
-    for other in reversed(order):
-        if flow.index[other] >= flow.index[add] or not reached >> flow.index[other] & 1:
-            continue
-        value = tensor_of(other)
-        if value is not None and shape_key(value) == shape_key(own):
-            return None if reached & flow.below(other) & flow.heavy else other
+    """The residual addition that feeds this one's skip term through light ops only.
+
+    It has the same shape, or else the same width and size: OPT flattens batch and tokens for its MLP.
+    """
+    reached = flow.upto(skip)
+    earlier = [o for o in reversed(order) if flow.index[o] < flow.index[add] and reached >> flow.index[o] & 1]
+    for key in (shape_key, _volume):
+        same = next((o for o in earlier if key(_value(o)) == key(_value(add))), None)
+        if same is not None and not reached & flow.below(same) & flow.heavy:
+            return same
     return None
+
+
+def _value(add: fx.Node) -> torch.Tensor:
+    value = tensor_of(add)
+    assert value is not None, "residual additions are tensors"
+    return value
+
+
+def _volume(value: torch.Tensor) -> tuple[str, ...]:
+    return str(value.shape[-1]), str(value.numel())
 
 
 def _with_points(flow: Flow, chain: Chain, skips: dict[fx.Node, fx.Node]) -> Chain:
