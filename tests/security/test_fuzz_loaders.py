@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from tilewright.compiler.diagnostics import TilewrightError
+from tilewright.compiler.diagnostics import LoadError, TilewrightError
 from tilewright.frontends.gguf_check import check_gguf
 from tilewright.frontends.loaders import resolve
 from tilewright.frontends.model_files import read_json_object
@@ -132,7 +132,7 @@ class Targets:
 
     def __init__(self, folder: Path, samples: Any) -> None:
         self.folder, self.samples = folder, samples
-        self.model = samples.folder(folder / "model")
+        self.model, self.plain = samples.folder(folder / "model"), samples.folder(folder / "plain")
         self.shards = samples.sharded(folder / "shards")
         self.config = json.loads((self.model / "config.json").read_text())
         self.index = json.loads((self.shards / "model.safetensors.index.json").read_text())
@@ -144,6 +144,30 @@ class Targets:
 
     def gguf(self, rng: random.Random) -> None:
         check_gguf(self.write("m.gguf", mutate(self.samples.gguf, rng)))
+
+    def gguf_model(self, rng: random.Random) -> None:
+        """The whole way through transformers: mutants whose structure is right and whose numbers lie."""
+        path = self.folder / "m.gguf"
+        while True:
+            path.write_bytes(mutate(self.samples.gguf, rng))
+            try:
+                check_gguf(path)
+            except LoadError:
+                continue
+            resolve(str(path))
+            return
+
+    def tokenizer(self, rng: random.Random) -> None:
+        from tokenizers import Tokenizer, models
+
+        made = json.loads(Tokenizer(models.BPE({"a": 0, "b": 1, "ab": 2}, [("a", "b")])).to_str())
+        made["added_tokens"] = [{"id": 3, "content": "<s>", "special": True, "normalized": False}]
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "model_max_length": 32}
+        which = rng.random() < 0.6
+        for name, tree, hit in (("tokenizer", made, which), ("tokenizer_config", config, not which)):
+            text = json_bytes(mutate_json(tree, rng), rng) if hit else json.dumps(tree).encode()
+            self.write(f"plain/{name}.json", text)
+        resolve(str(self.plain))
 
     def safetensors(self, rng: random.Random) -> None:
         data = self.samples.safetensors
@@ -188,8 +212,8 @@ class Targets:
 
 
 CASES = {
-    "gguf": 500, "safetensors": 500, "index_file": 150, "json_text": 250, "onnx": 150, "pt2": 150, "name": 50,
-    "folder_config": 100, "pipeline_text": 150,
+    "gguf": 480, "safetensors": 480, "index_file": 150, "json_text": 200, "onnx": 150, "pt2": 150, "name": 50,
+    "folder_config": 100, "pipeline_text": 150, "gguf_model": 40, "tokenizer": 50,
 }  # fmt: skip
 MOST_ARE_BAD = {"gguf", "safetensors", "index_file", "onnx", "pt2", "name"}
 
