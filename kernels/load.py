@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from tilewright.compiler.diagnostics import BuildError
+from tilewright.kernels.common.abi import HEADER, TORCH_ABI
 from tilewright.kernels.common.cpp import NAMESPACE
 from tilewright.kernels.common.family import KernelFamily
 from tilewright.runtime.build import LIBRARY, SOURCE, CompileFailed, compile_cpp
@@ -51,7 +52,7 @@ def _build(family: KernelFamily, key: KernelKey) -> Built:
     if name in _LOADED:  # two keys may generate one text
         return _LOADED[name]
     try:
-        folder = compile_cpp(text, key.target.arch)
+        folder = compile_cpp(text, key.target.arch, {HEADER: TORCH_ABI})
     except CompileFailed as error:
         raise BuildError(
             f"kernel {name}: {error}",

@@ -6,6 +6,7 @@ import functools
 import os
 import shutil
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -56,32 +57,39 @@ def compile_flags(arch: str) -> tuple[str, ...]:
     return (*COMMON_FLAGS, *ARCH_FLAGS[arch])
 
 
-def compile_cpp(source: str, arch: str) -> Path:
+def compile_cpp(source: str, arch: str, headers: Mapping[str, str]) -> Path:
     """Compile one generated file for `arch` and return the folder that holds `kernel.cpp` and `kernel.so`.
 
-    The folder is content-addressed over source, flags, compiler and torch version, so equal source is built
-    once per machine. CompileFailed carries the compiler's first complaint.
+    `headers` holds the text of the files it includes by name. The folder is content-addressed over source,
+    headers, flags, compiler and torch version, so equal source is built once per machine. CompileFailed
+    carries the compiler's first complaint.
     """
     compiler, version = find_compiler()
     flags = compile_flags(arch)
     key = {
         "kind": "cpp-kernel",
         "source": source,
+        **{f"header {name}": text for name, text in headers.items()},
         "flags": " ".join(flags),
         "compiler": version,
         "torch": str(torch.__version__),
     }
-    return ArtifactStore.default().get_or_build(key, lambda folder: _build(folder, source, compiler, flags))
+    return ArtifactStore.default().get_or_build(
+        key, lambda folder: _build(folder, source, headers, compiler, flags)
+    )
 
 
-def _build(folder: Path, source: str, compiler: str, flags: tuple[str, ...]) -> None:
+def _build(
+    folder: Path, source: str, headers: Mapping[str, str], compiler: str, flags: tuple[str, ...]
+) -> None:
+    for name, text in headers.items():
+        (folder / name).write_text(text, encoding="utf-8")
     (folder / SOURCE).write_text(source, encoding="utf-8")
     root = Path(torch.__file__).parent
     command = [
         compiler,
         *flags,
         f"-I{root / 'include'}",
-        f"-I{root / 'include/torch/csrc/api/include'}",
         SOURCE,
         "-o",
         LIBRARY,

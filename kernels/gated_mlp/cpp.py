@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tilewright.kernels.common.cpp import ELEMENT, SCALAR_TYPE, check, cpp_file, vector_text
+from tilewright.kernels.common.cpp import ELEMENT, cpp_file, dtype_constant, require, vector_text
 from tilewright.kernels.common.family import config_of
 from tilewright.runtime.contracts import KernelKey
 
@@ -28,17 +28,13 @@ SCHEMA = "(Tensor gate, Tensor up) -> Tensor"
 def generate(key: KernelKey, op: str) -> str:
     """The source file for one dtype and activation."""
     formula, needs = ACTIVATION[config_of(key)["activation"]]
+    dtype = dtype_constant(key.dtype)
     checks = "\n".join(
         (
-            check("gate.is_cpu() && up.is_cpu()", "gate and up must be CPU tensors"),
-            check(
-                f"gate.scalar_type() == ScalarType::{SCALAR_TYPE[key.dtype]} && "
-                "up.scalar_type() == gate.scalar_type()",
-                f"gate and up must be {key.dtype}",
-            ),
-            check(
-                "std::equal(gate.sizes().begin(), gate.sizes().end(), up.sizes().begin(), up.sizes().end())",
-                "gate and up must have one shape",
+            require(f"gate.is_cpu({dtype})", f"gate must be a {key.dtype} tensor on the CPU"),
+            require(
+                f"up.is_cpu({dtype}) && up.has_shape_of(gate)",
+                "up must have the shape, dtype and device of gate",
             ),
         )
     )
@@ -46,15 +42,17 @@ def generate(key: KernelKey, op: str) -> str:
 
 inline Vec activate(Vec g) {{ return {formula}; }}
 
-Tensor run(Tensor gate, Tensor up) {{
+void run(StableIValue* stack, uint64_t, uint64_t) {{
+  Tensor gate(stack[0]);
+  Tensor up(stack[1]);
 {checks}
-  gate = contiguous(gate);  // no copy when it is
-  up = contiguous(up);
-  Tensor out = new_empty(gate, gate.sizes());
-  const X* g = static_cast<const X*>(gate.const_data_ptr());
-  const X* u = static_cast<const X*>(up.const_data_ptr());
-  X* o = static_cast<X*>(out.mutable_data_ptr());
-  torch::stable::parallel_for(0, gate.numel(), {GRAIN}, [&](int64_t i, int64_t end) {{
+  gate.make_contiguous({dtype});
+  up.make_contiguous({dtype});
+  Tensor out(gate.sizes(), gate.dim(), {dtype});
+  const X* g = gate.data<X>();
+  const X* u = up.data<X>();
+  X* o = out.mutable_data<X>();
+  parallel_for(0, gate.numel(), {GRAIN}, [&](int64_t i, int64_t end) {{
     for (; i + kLanes <= end; i += kLanes) {{
       vstore(o + i, vmul(vround(g, activate(vload(g + i))), vload(u + i)));
     }}
@@ -63,7 +61,7 @@ Tensor run(Tensor gate, Tensor up) {{
       vstore_first(o + i, vmul(a, vload_first(u + i, end - i)), end - i);
     }}
   }});
-  return out;
+  stack[0] = out.release();
 }}"""
     return cpp_file(
         title=f"{config_of(key)['activation']}(gate) * up, elementwise.",

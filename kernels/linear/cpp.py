@@ -1,15 +1,15 @@
 """C++ for linear and linear_multi with at most 8 rows of x: the decode GEMV.
 
-Such a call is bound by reading the weights. A thread that walks one row after another gets about half of what
-the memory gives, because one stream keeps too few lines in flight; so each thread splits its rows into `streams`
-ranges far apart and walks them side by side, with a prefetch about 1 KB ahead in each. All weights of a call form
-one list of rows, shared among the threads in one parallel region. Nothing is repacked. The rows of x are taken up
-to three at a time: the weight rows of the second block come from L1.
+Such a call is bound by reading the weights. A thread that walks one row after another gets about half of
+what the memory gives, because one stream keeps too few lines in flight; so each thread splits its rows into
+`streams` ranges far apart and walks them side by side, with a prefetch about 1 KB ahead in each. All weights
+of a call form one list of rows, shared among the threads in one parallel region. Nothing is repacked. The
+rows of x are taken up to three at a time: the weight rows of the second block come from L1.
 """
 
 from __future__ import annotations
 
-from tilewright.kernels.common.cpp import ELEMENT, LANES, SCALAR_TYPE, check, cpp_file, vector_text
+from tilewright.kernels.common.cpp import ELEMENT, LANES, cpp_file, dtype_constant, require, vector_text
 from tilewright.kernels.common.family import config_of
 from tilewright.runtime.contracts import KernelKey
 
@@ -63,7 +63,7 @@ inline void dot_rows(const T* const* w, const float* x, int64_t ldx, int64_t K, 
     }}
   }}
   for (; k < K; k += kLanes) {{
-    int64_t n = std::min(kLanes, K - k);
+    int64_t n = K - k < kLanes ? K - k : kLanes;
     for (int s = 0; s < S; ++s) {{
       Vec b = vload_first(w[s] + k, n);
       for (int m = 0; m < M; ++m) sum[m][s] = vfma(vload_first(x + m * ldx + k, n), b, sum[m][s]);
@@ -110,7 +110,7 @@ def _walk(key: KernelKey) -> str:
         "  block<1, S>(w, at, x, 0, K);"
         if rows == 1
         else f"""  for (int64_t m = 0; m < M; m += {BLOCK}) {{
-    switch (std::min<int64_t>({BLOCK}, M - m)) {{
+    switch (M - m < {BLOCK} ? M - m : {BLOCK}) {{
 {blocks}
     }}
   }}"""
@@ -168,57 +168,54 @@ inline void walk(const Weight* weights, int64_t first, int64_t last, const float
 
 def _run(key: KernelKey) -> str:
     config = config_of(key)
-    pairs, count, bias = names(key), config["count"], config["biases"] != 0
-    params = ", ".join(
-        f"Tensor {name}" for name in ["x", *[n for pair in pairs for n in pair if n is not None]]
-    )
-    scalar = f"ScalarType::{SCALAR_TYPE[key.dtype]}"
+    pairs, bias, dtype = names(key), config["biases"] != 0, dtype_constant(key.dtype)
+    given = ["x", *[name for pair in pairs for name in pair if name is not None]]
+    steals = "\n".join(f"  Tensor {name}(stack[{i}]);" for i, name in enumerate(given))
     lines = [
-        check("x.is_cpu() && x.dim() >= 1", "x must be a CPU tensor with at least one axis"),
-        check(f"x.scalar_type() == {scalar}", f"x must be {key.dtype}"),
-        "  x = contiguous(x);  // no copy when it is",
-        "  const int64_t K = x.size(-1), M = K > 0 ? x.numel() / K : 0;",
-        check(
-            f"K > 0 && M >= 1 && M <= {config['rows']}",
-            f"x must have 1 to {config['rows']} rows and a non-empty last axis",
-        ),
-        "  std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());",
+        require(f"x.is_cpu({dtype})", f"x must be a {key.dtype} tensor on the CPU"),
+        require("x.dim() >= 1 && x.dim() <= kMaxAxes && x.sizes()[x.dim() - 1] > 0", "x must not be empty"),
+        f"  x.make_contiguous({dtype});",
+        "  const int64_t K = x.sizes()[x.dim() - 1], M = x.numel() / K;",
+        require(f"M >= 1 && M <= {config['rows']}", f"x must have 1 to {config['rows']} rows"),
+        "  int64_t shape[kMaxAxes];",
+        "  std::memcpy(shape, x.sizes(), x.dim() * sizeof(int64_t));",
     ]
     for w, b in pairs:
         lines += [
-            check(
-                f"{w}.is_cpu() && {w}.dim() == 2 && {w}.size(1) == K", f"{w} must be [N, {{last axis of x}}]"
+            require(
+                f"{w}.is_cpu({dtype}) && {w}.dim() == 2 && {w}.sizes()[1] == K",
+                f"{w} must be a {key.dtype} matrix on the CPU with as many columns as x",
             ),
-            check(f"{w}.scalar_type() == {scalar}", f"{w} must be {key.dtype}"),
-            f"  if ({w}.stride(1) != 1) {w} = contiguous({w});",
+            f"  if ({w}.strides()[1] != 1) {w}.make_contiguous({dtype});",
         ]
         if b is not None:
             lines += [
-                check(f"{b}.is_cpu() && {b}.dim() == 1 && {b}.size(0) == {w}.size(0)", f"{b} must be [N]"),
-                check(f"{b}.scalar_type() == {scalar}", f"{b} must be {key.dtype}"),
-                f"  {b} = contiguous({b});",
+                require(
+                    f"{b}.is_cpu({dtype}) && {b}.dim() == 1 && {b}.sizes()[0] == {w}.sizes()[0]",
+                    f"{b} must be a {key.dtype} vector on the CPU with an element per row of {w}",
+                ),
+                f"  {b}.make_contiguous({dtype});",
             ]
-        lines += [f"  shape.back() = {w}.size(0);", f"  Tensor y{w[1:]} = new_empty(x, shape);"]
+        lines += [f"  shape[x.dim() - 1] = {w}.sizes()[0];", f"  Tensor y{w[1:]}(shape, x.dim(), {dtype});"]
     rows = []
     for w, b in pairs:
-        biased = f"{f'static_cast<const T*>({b}.const_data_ptr())' if b else 'nullptr'}, " if bias else ""
+        biased = f"{f'{b}.data<T>()' if b else 'nullptr'}, " if bias else ""
         rows.append(
-            f"    {{static_cast<const T*>({w}.const_data_ptr()), {w}.size(0), {w}.stride(0), {biased}"
-            f"static_cast<T*>(y{w[1:]}.mutable_data_ptr())}},"
+            f"      {{{w}.data<T>(), {w}.sizes()[0], {w}.strides()[0], {biased}y{w[1:]}.mutable_data<T>()}},"
         )
-    outs = ", ".join(f"y{i}" for i in range(count))
-    result = f"{{{outs}}}" if count > 1 else outs
-    kind = f"std::tuple<{', '.join(['Tensor'] * count)}>" if count > 1 else "Tensor"
-    source = "  const float* a = static_cast<const float*>(x.const_data_ptr());"
+    outputs = "\n".join(f"  stack[{i}] = y{i}.release();" for i in range(config["count"]))
+    source = "  const float* a = x.data<float>();"
     if key.dtype != "float32":
-        source = """  std::vector<float> wide(M * K + kLanes);
-  const T* narrow_x = static_cast<const T*>(x.const_data_ptr());
-  for (int64_t i = 0; i < M * K; i += kLanes) {
-    vstore(wide.data() + i, vload_first(narrow_x + i, std::min(kLanes, M * K - i)));
-  }
-  const float* a = wide.data();"""
+        source = f"""  const int64_t elements = M * K;
+  Tensor wide(&elements, 1, {dtype_constant("float32")});
+  float* a = wide.mutable_data<float>();
+  const T* narrow_x = x.data<T>();
+  int64_t i = 0;
+  for (; i + kLanes <= elements; i += kLanes) vstore(a + i, vload(narrow_x + i));
+  vstore_first(a + i, vload_first(narrow_x + i, elements - i), elements - i);"""
     checks, table = "\n".join(lines), "\n".join(rows)
-    return f"""{kind} run({params}) {{
+    return f"""void run(StableIValue* stack, uint64_t, uint64_t) {{
+{steals}
 {checks}
   const Weight weights[] = {{
 {table}
@@ -227,11 +224,11 @@ def _run(key: KernelKey) -> str:
   for (const Weight& w : weights) total += w.rows;
 {source}
   const int64_t bytes = total * K * static_cast<int64_t>(sizeof(T));
-  const int64_t threads = bytes < {SERIAL_BYTES} ? 1 : torch::stable::get_num_threads();
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {{
+  const int64_t threads = bytes < {SERIAL_BYTES} ? 1 : thread_count();
+  parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {{
     walk(weights, total * begin / threads, total * end / threads, a, M, K);
   }});
-  return {result};
+{outputs}
 }}"""
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tilewright.kernels.common.cpp import ELEMENT, SCALAR_TYPE, check, cpp_file, vector_text
+from tilewright.kernels.common.cpp import ELEMENT, cpp_file, dtype_constant, require, vector_text
 from tilewright.kernels.common.family import config_of
 from tilewright.runtime.contracts import KernelKey
 
@@ -75,7 +75,7 @@ def _row_function(key: KernelKey) -> str:
     sums[1] = vfma(v, v, sums[1]);
   }}
   float sum = vsum(vadd(vadd(sums[0], sums[1]), vadd(sums[2], sums[3])));
-  Vec rstd = vset(1.0f / std::sqrt(sum / static_cast<float>(D) + eps));
+  Vec rstd = vset(1.0f / __builtin_sqrtf(sum / static_cast<float>(D) + eps));
   for (i = 0; i + kLanes <= D; i += kLanes) {{
     {body}
     {store.format("y", "v")};
@@ -89,59 +89,64 @@ def _row_function(key: KernelKey) -> str:
 
 def _run(key: KernelKey) -> str:
     config = config_of(key)
-    residual, weight, shifted = config["residual"], config["weight"], config["offset"]
-    params = ["Tensor x"] + (["Tensor residual"] if residual else [])
-    params += (
-        (["Tensor weight"] if weight != "none" else [])
-        + ["double eps"]
-        + (["double offset"] if shifted else [])
-    )
-    lines = [check("x.is_cpu() && x.dim() >= 1", "x must be a CPU tensor with at least one axis")]
-    lines.append(check(f"x.scalar_type() == ScalarType::{SCALAR_TYPE[key.dtype]}", f"x must be {key.dtype}"))
-    lines += ["  x = contiguous(x);  // no copy when it is", "  const int64_t D = x.size(-1);"]
+    residual, weight = config["residual"], config["weight"]
+    x_dtype = dtype_constant(key.dtype)
+    names = ["x", *(["residual"] if residual else []), *(["weight"] if weight != "none" else [])]
+    steals = "\n".join(f"  Tensor {name}(stack[{i}]);" for i, name in enumerate(names))
+    scalars = f"  const float eps = static_cast<float>(to_double(stack[{len(names)}]));"
+    if config["offset"]:
+        scalars += f"\n  const Vec offset = vset(static_cast<float>(to_double(stack[{len(names) + 1}])));"
+    lines = [
+        require(f"x.is_cpu({x_dtype})", f"x must be a {key.dtype} tensor on the CPU"),
+        require("x.dim() >= 1", "x must have an axis"),
+        f"  x.make_contiguous({x_dtype});",
+        "  const int64_t D = x.sizes()[x.dim() - 1];",
+    ]
     call = ["x_data + r * D"]
-    after = ["  const X* x_data = static_cast<const X*>(x.const_data_ptr());"]
+    pointers = ["  const X* x_data = x.data<X>();"]
     if residual:
-        same = (
-            "std::equal(x.sizes().begin(), x.sizes().end(), residual.sizes().begin(), residual.sizes().end())"
-        )
-        lines.append(check(f"residual.is_cpu() && {same}", "residual must have the shape of x"))
-        lines.append(check("residual.scalar_type() == x.scalar_type()", "residual must have the dtype of x"))
-        lines += ["  residual = contiguous(residual);", "  Tensor total = new_empty(x, x.sizes());"]
-        after.append("  const X* residual_data = static_cast<const X*>(residual.const_data_ptr());")
-        after.append("  X* total_data = static_cast<X*>(total.mutable_data_ptr());")
+        lines += [
+            require(
+                f"residual.is_cpu({x_dtype}) && residual.has_shape_of(x)",
+                "residual must have the shape, dtype and device of x",
+            ),
+            f"  residual.make_contiguous({x_dtype});",
+            f"  Tensor total(x.sizes(), x.dim(), {x_dtype});",
+        ]
+        pointers += [
+            "  const X* residual_data = residual.data<X>();",
+            "  X* total_data = total.mutable_data<X>();",
+        ]
         call += ["residual_data + r * D", "total_data + r * D"]
     if weight != "none":
-        lines.append(
-            check(
-                "weight.is_cpu() && weight.dim() == 1 && weight.size(0) == D",
-                "weight must have the size of x's last axis",
-            )
-        )
-        lines.append(
-            check(f"weight.scalar_type() == ScalarType::{SCALAR_TYPE[weight]}", f"weight must be {weight}")
-        )
-        lines.append("  weight = contiguous(weight);")
-        after.append("  const W* weight_data = static_cast<const W*>(weight.const_data_ptr());")
+        lines += [
+            require(
+                f"weight.is_cpu({dtype_constant(weight)}) && weight.dim() == 1 && weight.sizes()[0] == D",
+                f"weight must be a {weight} tensor on the CPU with the size of x's last axis",
+            ),
+            f"  weight.make_contiguous({dtype_constant(weight)});",
+        ]
+        pointers.append("  const W* weight_data = weight.data<W>();")
         call.append("weight_data")
-    lines.append(f"  Tensor y = new_empty(x, x.sizes(), ScalarType::{SCALAR_TYPE[config['out']]});")
-    after.append("  Y* y_data = static_cast<Y*>(y.mutable_data_ptr());")
-    call += ["y_data + r * D", "D", "static_cast<float>(eps)"]
-    call += ["vset(static_cast<float>(offset))"] if shifted else []
-    result = "{y, total}" if residual else "y"
-    kind = "std::tuple<Tensor, Tensor>" if residual else "Tensor"
-    checks, setup = "\n".join(lines), "\n".join(after)
-    return f"""{kind} run({", ".join(params)}) {{
+    lines.append(f"  Tensor y(x.sizes(), x.dim(), {dtype_constant(config['out'])});")
+    pointers.append("  Y* y_data = y.mutable_data<Y>();")
+    call += ["y_data + r * D", "D", "eps"] + (["offset"] if config["offset"] else [])
+    outputs = "\n".join(
+        f"  stack[{i}] = {name}.release();" for i, name in enumerate(["y"] + (["total"] if residual else []))
+    )
+    checks, setup = "\n".join(lines), "\n".join(pointers)
+    return f"""void run(StableIValue* stack, uint64_t, uint64_t) {{
+{steals}
+{scalars}
 {checks}
-  if (x.numel() == 0) return {result};
 {setup}
-  const int64_t rows = x.numel() / D, grain = std::max<int64_t>(1, {GRAIN} / D);
-  torch::stable::parallel_for(0, rows, grain, [&](int64_t first, int64_t last) {{
+  const int64_t rows = D > 0 ? x.numel() / D : 0, grain = D < {GRAIN} ? {GRAIN} / (D + 1) + 1 : 1;
+  parallel_for(0, rows, grain, [&](int64_t first, int64_t last) {{
     for (int64_t r = first; r < last; ++r) {{
       norm_row({", ".join(call)});
     }}
   }});
-  return {result};
+{outputs}
 }}"""
 
 
