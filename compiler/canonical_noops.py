@@ -62,25 +62,27 @@ def drop_contiguous(c: Canonical, node: fx.Node) -> bool:
     return c.swap(node, aten.clone.default, (source,), "contiguous-form", {"memory_format": wanted})
 
 
+_SCATTERS = (aten.slice_scatter.default, aten.select_scatter.default, aten.diagonal_scatter.default)
+
+
+def _as_good(source: fx.Node, copy: fx.Node) -> bool:
+    """Whether a value may stand for its copy: same layout, or the copy is only scattered elsewhere."""
+    scattered = all(is_op(u, *_SCATTERS) and u.args[0] is not copy for u in copy.users)
+    return same_layout(source, copy) or (scattered and same_kind(source, copy))
+
+
 def drop_copy(c: Canonical, node: fx.Node) -> bool:
     """A copy with the layout of its source that nobody writes to, returns or writes back is its source."""
     source = node.args[0]
-    if not isinstance(source, fx.Node) or not same_layout(source, node):
+    if not isinstance(source, fx.Node) or not _as_good(source, node):
         return False
     return c.may_drop_copy(node, source) and c.replace(node, source, "drop-copy")
 
 
-_SCATTERS = (aten.slice_scatter.default, aten.select_scatter.default, aten.diagonal_scatter.default)
-
-
 def drop_overwrite(c: Canonical, node: fx.Node) -> bool:
-    """The functional `copy(x, y)` is a copy of y where y has the dtype, sizes and layout of the result.
-
-    Where it is only scattered into another value its layout is of no matter.
-    """
+    """The functional `copy(x, y)` is a copy of y where y has the dtype, sizes and layout of the result."""
     source = node.args[1]
-    scattered = all(is_op(u, *_SCATTERS) and u.args[0] is not node for u in node.users)
-    if not isinstance(source, fx.Node) or not (same_kind if scattered else same_layout)(source, node):
+    if not isinstance(source, fx.Node) or not _as_good(source, node):
         return False
     return c.may_drop_copy(node, source) and c.replace(node, source, "drop-copy")
 

@@ -36,7 +36,7 @@ _RULES = _table()
 def canonicalize(gm: fx.GraphModule, *, training: bool = False) -> dict[str, int]:
     """Bring a graph into normal form, in place; returns how often each rule applied.
 
-    Run it after `functionalize`. Results are bit-equal, and what remains keeps its strides, since the order of
+    Run it after `functionalize`. Results are bit-equal, and what remains keeps its strides: the order of
     a reduction follows them. A second run changes nothing.
 
     training: keep `detach` and regions without gradients, which matter to autograd.

@@ -181,9 +181,10 @@ class _Comparison:
         for x, y in zip(effects_a, effects_b, strict=False):
             message = message or self._pair_tree(x, y)
         if message is None and len(effects_a) != len(effects_b):
-            longer = effects_a if len(effects_a) > len(effects_b) else effects_b
-            message = f"{len(effects_a)} nodes with effects against {len(effects_b)}: {line_of(longer[-2])}"
-        return message
+            longer = max(effects_a, effects_b, key=len)
+            extra = line_of(longer[min(len(effects_a), len(effects_b))])
+            message = f"{len(effects_a)} nodes with effects against {len(effects_b)}: {extra}"
+        return message or self._pair_tree(output_node(self.a.graph), output_node(self.b.graph))
 
     def _pair_inputs(self) -> str | None:
         left, right = placeholders(self.a.graph), placeholders(self.b.graph)
@@ -205,12 +206,14 @@ class _Comparison:
             x, y, ready = stack.pop()
             if self.there.get(x) is y and self.back.get(y) is x:
                 continue
+            if "placeholder" in (x.op, y.op):
+                return f"{line_of(x)} against {line_of(y)}"
             if x in self.there or y in self.back:
                 return f"{line_of(x)} and {line_of(y)}: one is shared where the other is not"
             if ready:
                 self.there[x], self.back[y] = y, x
                 continue
-            if x.op == "placeholder" or x.op != y.op or (x.op != "get_attr" and x.target != y.target):
+            if x.op != y.op or (x.op != "get_attr" and x.target != y.target):
                 return f"{line_of(x)} against {line_of(y)}"
             message = self._arguments(x, y) if x.op != "get_attr" else self._attribute(x, y)
             if message is not None:
@@ -241,7 +244,7 @@ class _Place(int):
 
 
 def _effects(graph: fx.Graph) -> list[fx.Node]:
-    return [n for n in graph.nodes if n.op != "placeholder" and is_impure(n)]
+    return [n for n in graph.nodes if n.op not in ("placeholder", "output") and is_impure(n)]
 
 
 def _attribute(module: fx.GraphModule, path: str) -> Any:
