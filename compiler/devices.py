@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import time
@@ -137,46 +138,63 @@ def roofline_us(
     return max(arithmetic, memory) * 1e6 + launches * device.launch_us
 
 
-def _best(run: Callable[[], object], rounds: int) -> float:
-    """Least wall seconds of `rounds` runs after one run to warm up."""
+def _best(run: Callable[[], object], budget: float) -> float:
+    """Least wall seconds of one run among all that fit into `budget` seconds, after one run to warm up.
+
+    Many short runs, so that one of them meets a moment when other work leaves the cores alone.
+    """
     run()
-    best = math.inf
-    for _ in range(rounds):
+    best, end = math.inf, time.perf_counter() + budget
+    while True:
         start = time.perf_counter()
         run()
-        best = min(best, time.perf_counter() - start)
-    return best
+        now = time.perf_counter()
+        best = min(best, now - start)
+        if now > end:
+            return best
+
+
+_PIECE = 8 * 2**20
 
 
 @cache
-def measure_host(rounds: int = 4) -> DeviceDescriptor:
-    """Measure this machine through torch in under half a second, once a process, with torch's thread count.
+def measure_host() -> DeviceDescriptor:
+    """Measure this machine through torch in under half a second, once a process.
 
-    Arithmetic: a matrix product per dtype. Bandwidth: the better of summing 64 MiB of float32 and
-    copying 32 MiB (bytes read and written counted). Launch: one addition of two scalars. What torch reaches
-    lies below the physical peak.
+    Arithmetic: a matrix product per dtype on one thread, times torch's threads; one thread, because two that
+    wait for each other measure the other work on the machine. Bandwidth: the best of summing and copying
+    8 MiB pieces of a 96 MiB tensor in turn (bytes read and written counted), on one thread or on all. Launch:
+    one addition of two scalars. What torch reaches lies below the physical peak.
     """
-    peaks = {}
+    threads = torch.get_num_threads()
+    pieces = itertools.cycle(torch.ones(12, _PIECE // 4))
+    sweeps = (lambda: next(pieces).sum(), lambda: next(pieces).copy_(next(pieces)))
     with torch.no_grad():
-        for dtype, rows in ((torch.float64, 192), (torch.float32, 384), (torch.bfloat16, 8)):
-            a, b = torch.ones(rows, 512, dtype=dtype), torch.ones(512, 384, dtype=dtype)
-            seconds = _best(partial(torch.mm, a, b), rounds)
-            peaks[str(dtype).removeprefix("torch.")] = 2 * rows * 512 * 384 / seconds
-        data = torch.ones(2, 8 * 2**20)
-        read = min(_best(data.sum, rounds), _best(partial(data[0].copy_, data[1]), rounds))
-        one = torch.ones(())
-
-        def hundred() -> None:
-            for _ in range(100):
-                torch.add(one, one)
-
-        call = _best(hundred, rounds) / 100
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        rates = [_PIECE * n / _best(sweep, 0.05) for n, sweep in enumerate(sweeps, 1)]
+        torch.set_num_threads(1)
+        try:
+            rates += [_PIECE * n / _best(sweep, 0.05) for n, sweep in enumerate(sweeps, 1)]
+            rows = ((torch.float64, 64), (torch.float32, 128), (torch.bfloat16, 8))
+            peaks = {_name(dtype): _product_flops(dtype, n) * threads for dtype, n in rows}
+            one = torch.ones(())
+            call = _best(partial(torch.add, one, one), 0.01)
+        finally:
+            torch.set_num_threads(threads)
     return DeviceDescriptor(
         "host",
         MappingProxyType(peaks),
-        data.nbytes / read / 1e9,
+        max(rates) / 1e9,
         call * 1e6,
-        memory,
+        os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "measured through torch",
     )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _product_flops(dtype: torch.dtype, rows: int) -> float:
+    """Flop/s of a [rows, 512] x [512, 256] product."""
+    a, b = torch.ones(rows, 512, dtype=dtype), torch.ones(512, 256, dtype=dtype)
+    return 2 * rows * 512 * 256 / _best(partial(torch.mm, a, b), 0.04)

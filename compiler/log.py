@@ -64,9 +64,8 @@ class PassLog:
             owned.update(node.meta.get("tw_slots", {}))
         owned.update({slot: self.name for slot in self._slots})
         if owned:
-            for node in new.values():
-                if node.op == "call_function":
-                    node.meta["tw_slots"] = dict(owned)
+            for node in _made(new):
+                node.meta["tw_slots"] = dict(owned)
 
     def replay(
         self, program: Program, m: Match, after: fx.GraphModule, inputs: list[fx.Node], key: Any
@@ -91,9 +90,7 @@ class PassLog:
             Application(
                 rule=rule,
                 node=node.name,
-                inserted=[n.name for n in inserted]
-                if not isinstance(inserted, dict)
-                else [n.name for n in inserted.values() if n.op == "call_function"],
+                inserted=[n.name for n in (_made(inserted) if isinstance(inserted, dict) else inserted)],
                 removed=[n.name for n in removed],
                 source=source_line(node),
                 module=module_path(node),
@@ -127,3 +124,10 @@ class PassLog:
             self._report.skipped = f"out of fuel after {self._fuel.spent} rewrites"
         elif not self._report.applied and not self._report.refused:
             self.note(f"no candidate: the program has no {' or '.join(sorted(anchors))} that starts to match")
+
+
+def _made(copies: dict[fx.Node, fx.Node]) -> list[fx.Node]:
+    """The calls among traced -> new nodes; a traced placeholder stands for an input that was there before."""
+    return [
+        new for traced, new in copies.items() if traced.op != "placeholder" and new.op == "call_function"
+    ]

@@ -126,6 +126,7 @@ class Report:
     """node, op, kernel (what runs it), why (there is no generated kernel), source (file) and text (generated
     source, where the file is gone) of each lowering decision."""
     costs_before: list[NodeCost] = field(default_factory=list)
+    """Costs of the normal form, before the pipeline ran."""
     costs_after: list[NodeCost] = field(default_factory=list)
     totals_before: Totals = field(default_factory=Totals)
     totals_after: Totals = field(default_factory=Totals)

@@ -10,6 +10,7 @@ from typing import Any
 from tilewright.compiler.report import NodeCost, PassReport, Report
 from tilewright.frontends.report_diff import graph_diff
 from tilewright.frontends.report_source import source_lines
+from tilewright.frontends.report_text import alike
 
 _DIFF_ROWS = 6000
 """Rows of graph differences in all, shared by the passes."""
@@ -175,7 +176,16 @@ def _pass(p: PassReport, texts: _Texts) -> dict[str, Any]:
         for a in p.applied
     ]
     refused = [
-        [texts(r.rule), r.node, texts(r.reason), r.blame, r.depth, texts(r.source), texts(r.module)]
+        [
+            texts(r.rule),
+            r.node,
+            texts(r.reason),
+            r.blame,
+            r.depth,
+            texts(r.source),
+            texts(r.module),
+            texts(alike(r.reason)),
+        ]
         for r in p.refused
     ]
     plain = ("name", "text", "stage", "exactness", "paper", "notes", "skipped", "seconds")

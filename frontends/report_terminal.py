@@ -138,7 +138,10 @@ def _summary(report: Report) -> Section:
     old_ms, new_ms = before.roofline_ms, after.roofline_ms
     texts = (duration(old_ms / 1e3), duration(new_ms / 1e3), change(old_ms, new_ms))
     section.rows.append((f"roofline time{device}", *texts))
-    notes = ["each node reads its inputs once and writes its result once; fusion by Inductor is not counted"]
+    notes = [
+        "before is the normal form",
+        "each node reads its inputs once and writes its result once; fusion by Inductor is not counted",
+    ]
     if report.sizes:
         notes.append("numbers at " + ", ".join(f"{k} = {v}" for k, v in sorted(report.sizes.items())))
     if after.unknown:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -74,13 +75,18 @@ class RefusalGroup:
     count: int
 
 
+def alike(reason: str) -> str:
+    """A reason without the numbers of the nodes it names, so that one reason at many nodes is one reason."""
+    return re.sub(r"\b([A-Za-z]\w*?)_\d+\b", r"\1", reason)
+
+
 def group_refusals(refused: Iterable[Refused]) -> list[RefusalGroup]:
     """Refusals with the same rule and reason together; nearest misses first, then the most frequent."""
     groups: dict[tuple[str, str], list[Refused]] = {}
     for item in refused:
-        groups.setdefault((item.rule, item.reason), []).append(item)
-    found = [
-        RefusalGroup(rule, reason, max(items, key=lambda r: r.depth), len(items))
-        for (rule, reason), items in groups.items()
-    ]
+        groups.setdefault((item.rule, alike(item.reason)), []).append(item)
+    found = []
+    for (rule, _), items in groups.items():
+        nearest = max(items, key=lambda r: r.depth)
+        found.append(RefusalGroup(rule, nearest.reason, nearest, len(items)))
     return sorted(found, key=lambda g: (-g.nearest.depth, -g.count))

@@ -90,7 +90,7 @@ def _applied(p: PassReport, a: Application) -> list[str]:
     if a.replay_error is not None:
         lines.append(f"    replayed on random inputs: {a.replay_error:.3g} relative RMS difference")
     else:
-        lines.append(f"    not replayed: {a.replay_note or 'replay was off'}")
+        lines.append(f"    not replayed{f': {a.replay_note}' if a.replay_note else ''}")
     return lines
 
 

@@ -41,7 +41,7 @@ function summary() {
   cost.push(card("Passes", duration(passSeconds), "", el("p", {class: "small soft"}, `${plural(applied, "rewrite")} by ${changed} of ${plural(data.passes.length, "pass").replace("passs", "passes")}`)));
   if (errors.length) cost.push(card("Error against float64", small(Math.max(...errors.filter(([n]) => !n.startsWith("eager")).map(([, v]) => v), 0)), "", bars(errors.map(([label, value]) => ({label, value, text: small(value), class: label.startsWith("eager") ? "fill-old" : "fill"})))));
   if (data.breaks.length) cost.push(card("Graph breaks", String(data.breaks.length), "bad", el("p", {class: "small soft"}, "the model was captured in parts")));
-  const notes = ["Predicted: each node reads its inputs once and writes its result once; fusion by Inductor is not counted."];
+  const notes = ["Before is the program in normal form, ahead of the pipeline. Predicted: each node reads its inputs once and writes its result once; fusion by Inductor is not counted."];
   const sizes = Object.entries(data.sizes);
   if (sizes.length) notes.push(`Numbers at ${sizes.map(([k, v]) => `${k} = ${v}`).join(", ")}.`);
   if (after.unknown) notes.push(`${plural(after.unknown, "node")} without a known size left out.`);
@@ -53,11 +53,11 @@ function summary() {
 function appliedItem(entry) {
   const [rule, node, inserted, removed, source, module, error, note] = entry;
   const item = el("li", {class: "applied"});
-  const check = error !== null ? `replayed: ${small(error)} relative RMS` : `not replayed: ${texts[note] || "replay was off"}`;
+  const check = error !== null ? `replayed: ${small(error)} relative RMS` : texts[note] ? `not replayed: ${texts[note]}` : "not replayed";
   add(item, [
     el("code", null, node), texts[rule] ? [" ", el("span", {class: "badge"}, texts[rule])] : null,
     texts[module] ? [" ", el("span", {class: "soft small"}, texts[module])] : null, " \u00b7 ", sourceButton(source, item),
-    el("div", {class: "small soft"}, `${removed.join(", ") || "nothing"} \u2192 ${inserted.join(", ") || "nothing"} \u00b7 ${check}`),
+    el("div", {class: "small soft"}, removed.length || inserted.length ? `${removed.join(", ") || "nothing"} \u2192 ${inserted.join(", ") || "nothing"} \u00b7 ${check}` : check),
   ]);
   return item;
 }
@@ -65,7 +65,7 @@ function appliedItem(entry) {
 function refusedGroups(refused) {
   const groups = new Map();
   for (const entry of refused) {
-    const key = `${entry[0]}/${entry[2]}`;
+    const key = `${entry[0]}/${entry[7]}`;
     if (!groups.has(key)) groups.set(key, []);
     groups.get(key).push(entry);
   }
@@ -73,12 +73,13 @@ function refusedGroups(refused) {
   return sorted.sort((a, b) => b[0][4] - a[0][4] || b.length - a.length);
 }
 
-function refusedItem(entry) {
-  const [, node, , blame, depth, source, module] = entry;
+function refusedItem(entry, shown) {
+  const [, node, reason, blame, depth, source, module] = entry;
   const item = el("li");
+  const own = texts[reason] === shown ? "" : `${texts[reason]}; `;
   const about = blame && blame !== node ? `the reason is about ${blame}; ` : "";
   add(item, [el("code", null, node), texts[module] ? [" ", el("span", {class: "soft small"}, texts[module])] : null, " \u00b7 ", sourceButton(source, item),
-    el("div", {class: "small soft"}, `${about}${plural(depth, "pattern call")} matched before this`)]);
+    el("div", {class: "small soft"}, `${own}${about}${plural(depth, "pattern call")} matched before this`)]);
   return item;
 }
 
@@ -86,7 +87,7 @@ function refusedGroup(group) {
   const item = el("li", {class: "refused"});
   const [rule, , reason] = group[0];
   const places = lazy(el("details", null, el("summary", {class: "small soft"}, `${plural(group.length, "node")}; nearest miss ${group[0][1]} (${group[0][4]} matched)`)),
-    () => paged(group, refusedItem, 12));
+    () => paged(group, (entry) => refusedItem(entry, texts[reason]), 12));
   return add(item, [el("span", {class: "count warn"}, `${group.length} \u00d7 `), texts[reason], texts[rule] ? [" ", el("span", {class: "badge"}, texts[rule])] : null, places]);
 }
 
@@ -124,6 +125,6 @@ function passes() {
     return lazy(details, () => passBody(p));
   });
   const first = data.passes.findIndex((p) => p.applied.length);
-  if (first >= 0) items[first].open = true;
+  if (first >= 0 && items.length <= 4) items[first].open = true;
   return section("passes", "Passes in order", items.length ? items : el("p", {class: "empty"}, "The pipeline is empty."));
 }
