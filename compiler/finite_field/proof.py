@@ -130,8 +130,8 @@ def _difference(left: object, right: object) -> str:
         return f"{len(ours)} outputs against {len(theirs)}"
     for index, (one, other) in enumerate(zip(ours, theirs, strict=True)):
         if not isinstance(one, Tensor) or not isinstance(other, Tensor):
-            if one != other:
-                return f"output {index}: {one} against {other}"
+            if isinstance(one, Tensor) or isinstance(other, Tensor) or one != other:
+                return f"output {index}: {one!r} against {other!r}"
             continue
         if one.shape != other.shape:
             return f"output {index}: shape {tuple(one.shape)} against {tuple(other.shape)}"

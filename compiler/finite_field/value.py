@@ -115,7 +115,7 @@ def dispatch(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
         return context.wrap(handler(context, *args, **kwargs))
     if context.name in MOVEMENT:
         return context.wrap(move(context))
-    if torch.Tag.pointwise in function.tags:
+    if torch.Tag.pointwise in function.tags and torch.Tag.nondeterministic_seeded not in function.tags:
         return context.wrap(elementwise(context))
     raise OutOfScope(f"{context.name} is not known over residues")
 
@@ -134,14 +134,18 @@ _NOT_SHAPES = ("dtype", "layout", "device", "pin_memory", "memory_format", "non_
 
 def move(context: Context) -> Any:
     """Run a data movement op on every plane; real float tensors among the arguments become constants."""
-    leaves, tree = tree_flatten((context.args, context.kwargs))
-    where = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Value) or _is_real(leaf)]
-    parts = field.unify([as_planes(leaves[i]) for i in where])
-    fill = context.args[2] if context.name == "aten::constant_pad_nd" and len(context.args) > 2 else 0
-    if context.kwargs.get("accumulate") or (context.name == "aten::index_put" and True in context.args[3:]):
+    if context.name == "aten::index_put" and (context.kwargs.get("accumulate") or True in context.args[3:]):
         raise OutOfScope("index_put that accumulates")
-    if fill != 0:
-        raise OutOfScope(f"{context.name} with the fill value {fill}")
+    leaves, tree = tree_flatten((context.args, context.kwargs))
+    joins = context.name in ("aten::cat", "aten::stack")
+    where = [
+        i
+        for i, leaf in enumerate(leaves)
+        if isinstance(leaf, Value) or _is_real(leaf) or (joins and isinstance(leaf, Tensor))
+    ]
+    parts = field.unify([as_planes(leaves[i]) for i in where])
+    if str(context.function) == "aten.view.dtype" or _writes_a_number(context):
+        raise OutOfScope(f"{context.function} of {context.args[1:]}")
 
     def run(choose: Callable[[Planes], Tensor | None]) -> Any:
         chosen = [choose(part) for part in parts]
@@ -170,6 +174,14 @@ _LOOSE: dict[str, Handler] = {
     "aten::_unsafe_view": torch.reshape,
     "aten::_reshape_alias": lambda x, size, stride: torch.reshape(x, size),
 }
+
+
+def _writes_a_number(context: Context) -> bool:
+    """True if the op puts a Python number other than zero among the elements."""
+    names = [spec.name for spec in context.function._schema.arguments]
+    given = {**dict(zip(names, context.args, strict=False)), **context.kwargs}
+    value = given.get("value", 0)
+    return isinstance(value, int | float) and value != 0
 
 
 def _is_real(leaf: object) -> bool:

@@ -77,6 +77,7 @@ EXACT = {
             *x.unbind(0),
             torch.cat((x, -x), 1),
             torch.stack((x, x), 1),
+            torch.cat((x, INDEX[:, None] - 3), 1),
         ),
         (X,),
     ),
@@ -257,6 +258,7 @@ UNLIKE = {
     "number of outputs": (lambda x: x, lambda x: (x, x)),
     "order of outputs": (lambda x: (x, 2 * x), lambda x: (2 * x, x)),
     "rounding": (torch.round, lambda x: x),
+    "tensor and number": (lambda x: (x, x), lambda x: (x, 3)),
 }
 
 
@@ -347,6 +349,26 @@ def test_what_residues_cannot_say_is_out_of_scope_and_not_different():
     to_integers = prove_equal(lambda x: x.to(torch.int64), lambda x: x.to(torch.int64), VECTOR)
     assert to_integers.verdict == "out-of-scope"
     assert prove_equal(lambda x: x / (x - x), lambda x: x / (x - x), VECTOR).verdict == "out-of-scope"
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: torch.scatter(x, 1, INDEX[:, None], 0.5),
+        lambda x: F.pad(x, (1, 1), value=0.5),
+        lambda x: x.view(torch.int32),
+        lambda x: torch.bernoulli(x),
+        lambda x: torch.rand_like(x),
+        lambda x: torch.index_put(x, (INDEX,), x, accumulate=True),
+        lambda x: x.masked_fill(MASK, float("inf")),
+        lambda x: -x.masked_fill(MASK, float("-inf")),
+        lambda x: x.sum().item(),
+        lambda x: x.to(torch.complex64),
+    ],
+)
+def test_no_number_is_invented_for_what_is_not_known(function):
+    with pytest.raises(OutOfScope):
+        evaluate(function, [torch.empty(3, 4)])
 
 
 def test_errors_of_the_functions_are_raised():
