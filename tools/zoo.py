@@ -1,7 +1,8 @@
 """Survey of the model zoo: what is captured, recognised, right and fast.
 
 `python -m tilewright.tools.zoo [NAMES] [--json FILE] [--backend tilewright|eager] [--lower inductor|eager]
-[--inductor] [--list] [--jobs N]`. Exit status: 0 when no model crashed or is wrong, 1 when one did, 2 for bad
+[--no-kernels] [--inductor] [--list] [--jobs N]`. Exit status: 0 when no model crashed or is wrong, 1 when one
+did, 2 for bad
 arguments.
 """
 
@@ -163,6 +164,7 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("--backend", choices=("tilewright", "eager"), default="tilewright")
     out.add_argument("--pipeline", default="exact", help="pipeline text (default: exact)")
     out.add_argument("--lower", choices=("inductor", "eager"), default="inductor", help="what runs the rest")
+    out.add_argument("--no-kernels", action="store_true", help="run semantic ops as their definitions")
     out.add_argument("--inductor", action="store_true", help="time Inductor's compilation as well")
     out.add_argument("--list", action="store_true", help="print the entries and stop")
     out.add_argument("--jobs", type=int, default=1, metavar="N", help="worker processes (default: 1)")
@@ -196,7 +198,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.list:
         print_list(chosen, console)
         return 0
-    settings = Settings(args.backend, args.pipeline, args.lower, args.inductor)
+    settings = Settings(args.backend, args.pipeline, args.lower, not args.no_kernels, args.inductor)
 
     def progress(row: Row) -> None:
         print(f"{row.name}: {verdict(row)}", file=sys.stderr, flush=True)

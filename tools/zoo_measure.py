@@ -35,6 +35,8 @@ class Settings:
     pipeline: str = "exact"
     lower: str = "inductor"
     """What runs the parts that we did not lower: `inductor` or `eager`."""
+    kernels: bool = True
+    """Use generated kernels; off, semantic ops run as their definitions."""
     inductor: bool = False
     """Compile with Inductor as well, for its seconds."""
 
@@ -268,7 +270,7 @@ def _fill(row: Row, entry: ZooEntry, settings: Settings) -> None:
     if settings.backend == "eager":
         out, row.seconds = compiled_call(entry, backend="eager")
     else:
-        options = {"pipeline": settings.pipeline, "lower": settings.lower}
+        options = {"pipeline": settings.pipeline, "lower": settings.lower, "kernels": settings.kernels}
         out, row.seconds = compiled_call(entry, backend=recorder, options=options)
         row.found = {op: recorder.found[op] for op in COUNTED}
     row.graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
