@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tilewright.compiler.finite_field.planes import OutOfScope
-from tilewright.compiler.finite_field.value import COMPOSITES, H
+from tilewright.compiler.finite_field.value import COMPOSITES, H, dispatch
 
 _ATEN = torch.ops.aten
 
@@ -58,11 +58,16 @@ def attention(
 
 @takes(torch.matmul, Tensor.matmul, _ATEN.matmul.default)
 def matmul(x: Tensor, other: Tensor) -> Tensor:
-    """aten's own, but for a vector on the left, where it squeezes in place."""
-    if x.dim() == 1 and other.dim() >= 2:
-        return matmul(x.unsqueeze(0), other).squeeze(-2)
-    with torch._C.DisableTorchFunctionSubclass():
-        return torch.matmul(x, other)
+    """One product; aten would expand, reshape and, for vectors, squeeze in place."""
+    product: Tensor = dispatch(_ATEN.matmul.default, (x, other), {})
+    return product
+
+
+@takes(F.linear, _ATEN.linear.default)
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:  # noqa: A002
+    """input weight^T + bias."""
+    product = matmul(input, weight.t())
+    return product if bias is None else product + bias
 
 
 @takes(F.rms_norm, torch.rms_norm, _ATEN.rms_norm.default)

@@ -182,15 +182,15 @@ def _sort(context: Context, x: object, *args: Any, **options: Any) -> tuple[Plan
 @handles("mm", "bmm", "matmul", "mv", "dot")
 def _matmul(context: Context, x: object, y: object) -> Planes:
     left, right = as_planes(x), as_planes(y)
-    if left.p.dim() == 1:
+    row, column = left.p.dim() == 1, right.p.dim() == 1
+    if row:
         left = field.each(lambda plane: plane.unsqueeze(0), left)
-    vector = right.p.dim() == 1
-    if vector:
+    if column:
         right = field.each(lambda plane: plane.unsqueeze(1), right)
     product = field.matmul(left, right)
-    if vector:
+    if column:
         product = field.each(lambda plane: plane.squeeze(-1), product)
-    return field.each(lambda plane: plane.squeeze(0), product) if context.name == "aten::dot" else product
+    return field.each(lambda plane: plane.squeeze(-1 if column else -2), product) if row else product
 
 
 @handles("addmm", "baddbmm")

@@ -5,7 +5,7 @@ Composite ops and semantic ops reach it through their own definitions; what arri
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -66,11 +66,13 @@ def variable(shape: Sequence[int], dtype: torch.dtype, generator: torch.Generato
     return Value(Planes(p, residues.draw(tuple(shape), residues.Q, generator)), dtype, key)
 
 
-def values_in(tree: object) -> Iterator[Value]:
-    """Every Value in nested arguments."""
-    for leaf in tree_flatten(tree)[0]:
-        if isinstance(leaf, Value):
-            yield leaf
+def values_in(arguments: Iterable[object]) -> Iterator[Value]:
+    """Every Value among arguments and in lists of them."""
+    for argument in arguments:
+        if isinstance(argument, Value):
+            yield argument
+        elif isinstance(argument, list | tuple):
+            yield from values_in(argument)
 
 
 def as_planes(argument: object) -> Planes:
@@ -86,7 +88,7 @@ class Context:
         self.name = function._schema.name
         self.args = args
         self.kwargs = kwargs
-        found = list(values_in((args, kwargs)))
+        found = list(values_in((*args, *kwargs.values())))
         self.key = found[0].key
         self.dtype = found[0].dtype
         for value in found[1:]:
