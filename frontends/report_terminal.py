@@ -244,9 +244,13 @@ def _errors(report: Report) -> Section:
 
 def _facts(report: Report) -> Section:
     rows: list[tuple[str, ...]] = [
-        (f.get("name", ""), f.get("value", ""), f.get("origin", "")) for f in report.facts
+        (f.get("name", ""), _cut(f.get("value", "")), f.get("origin", "")) for f in report.facts
     ]
     return Section("Facts", ("fact", "is", "origin"), rows)
+
+
+def _cut(text: str, most: int = 160) -> str:
+    return text if len(text) <= most else f"{text[: most - 4]} ..."
 
 
 def _breaks(report: Report) -> Section:

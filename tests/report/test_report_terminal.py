@@ -67,6 +67,13 @@ def test_refusals_are_grouped_with_the_nearest_miss_first():
     ]
 
 
+def test_one_reason_at_many_nodes_is_one_reason():
+    refused = [Refused("", f"linear_{i}", f"no other linear reads reshape_{i}") for i in range(30)]
+    (group,) = group_refusals([*refused, Refused("", "linear", "no other linear reads reshape", depth=1)])
+    assert (group.count, group.reason) == (31, "no other linear reads reshape")
+    assert len(group_refusals([Refused("", "a", "x has 3 rows"), Refused("", "b", "x has 4 rows")])) == 2
+
+
 def test_many_reasons_are_cut_and_counted():
     refused = [Refused("r", "n", f"reason {i}") for i in range(40)]
     report = Report(passes=[PassReport("p", "p", "LOWER", "bitwise", refused=refused)])
