@@ -34,13 +34,21 @@ class Fuel:
 class PassLog:
     """The record of one pass over one program."""
 
-    def __init__(self, report: PassReport, fuel: Fuel, slots: tuple[str, ...], replay: Replay | None) -> None:
+    def __init__(
+        self,
+        report: PassReport,
+        fuel: Fuel,
+        slots: tuple[str, ...],
+        replay: Replay | None,
+        before_first_edit: Callable[[], None] = lambda: None,
+    ) -> None:
         self.name = report.name
         self._report = report
         self._fuel = fuel
         self._slots = slots
         self._replay = replay
         self._starved = False
+        self._before_first_edit = before_first_edit
 
     def take(self, node: fx.Node, m: Match | None = None) -> bool:
         """Ask for fuel before a rewrite, and for the slots the pass owns; PipelineError on a slot conflict."""
@@ -53,6 +61,7 @@ class PassLog:
                         remedy="keep one of them, or restrict them to different layers",
                     )
         if self._fuel.take():
+            self._before_first_edit()
             return True
         self._starved = True
         return False

@@ -16,7 +16,7 @@ from tilewright.compiler.diagnostics import OptionError, PipelineError, Tilewrig
 from tilewright.compiler.float64 import Float64
 from tilewright.compiler.log import Fuel, PassLog
 from tilewright.compiler.passes_base import Pass
-from tilewright.compiler.program import Program
+from tilewright.compiler.program import Program, copy_graph
 from tilewright.compiler.replay import Replayer, relative_rms, tensors_in
 from tilewright.compiler.report import PassReport
 from tilewright.compiler.stage import Exactness
@@ -141,16 +141,10 @@ def run_pass(p: Pass, program: Program, options: RunOptions, fuel: Fuel) -> Pass
     if options.keep_graphs:
         report.graph_before = _printed(program)
     replayer = Replayer(p.name, p.exactness) if options.replay else None
-    log = PassLog(report, fuel, p.slots, replayer)
-    spent = fuel.spent
+    log = PassLog(report, fuel, p.slots, replayer, before_first_edit=snapshot.take)
     try:
         p.apply(program, log)  # type: ignore[attr-defined]
-        if fuel.spent != spent or report.applied:
-            verify(program, blame=p.name)
-        if options.verify != "off":
-            verify_shapes(program, blame=p.name)
-        if options.verify == "outputs" and p.exactness is not Exactness.APPROXIMATE and report.applied:
-            compare_float64(snapshot.program(), program, blame=p.name)
+        _check(p, program, options, snapshot)
     except TilewrightError as error:
         snapshot.restore()
         if options.on_pass_error == "raise":
@@ -174,47 +168,50 @@ def _printed(program: Program) -> str:
     return print_graph(program.graph)
 
 
+def _check(p: Pass, program: Program, options: RunOptions, snapshot: Snapshot) -> None:
+    if not snapshot.taken:
+        return
+    verify(program, blame=p.name)
+    if options.verify != "off":
+        verify_shapes(program, blame=p.name)
+    if options.verify == "outputs" and p.exactness is not Exactness.APPROXIMATE:
+        compare_float64(snapshot.program(), program, blame=p.name)
+
+
 class Snapshot:
-    """A copy of a program's graph, buffers and derived list, to go back to."""
+    """The program as it was before a pass's first edit, to go back to. A pass that edits nothing costs nothing."""
 
     def __init__(self, program: Program) -> None:
         self._program = program
-        self._graph = fx.Graph()
-        done: dict[fx.Node, fx.Node] = {}
-        out = self._graph.graph_copy(program.graph, done, return_output_node=True)
-        if out is not None:
-            value, old = out  # type: ignore[misc]
-            self._graph.output(value).meta = dict(old.meta)
-        for old, new in done.items():
-            new.name = old.name
-        self._derived = list(program.derived)
-        self._buffers = dict(program.module._buffers)
-        self._inputs = [InputCopy(s.name, s.mutated) for s in program.inputs]
+        self._graph: fx.Graph | None = None
+
+    @property
+    def taken(self) -> bool:
+        return self._graph is not None
+
+    def take(self) -> None:
+        """Copy the graph now, unless that was done already."""
+        if self._graph is None:
+            self._graph = copy_graph(self._program.graph)
+            self._derived = list(self._program.derived)
+            self._buffers = dict(self._program.module._buffers)
 
     def restore(self) -> None:
         """Put the program back as it was."""
-        self._program.module.graph = self._graph
-        self._program.derived[:] = self._derived
-        self._program.module._buffers.clear()
-        self._program.module._buffers.update(self._buffers)
-        for spec, copy in zip(self._program.inputs, self._inputs, strict=True):
-            spec.name, spec.mutated = copy.name, copy.mutated
+        if self._graph is not None:
+            self._program.module.graph = self._graph
+            self._program.derived[:] = self._derived
+            self._program.module._buffers.clear()
+            self._program.module._buffers.update(self._buffers)
 
     def program(self) -> Program:
-        """The old program, beside the new one."""
+        """The old program, beside the new one; only after `take`."""
         p = self._program
+        assert self._graph is not None, "nothing was edited, so there is no old program"
         module = fx.GraphModule({}, self._graph)
         for name, value in self._buffers.items():
             module.register_buffer(name, value, persistent=False)
         return Program(module, p.inputs, p.example_inputs, p.origin, p.training, p.facts, list(self._derived))
-
-
-@dataclass(frozen=True)
-class InputCopy:
-    """The part of an input description that a pass could change."""
-
-    name: str
-    mutated: bool
 
 
 def compare_float64(before: Program, after: Program, *, blame: str) -> float:

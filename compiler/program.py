@@ -90,6 +90,18 @@ class Derived:
     """compute(*source tensors) -> tensor; pure."""
 
 
+def copy_graph(graph: fx.Graph) -> fx.Graph:
+    """A copy with the same node names, metadata and Dynamo sources."""
+    copy = fx.Graph()
+    done: dict[fx.Node, fx.Node] = {}
+    copy.output(copy.graph_copy(graph, done)).meta = dict(next(reversed(graph.nodes)).meta)
+    for old, new in done.items():
+        new.name = old.name
+        if hasattr(old, "_dynamo_source"):
+            new._dynamo_source = old._dynamo_source  # type: ignore[attr-defined]
+    return copy
+
+
 @dataclass
 class Program:
     """A captured model. `module.graph` is flat: placeholders, calls of aten and tilewright ops, one output."""
@@ -130,13 +142,7 @@ class Program:
 
     def clone(self) -> Program:
         """An independent copy of graph and descriptions; weights, buffers and facts are shared."""
-        graph = fx.Graph()
-        done: dict[fx.Node, fx.Node] = {}
-        graph.output(graph.graph_copy(self.graph, done))
-        for old, new in done.items():
-            new.name = old.name
-            if hasattr(old, "_dynamo_source"):
-                new._dynamo_source = old._dynamo_source  # type: ignore[attr-defined]
+        graph = copy_graph(self.graph)
         module = fx.GraphModule(self.module, graph)
         for name, value in self.module._buffers.items():
             if name not in module._buffers:
