@@ -65,9 +65,10 @@ class Replayer:
         elements = sum(_elements(n) for n in {*inputs, *m.nodes})
         if elements > MAX_ELEMENTS:
             return None, f"{elements} elements, more than {MAX_ELEMENTS}"
-        before = extract(program, m, inputs)
-        signature = (key, before.code)
+        region = extract(m, inputs)
+        signature = (key, str(region))
         if signature not in self._seen:
+            before = fx.GraphModule(program.module, region)
             self._seen[signature] = self._run(before, after, m, inputs)
         return self._seen[signature], ""
 
@@ -139,19 +140,19 @@ def random_like(meta: Any, generator: torch.Generator) -> Any:
     return torch.arange(count, dtype=meta.dtype).reshape(shape)
 
 
-def extract(program: Program, m: Match, inputs: Sequence[fx.Node]) -> fx.GraphModule:
-    """The matched region as a module of its own; one placeholder per entry of `inputs`."""
+def extract(m: Match, inputs: Sequence[fx.Node]) -> fx.Graph:
+    """The matched region as a graph of its own, its nodes named by position; one placeholder per input."""
     graph = fx.Graph()
     done: dict[fx.Node, fx.Node] = {}
     for i, node in enumerate(inputs):
         placeholder = graph.placeholder(f"a{i}")
         done.setdefault(node, placeholder)
-    inside = set(m.nodes)
-    for node in program.graph.nodes:
-        if node in inside and node not in done:
-            done[node] = graph.node_copy(node, lambda n: done[n])
+    for i, node in enumerate(sorted(m.nodes)):
+        if node not in done:
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: done[n])
+            done[node] = graph.create_node(node.op, node.target, args, kwargs, f"v{i}")
     graph.output(tuple(done[o] for o in m.outputs))
-    return fx.GraphModule(program.module, graph)
+    return graph
 
 
 def tensors_in(value: Any) -> list[torch.Tensor]:
