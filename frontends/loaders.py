@@ -8,6 +8,7 @@ before the library that reads it sees it, and what that library then says is tur
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
 import re
 from pathlib import Path
@@ -114,6 +115,12 @@ def _from_factory(model: str, module_name: str, attribute: str) -> LoadedModel:
         raise LoadError(f"module {module_name} has no {attribute}", where=model) from None
     if not callable(factory):
         raise LoadError(f"{attribute} is {type(factory).__name__}, not a factory function", where=model)
+    try:
+        inspect.signature(factory).bind()
+    except TypeError as error:
+        raise LoadError(f"{attribute} cannot be called without arguments: {error}", where=model) from None
+    except ValueError:
+        pass  # a builtin without a signature: calling it will tell
     made = factory()
     module, args = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
     if not isinstance(module, nn.Module) or not (args is None or isinstance(args, tuple)):
