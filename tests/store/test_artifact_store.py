@@ -10,6 +10,7 @@ import signal
 import stat
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -221,6 +222,8 @@ def test_a_verified_entry_is_watched_after_it_was_memoised(store):
     """The memo saves hashing, not checking: a later change shows in the metadata and is hashed again."""
     build = Builder()
     folder = store.get_or_build(KEY, build)
+    assert store.get_or_build(KEY, build) == folder
+    assert not store._memo, "a file may change again within the tick of the clock that it changed in"
     time.sleep(0.15)
     assert store.get_or_build(KEY, build) == folder  # hashed, now old enough to be memoised
     assert store._memo
@@ -433,6 +436,29 @@ def test_a_living_build_is_not_swept(tmp_path):
 
     store.get_or_build({"n": "outer"}, outer)
     assert builds == [["a"]]
+
+
+def test_an_entry_appears_all_at_once(store, monkeypatch):
+    monkeypatch.setattr(os, "fsync", lambda fd: None)
+    content = {f"file{i}": b"x" * 4096 for i in range(40)}
+    path, seen, over = store.root / "entries" / key_digest(KEY), set(), threading.Event()
+
+    def watch() -> None:
+        while not over.is_set():
+            try:
+                seen.add(len(os.listdir(path)))
+            except FileNotFoundError:
+                continue
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    for _ in range(20):
+        store.get_or_build(KEY, Builder(content))
+        os.rename(path, store.root / "building" / "gone")
+        shutil.rmtree(store.root / "building" / "gone")
+    over.set()
+    watcher.join()
+    assert seen <= {len(content) + 2}, f"partial entries of {seen} files were visible"
 
 
 def test_waiting_for_a_lock_ends(tmp_path):
