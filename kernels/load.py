@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -12,8 +13,11 @@ from tilewright.compiler.diagnostics import BuildError
 from tilewright.kernels.common.abi import HEADER, TORCH_ABI
 from tilewright.kernels.common.cpp import NAMESPACE
 from tilewright.kernels.common.family import KernelFamily
+from tilewright.kernels.common.triton_text import is_interpreted
 from tilewright.runtime.build import LIBRARY, SOURCE, CompileFailed, compile_cpp
 from tilewright.runtime.contracts import KernelKey
+from tilewright.runtime.offline import import_source
+from tilewright.runtime.store import ArtifactStore
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,8 @@ class Built:
 
 _BUILT: dict[KernelKey, Built] = {}
 _LOADED: dict[str, Built] = {}
+_LIBRARIES: list[Any] = []
+"""Kept: an op disappears with its library."""
 _LOCK = threading.Lock()
 
 
@@ -51,6 +57,19 @@ def _build(family: KernelFamily, key: KernelKey) -> Built:
     name, text = family.source(key)
     if name in _LOADED:  # two keys may generate one text
         return _LOADED[name]
+    path = _load_cpp(name, text, key) if key.target.kind == "cpu" else _load_triton(family, name, text, key)
+    for op in (name, f"{name}_train"):
+        torch.library.register_fake(f"{NAMESPACE}::{op}", family.fake(key))
+    torch.library.register_autograd(
+        f"{NAMESPACE}::{name}_train", family.backward(key), setup_context=family.save(key)
+    )
+    space = getattr(torch.ops, NAMESPACE)
+    built = Built(getattr(space, name).default, getattr(space, f"{name}_train").default, path)
+    _LOADED[name] = built
+    return built
+
+
+def _load_cpp(name: str, text: str, key: KernelKey) -> Path:
     try:
         folder = compile_cpp(text, key.target.arch, {HEADER: TORCH_ABI})
     except CompileFailed as error:
@@ -59,12 +78,27 @@ def _build(family: KernelFamily, key: KernelKey) -> Built:
             remedy="the source is generated: report it with the target and versions",
         ) from error
     torch.ops.load_library(str(folder / LIBRARY))  # type: ignore[no-untyped-call]
-    for op in (name, f"{name}_train"):
-        torch.library.register_fake(f"{NAMESPACE}::{op}", family.fake(key))
-    torch.library.register_autograd(
-        f"{NAMESPACE}::{name}_train", family.backward(key), setup_context=family.save(key)
+    return folder / SOURCE
+
+
+def store_triton_source(name: str, text: str) -> Path:
+    """The generated Triton file on disk: content-addressed, importable."""
+
+    def write(folder: Path) -> None:
+        (folder / f"{name}.py").write_text(text, encoding="utf-8")
+
+    return (
+        ArtifactStore.default().get_or_build({"kind": "triton-kernel", "source": text}, write) / f"{name}.py"
     )
-    space = getattr(torch.ops, NAMESPACE)
-    built = Built(getattr(space, name).default, getattr(space, f"{name}_train").default, folder / SOURCE)
-    _LOADED[name] = built
-    return built
+
+
+def _load_triton(family: KernelFamily, name: str, text: str, key: KernelKey) -> Path:
+    """Register an opaque op that launches the kernel on CUDA, or in Triton's interpreter on the CPU."""
+    path = store_triton_source(name, text)
+    run = family.triton.launcher(key, getattr(import_source(path, name), name))
+    library: Any = torch.library.Library(NAMESPACE, "FRAGMENT")  # type: ignore[no-untyped-call]
+    for op in (name, f"{name}_train"):
+        library.define(f"{op}{family.schema(key)}", tags=(torch.Tag.pt2_compliant_tag,))
+        library.impl(op, run, "CPU" if is_interpreted() else "CUDA")
+    _LIBRARIES.append(library)
+    return path

@@ -21,6 +21,20 @@ PLACEHOLDER_NAME = "tw_op"
 
 
 @dataclass(frozen=True)
+class TritonKernel:
+    """What launching or compiling a generated Triton kernel needs beside its text."""
+
+    parameters: Callable[[KernelKey], list[tuple[str, str]]]
+    """(name, Triton type) of the run-time arguments."""
+    constants: Callable[[KernelKey, int], dict[str, int]]
+    """constants(key, size of the last axis): the compile-time arguments."""
+    warps: Callable[[int], int]
+    """warps(size of the last axis)."""
+    launcher: Callable[[KernelKey, Any], Callable[..., Any]]
+    """launcher(key, jitted function) -> the op's implementation."""
+
+
+@dataclass(frozen=True)
 class KernelFamily:
     """What one generator makes for one semantic op."""
 
@@ -35,8 +49,8 @@ class KernelFamily:
     """`(Tensor x, ...) -> Tensor`: the kernel op's schema after its name."""
     generate: dict[str, Callable[[KernelKey, str], str]]
     """By target kind: generate(key, op name) -> source text."""
-    run_triton: Callable[[KernelKey, Any], Callable[..., Any]] | None
-    """run_triton(key, imported source) -> implementation of the op on cuda and hip; None where absent."""
+    triton: TritonKernel
+    """How the Triton sources are launched and compiled."""
     fake: Callable[[KernelKey], Callable[..., Any]]
     """Shapes and dtypes of the outputs for fake tensors."""
     save: Callable[[KernelKey], Callable[..., None]]
@@ -74,10 +88,10 @@ def dtype_name(tensor: Tensor, dtypes: Sequence[str], what: str) -> str | Refusa
     return name
 
 
-def check_target(tensors: Sequence[Tensor], target: Target, kinds: Sequence[str]) -> Refusal | None:
-    """A refusal when the family has no generator for the target or a tensor lives on another device."""
-    if target.kind not in kinds or target.arch not in ARCHS[target.kind]:
-        known = ", ".join(f"{kind}:{arch}" for kind in kinds for arch in ARCHS[kind])
+def check_target(tensors: Sequence[Tensor], target: Target) -> Refusal | None:
+    """A refusal when there is no generator for the target or a tensor lives on another device."""
+    if target.arch not in ARCHS.get(target.kind, ()):
+        known = ", ".join(f"{kind}:{arch}" for kind in ARCHS for arch in ARCHS[kind])
         return Refusal(f"no kernel for target {target}, there are {known}")
     device = "cuda" if target.kind == "hip" else target.kind
     for tensor in tensors:

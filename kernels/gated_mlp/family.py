@@ -10,8 +10,15 @@ import torch
 from torch import Tensor
 
 from tilewright.compiler.ops.mlp import ACTIVATIONS, activate
-from tilewright.kernels.common.family import KernelFamily, check_target, config_of, dtype_name, make_key
-from tilewright.kernels.gated_mlp import cpp
+from tilewright.kernels.common.family import (
+    KernelFamily,
+    TritonKernel,
+    check_target,
+    config_of,
+    dtype_name,
+    make_key,
+)
+from tilewright.kernels.gated_mlp import cpp, triton
 from tilewright.runtime.contracts import KernelKey, Refusal, Target
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -25,7 +32,7 @@ LEGALITY = (
 
 def _configure(args: Sequence[Any], target: Target) -> KernelKey | Refusal:
     gate, up, activation = args
-    refused = check_target([gate, up], target, ("cpu",))
+    refused = check_target([gate, up], target)
     if refused is not None:
         return refused
     dtype = dtype_name(gate, DTYPES, "gate")
@@ -86,8 +93,8 @@ GATED_MLP = KernelFamily(
     legality=LEGALITY,
     configure=_configure,
     schema=lambda key: cpp.SCHEMA,
-    generate={"cpu": cpp.generate},
-    run_triton=None,
+    generate={"cpu": cpp.generate, "cuda": triton.generate, "hip": triton.generate},
+    triton=TritonKernel(triton.parameters, triton.constants, triton.warps, triton.launcher),
     fake=_fake,
     save=_save,
     backward=_backward,

@@ -122,14 +122,12 @@ struct Place {{
   int64_t row;
   Place(const Weight* first, int64_t index) : weight(first), row(index) {{ settle(); }}
   void settle() {{
-    while (row >= weight->rows && row > 0) row -= (weight++)->rows;
+    while (row >= weight->rows) row -= (weight++)->rows;
   }}
   const T* data() const {{ return weight->data + row * weight->stride; }}
   void next() {{
-    if (++row == weight->rows) {{
-      row = 0;
-      ++weight;
-    }}
+    ++row;
+    settle();
   }}
 }};
 

@@ -8,8 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tilewright.kernels.common.family import KernelFamily, check_target, config_of, dtype_name, make_key
-from tilewright.kernels.linear import cpp
+from tilewright.kernels.common.family import (
+    KernelFamily,
+    TritonKernel,
+    check_target,
+    config_of,
+    dtype_name,
+    make_key,
+)
+from tilewright.kernels.linear import cpp, triton
 from tilewright.runtime.contracts import KernelKey, Refusal, Target
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -60,7 +67,7 @@ def _configure(
     op: str, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], target: Target
 ) -> KernelKey | Refusal:
     tensors = [x, *weights, *[b for b in biases if b is not None]]
-    refused = check_target(tensors, target, ("cpu",))
+    refused = check_target(tensors, target)
     if refused is not None:
         return refused
     dtype = dtype_name(x, DTYPES, "x")
@@ -167,8 +174,8 @@ LINEAR = KernelFamily(
     legality=tuple(clause for clause in LEGALITY if "linear_multi" not in clause),
     configure=_configure_one,
     schema=cpp.schema,
-    generate={"cpu": cpp.generate},
-    run_triton=None,
+    generate={"cpu": cpp.generate, "cuda": triton.generate, "hip": triton.generate},
+    triton=TritonKernel(triton.parameters, triton.constants, triton.warps, triton.launcher),
     fake=_fake,
     save=_save,
     backward=_backward,
@@ -181,8 +188,8 @@ LINEAR_MULTI = KernelFamily(
     legality=LEGALITY,
     configure=_configure_many,
     schema=cpp.schema,
-    generate={"cpu": cpp.generate},
-    run_triton=None,
+    generate={"cpu": cpp.generate, "cuda": triton.generate, "hip": triton.generate},
+    triton=TritonKernel(triton.parameters, triton.constants, triton.warps, triton.launcher),
     fake=_fake,
     save=_save,
     backward=_backward,

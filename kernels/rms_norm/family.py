@@ -12,12 +12,13 @@ from tilewright.compiler.ops.norm import SCALE_FIRST, SCALE_LAST
 from tilewright.kernels.common.family import (
     DTYPE_NAMES,
     KernelFamily,
+    TritonKernel,
     check_target,
     config_of,
     dtype_name,
     make_key,
 )
-from tilewright.kernels.rms_norm import cpp
+from tilewright.kernels.rms_norm import cpp, triton
 from tilewright.runtime.contracts import KernelKey, Refusal, Target
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -27,6 +28,7 @@ LEGALITY = (
     "residual has the shape and dtype of x",
     "eps and offset are numbers; sizes may be symbolic",
     "inputs that are not contiguous are copied inside the op",
+    f"on a GPU the last axis is known and at most {triton.MAX_COLUMNS}",
 )
 
 
@@ -35,7 +37,7 @@ def _configure(op: str, args: Sequence[Any], target: Target) -> KernelKey | Refu
     x, other = args[0], (args[1] if residual else None)
     weight, eps, offset, rounding = args[2:6] if residual else args[1:5]
     tensors = [t for t in (x, other, weight) if t is not None]
-    refused = check_target(tensors, target, ("cpu",))
+    refused = check_target(tensors, target)
     if refused is not None:
         return refused
     dtype = dtype_name(x, DTYPES, "x")
@@ -43,6 +45,10 @@ def _configure(op: str, args: Sequence[Any], target: Target) -> KernelKey | Refu
         return dtype
     if x.dim() == 0:
         return Refusal("x has no axes")
+    if target.kind != "cpu" and not (isinstance(x.shape[-1], int) and x.shape[-1] <= triton.MAX_COLUMNS):
+        return Refusal(
+            f"the last axis of x is {x.shape[-1]}; on a GPU it must be known and <= {triton.MAX_COLUMNS}"
+        )
     if other is not None and (
         other.dtype != x.dtype or other.dim() != x.dim() or list(other.shape) != list(x.shape)
     ):
@@ -161,8 +167,8 @@ def _family(op: str) -> KernelFamily:
         legality=LEGALITY if op == "add_rms_norm" else tuple(c for c in LEGALITY if "residual" not in c),
         configure=configure,
         schema=cpp.schema,
-        generate={"cpu": cpp.generate},
-        run_triton=None,
+        generate={"cpu": cpp.generate, "cuda": triton.generate, "hip": triton.generate},
+        triton=TritonKernel(triton.parameters, triton.constants, triton.warps, triton.launcher),
         fake=_fake,
         save=_save,
         backward=_backward,

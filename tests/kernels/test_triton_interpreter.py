@@ -1,0 +1,101 @@
+"""Generated Triton kernels, run on CPU tensors by Triton's interpreter, against the definitions.
+
+Triton chooses the interpreter when it is imported: this file runs in its own process with TRITON_INTERPRET=1
+(test_triton_offline.py starts it). bfloat16 is left out: the interpreter truncates where GPUs round.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+import torch
+
+from tilewright.compiler.ops import all_ops
+from tilewright.compiler.ops.mlp import ACTIVATIONS
+from tilewright.compiler.parity import assert_parity
+from tilewright.kernels.load import build_kernel
+from tilewright.kernels.table import FAMILIES, full_args
+from tilewright.runtime.contracts import KernelKey, Target
+
+pytestmark = [
+    pytest.mark.interpreter,
+    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1"),
+]
+TARGET = Target("cuda", "sm_80")
+BOUNDS = {torch.float32: {"rms": 1e-6, "ulps": 64.0}, torch.float16: {"rms": 3e-4, "ulps": 2.0}}
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(11)
+
+
+def randn(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return (2 * torch.randn(*shape)).to(dtype)
+
+
+def as_list(result: Any) -> list[torch.Tensor]:
+    return [result] if isinstance(result, torch.Tensor) else list(result)
+
+
+def to_meta(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.to("meta")
+    return [to_meta(v) for v in value] if isinstance(value, list) else value
+
+
+def check(op: str, *args: Any) -> None:
+    family, full = FAMILIES[op], full_args(op, args)
+    key = family.configure([to_meta(v) for v in full], TARGET)  # chosen as on the GPU
+    assert isinstance(key, KernelKey), str(key)
+    kernel = build_kernel(family, key).op
+    got = as_list(kernel(*family.rewrite_args(key, full)))
+    for mine, theirs in zip(got, as_list(all_ops()[op].definition(*full)), strict=True):
+        assert_parity(mine, theirs, **BOUNDS[args[0].dtype])
+
+
+@pytest.mark.parametrize("size", [7, 64, 576, 1000])
+@pytest.mark.parametrize("dtype", list(BOUNDS))
+def test_norms(size: int, dtype: torch.dtype) -> None:
+    x, residual, weight = (
+        randn(2, 3, size, dtype=dtype),
+        randn(2, 3, size, dtype=dtype),
+        randn(size, dtype=dtype),
+    )
+    check("rms_norm", x, None, 1e-6)
+    check("rms_norm", x.transpose(0, 1), weight, 1e-6, 1.0, "scale_last")
+    check("add_rms_norm", x, residual, weight, 1e-5)
+    check("add_rms_norm", x, residual, weight, 1e-5, 0.0, "scale_last")
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", list(BOUNDS))
+def test_gated_mlp(activation: str, dtype: torch.dtype) -> None:
+    check("gated_mlp", randn(3, 577, dtype=dtype), randn(3, 577, dtype=dtype), activation)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 8])
+@pytest.mark.parametrize("dtype", list(BOUNDS))
+def test_linear(rows: int, dtype: torch.dtype) -> None:
+    for n, k in ((5, 7), (19, 300)):
+        check("linear", randn(rows, k, dtype=dtype), randn(n, k, dtype=dtype), randn(n, dtype=dtype))
+    check("linear", randn(rows, 40, dtype=dtype), randn(9, 100, dtype=dtype)[:, 20:60])
+
+
+def test_linear_multi() -> None:
+    x, weights = randn(2, 70), [randn(n, 70) for n in (17, 3, 9)]
+    check("linear_multi", x, weights, [None, randn(3), None])
+
+
+def test_the_gradient_name_differentiates_through_the_interpreted_kernel() -> None:
+    x, weight = randn(2, 40).requires_grad_(), randn(40).requires_grad_()
+    family = FAMILIES["rms_norm"]
+    key = family.configure(full_args("rms_norm", (x.to("meta"), weight.to("meta"), 1e-6)), TARGET)
+    assert isinstance(key, KernelKey)
+    dy = randn(2, 40)
+    got = torch.autograd.grad(build_kernel(family, key).train_op(x, weight, 1e-6), (x, weight), dy)
+    want = torch.autograd.grad(all_ops()["rms_norm"].definition(x, weight, 1e-6), (x, weight), dy)
+    for mine, theirs in zip(got, want, strict=True):
+        torch.testing.assert_close(mine, theirs)

@@ -1,0 +1,113 @@
+"""Generated Triton: the interpreter run in its own process, offline compilation, and the text itself."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tilewright.kernels.load import store_triton_source
+from tilewright.kernels.table import FAMILIES, full_args
+from tilewright.runtime.contracts import KernelKey, Refusal, Target
+from tilewright.runtime.offline import OfflineFailed, Resources, compile_offline
+from tilewright.tools.offline_compile import Row, compile_row, default_keys
+
+SM80 = Target("cuda", "sm_80")
+
+
+def test_the_kernels_in_the_interpreter() -> None:
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    file = Path(__file__).with_name("test_triton_interpreter.py")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+    assert "passed" in done.stdout
+    assert "skipped" not in done.stdout
+
+
+@pytest.mark.parametrize("op", sorted(FAMILIES))
+@pytest.mark.parametrize("target", [SM80, Target("hip", "gfx942")], ids=str)
+def test_one_configuration_compiles_without_spilling(op: str, target: Target) -> None:
+    key, columns = next(iter(default_keys(FAMILIES[op], target)))
+    row = compile_row(FAMILIES[op], key, columns)
+    assert row.complaint == ""
+    assert 8 <= row.used.registers <= 128
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["sm_90", "sm_100", "sm_120"])
+def test_every_default_configuration_compiles(arch: str) -> None:
+    for family in FAMILIES.values():
+        for key, columns in default_keys(family, Target("cuda", arch)):
+            assert compile_row(family, key, columns).complaint == ""
+
+
+def test_a_spill_and_too_much_shared_memory_are_complaints() -> None:
+    assert Row("k", SM80, Resources(255, 8, 0, 0)).complaint == "spills"
+    assert Row("k", Target("hip", "gfx942"), Resources(64, 0, 98304, 0)).complaint == "too much shared memory"
+    assert Row("k", SM80, Resources(64, 0, 98304, 0)).complaint == ""
+
+
+def test_a_real_spill_is_seen() -> None:
+    """One warp cannot hold a row of 16384: 512 values a lane. The report must say so."""
+    family = FAMILIES["add_rms_norm"]
+    key, _ = next(iter(default_keys(family, SM80)))
+    name, text = family.source(key)
+    used = compile_offline(
+        store_triton_source(name, text),
+        name,
+        dict(family.triton.parameters(key)),
+        {"BLOCK": 16384},
+        SM80,
+        num_warps=1,
+    )
+    assert used.spill_bytes > 0
+
+
+def test_errors_of_offline_compilation_are_one_line(tmp_path: Path) -> None:
+    with pytest.raises(OfflineFailed, match="sm_75 is not one of"):
+        compile_offline(tmp_path / "a.py", "a", {}, {}, Target("cuda", "sm_75"))
+    path = tmp_path / "tw_broken.py"
+    path.write_text(
+        "import triton\nimport triton.language as tl\n\n\n"
+        "@triton.jit\ndef tw_broken(x):\n    tl.store(x, nothing)\n",
+        encoding="utf-8",
+    )
+    with pytest.raises(OfflineFailed, match="nothing") as caught:
+        compile_offline(path, "tw_broken", {"x": "*fp32"}, {}, SM80)
+    assert "\n" not in str(caught.value)
+
+
+def _text(op: str, *args: object) -> str:
+    key = FAMILIES[op].configure(full_args(op, args), SM80)
+    assert isinstance(key, KernelKey)
+    return FAMILIES[op].source(key)[1]
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+def test_what_is_off_is_absent_from_the_text() -> None:
+    plain = _text("rms_norm", meta(4, 64), None, 1e-6)
+    ast.parse(plain)
+    assert "weight" not in plain
+    assert "residual" not in plain
+    assert "offset" not in plain
+    full = _text("add_rms_norm", meta(4, 64), meta(4, 64), meta(64), 1e-6, 1.0)
+    assert full.count("tl.load") == 3
+    assert full.count("tl.store") == 2
+    one = _text("linear", meta(1, 64), meta(5, 64))
+    assert "M <" not in one
+    assert "sum1" not in one
+
+
+def test_rows_that_do_not_fit_a_program_are_refused() -> None:
+    refused = FAMILIES["rms_norm"].configure(full_args("rms_norm", (meta(2, 20000), None, 1e-6)), SM80)
+    assert isinstance(refused, Refusal)
+    assert "20000" in refused.reason
