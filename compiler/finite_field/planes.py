@@ -16,6 +16,8 @@ from torch import Tensor
 from tilewright.compiler.finite_field import residues
 from tilewright.compiler.finite_field.residues import P, Q
 
+_LARGEST_MULTIPLE = 16
+
 
 class OutOfScope(Exception):
     """The function uses something that residues cannot express; the text says what."""
@@ -131,7 +133,21 @@ def multiply(x: Planes, y: Planes, positive: bool = False) -> Planes:
         refuse_inf(x, "-inf times a value of unknown sign")
     refuse_inf(y, "-inf as a factor")
     q = None if x.q is None or y.q is None else x.q * y.q % Q
-    return _masked(Planes(x.p * y.p % P, q), x.inf, None)
+    e = _exp_of_multiple(x, y)
+    return _masked(Planes(x.p * y.p % P, q, _exp_of_multiple(y, x) if e is None else e), x.inf, None)
+
+
+def _exp_of_multiple(x: Planes, factor: Planes) -> Tensor | None:
+    """exp(k x) = exp(x)^k where exp of x is kept and the factor is one small whole number k, else None."""
+    if x.e is None or factor.q is None or factor.q.numel() != 1 or factor.q.dim() > x.p.dim():
+        return None
+    count = int(factor.q)
+    if not 0 < count <= _LARGEST_MULTIPLE or int(factor.p) != count:
+        return None
+    power = x.e
+    for _ in range(count - 1):
+        power = power * x.e % P
+    return power
 
 
 def reciprocal(x: Planes) -> Planes:
