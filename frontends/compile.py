@@ -161,5 +161,18 @@ def _compile_rest(program: Program, options: CompileOptions) -> Callable[..., An
         return program.module
     from torch._inductor.compile_fx import compile_fx
 
+    _name_buffers(program)
     return compile_fx(program.module, program.example_inputs, config_patches=dict(INDUCTOR_PATCHES))
 
+
+def _name_buffers(program: Program) -> None:
+    """AOTAutograd wants a source for every buffer of a Dynamo graph; ours are constants of the program."""
+    from torch._dynamo.source import ConstantSource
+
+    module = program.module
+    used = {str(n.target) for n in program.graph.nodes if n.op == "get_attr"}
+    for name in [name for name in module._buffers if name not in used]:
+        del module._buffers[name]
+    sources = dict(getattr(module, "_param_name_to_source", None) or {})
+    sources.update({name: ConstantSource(name) for name in module._buffers if name not in sources})
+    module._param_name_to_source = sources  # type: ignore[assignment]
