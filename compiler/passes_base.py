@@ -46,6 +46,8 @@ class Example:
     count: int = 1
     training: bool = False
     """Gradients of the program are wanted."""
+    raw: bool = False
+    """Shown to the pass as traced, not brought into normal form first."""
 
 
 class Pass:

@@ -12,7 +12,8 @@ from tilewright.compiler import either, free, known_equal, number
 aten = torch.ops.aten
 
 LOWEST = -1e30
-"""Scores filled with this or less leave nothing of the score in float32 and bfloat16: adding it is the same."""
+"""Scores filled with this or less leave nothing of the score in float32 and bfloat16: adding it is the
+same."""
 
 
 def _times(choice: str, x: Any, constant: str) -> Any:
@@ -27,7 +28,9 @@ def _regroup(choice: str, x: Any, sizes: str) -> Any:
 def product(q: Any, kt: Any, bias: Any) -> Any:
     """q k^T: `matmul`, `bmm`, or `baddbmm` that adds a bias; q or k may be scaled before."""
     left = _times("scale_q", q, "by_q")
-    transposed = either("key", permute=aten.permute(kt, free("order")), transpose=aten.transpose(kt, -1, -2), none=kt)
+    transposed = either(
+        "key", permute=aten.permute(kt, free("order")), transpose=aten.transpose(kt, -1, -2), none=kt
+    )
     right = _times("scale_k", transposed, "by_k")
     inner = _times("scale_k_inner", kt, "by_k_inner")
     right = either("key_scale", outside=right, inside=aten.permute(inner, free("order")))
@@ -71,7 +74,9 @@ def scores(q: Any, kt: Any, bias: Any, mask: Any, mask2: Any) -> Any:
 def probabilities(x: Any) -> Any:
     """softmax over the last axis, cast back, dropout of probability zero, regrouped."""
     p = either(
-        "softmax", int=aten.softmax(x, -1, free("softmax_dtype")), raw=aten._softmax(x, -1, free("half_to_float"))
+        "softmax",
+        int=aten.softmax(x, -1, free("softmax_dtype")),
+        raw=aten._softmax(x, -1, free("half_to_float")),
     )
     p = either("down", cast=aten.to.dtype(p, free("down_dtype")), none=p)
     p = _regroup("regroup_early", p, "sizes_early")
@@ -83,7 +88,12 @@ def sink_probabilities(x: Any, sinks: Any) -> Any:
     """softmax over the keys and one learned logit per head, that logit's column dropped."""
     column = aten.expand(aten.reshape(sinks, free("sink_shape")), free("sink_sizes"))
     joined = aten.cat([x, column], -1)
-    shifted = either("shift", max=joined - aten.max(joined, -1, True)[0], amax=joined - aten.amax(joined, [-1], True), none=joined)
+    shifted = either(
+        "shift",
+        max=joined - aten.max(joined, -1, True)[0],
+        amax=joined - aten.amax(joined, [-1], True),
+        none=joined,
+    )
     p = aten.softmax(shifted, -1, free("softmax_dtype"))
     p = aten.slice(p, -1, free("sink_start"), free("sink_end"), 1)
     p = either("down", cast=aten.to.dtype(p, free("down_dtype")), none=p)
@@ -113,7 +123,8 @@ def late_of(get: Any) -> float:
 
 
 def key_of(kt: torch.Tensor, get: Any) -> torch.Tensor:
-    """k [..., T, D] from what was multiplied as k^T: a transposition that was there is undone, not repeated."""
+    """k [..., T, D] from what was multiplied as k^T: a transposition that was there is undone, not
+    repeated."""
     form = get("key") if get("key_scale") == "outside" else "permute"
     if form == "transpose":
         return kt
@@ -139,7 +150,8 @@ def one_mask(
 ) -> torch.Tensor | None:
     """The masking steps as one mask: bool (True is kept) where that says it all, else added to the scores.
 
-    masks: (how, mask, fill value) in order, how being add, fill (True is filled), keep (False is filled) or drop.
+    masks: (how, mask, fill value) in order, how being add, fill (True is filled), keep (False is filled)
+    or drop.
     """
     if not masks:
         return None

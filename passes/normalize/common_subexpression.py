@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from tilewright.compiler import Example, Exactness, GraphPass, PassLog, Program, Stage, Tensor, graph_pass
+from tilewright.compiler import Exactness, Example, GraphPass, PassLog, Program, Stage, Tensor, graph_pass
 from tilewright.compiler.graph import is_impure
 from tilewright.compiler.regions import mutation_regions
 

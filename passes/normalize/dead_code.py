@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from tilewright.compiler import Example, Exactness, GraphPass, PassLog, Program, Stage, Tensor, graph_pass
+from tilewright.compiler import Exactness, Example, GraphPass, PassLog, Program, Stage, Tensor, graph_pass
 from tilewright.compiler.graph import is_impure
 
 
@@ -43,5 +43,5 @@ class DeadCode(GraphPass):
             torch.nn.functional.dropout(x, 0.5)
             return x + 2
 
-        yield {}, Example(unused_attention, (x,))
-        yield {}, Example(unused_draw, (x,), refusal="random")
+        yield {}, Example(unused_attention, (x,), raw=True)
+        yield {}, Example(unused_draw, (x,), refusal="random", raw=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from tilewright.compiler import Example, Exactness, GraphPass, PassLog, Program, Stage, Tensor, graph_pass
+from tilewright.compiler import Exactness, Example, GraphPass, PassLog, Program, Stage, Tensor, graph_pass
 from tilewright.compiler.canonicalize import canonicalize
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import fx
 
-from tilewright.compiler import Example, Exactness, GraphPass, PassLog, Program, Stage, Tensor, graph_pass
+from tilewright.compiler import Exactness, Example, GraphPass, PassLog, Program, Stage, Tensor, graph_pass
 from tilewright.compiler.graph import is_impure
 
 

@@ -1,6 +1,7 @@
 """Read grouped keys and values where they are instead of repeating them for every query head.
 
-Captured decode graphs repeat K and V over the whole cache capacity (unsqueeze, expand, reshape) before attention.
+Captured decode graphs repeat K and V over the whole cache capacity (unsqueeze, expand, reshape) before
+attention.
 Attention with fewer key heads than query heads means the same: query head h reads key head h // (H / Hkv).
 source: Pope et al., arXiv:2211.05102 (multi-query sharing).
 """
@@ -42,7 +43,8 @@ class GqaUnrepeat(Rewrite):
     inner_may_escape = True
 
     form: Literal["auto", "gqa", "packed"] = "auto"
-    """`gqa`: grouped attention. `packed`: with one query, the group's query heads become rows of one attention.
+    """`gqa`: grouped attention. `packed`: with one query, the group's query heads become rows of one
+    attention.
     `auto`: packed where it is legal."""
 
     @staticmethod

@@ -131,7 +131,9 @@ class MatchAttention(Rewrite):
         if not regrouped:
             return _heads(q, k, v)
         for name, shape in (("k", k), ("v", v), ("the result", made)):
-            if len(shape) != len(q) or not all(known_equal(a, b) for a, b in zip(shape[:-2], q[:-2], strict=True)):
+            if len(shape) != len(q) or not all(
+                known_equal(a, b) for a, b in zip(shape[:-2], q[:-2], strict=True)
+            ):
                 return f"q has batch axes {tuple(q[:-2])}, {name} {tuple(shape[:-2])}"
         return None
 
@@ -175,7 +177,9 @@ class MatchAttention(Rewrite):
             return f"sinks have shape {m.shape('sinks')}, expected one for each of {heads} heads"
         wanted = [1] * rank
         wanted[-3] = heads
-        if len(m["sink_shape"]) != rank or not all(s in (w, -1) for s, w in zip(m["sink_shape"], wanted, strict=True)):
+        if len(m["sink_shape"]) != rank or not all(
+            s in (w, -1) for s, w in zip(m["sink_shape"], wanted, strict=True)
+        ):
             return f"sinks are laid out as {m['sink_shape']}, expected {wanted}"
         if (m["sink_start"] or 0) != 0 or m["sink_end"] not in (-1, columns):
             return f"columns {m['sink_start']} to {m['sink_end']} are kept, expected all {columns} keys"
@@ -230,11 +234,19 @@ class MatchAttention(Rewrite):
         sdpa = F.scaled_dot_product_attention
         yield {}, Example(lambda q, k, v: sdpa(q, k, v), (q, k, v))
         yield {}, Example(lambda q, k, v: sdpa(q, k, v, is_causal=True, scale=0.3), (q, k, v))
-        yield {}, Example(lambda q, k, v: sdpa(q, k, v, enable_gqa=True), (q, Tensor(2, 2, 7, 8), Tensor(2, 2, 7, 4)))
+        yield (
+            {},
+            Example(
+                lambda q, k, v: sdpa(q, k, v, enable_gqa=True), (q, Tensor(2, 2, 7, 8), Tensor(2, 2, 7, 4))
+            ),
+        )
         yield {}, Example(lambda q, k, v, m: sdpa(q, k, v, m), (q, k, v, keep))
         yield {}, Example(lambda q, k, v, m: sdpa(q, k, v, m), (q, k, v, added))
         yield {}, Example(lambda q, k, v: spelled(q, k, v), (q, k, v))
-        yield {}, Example(lambda q, k, v, m: spelled(q, k, v, m, cap=5.0, dtype=torch.float32), (q, k, v, added))
+        yield (
+            {},
+            Example(lambda q, k, v, m: spelled(q, k, v, m, cap=5.0, dtype=torch.float32), (q, k, v, added)),
+        )
         yield {}, Example(lambda q, k, v, m: spelled(q, k, v, m, fill=lowest), (q, k, v, keep))
         yield {}, Example(with_sinks, (q, k, v, added, Tensor(6)))
         flat = (Tensor(6, 5, 8), Tensor(6, 7, 8), Tensor(6, 7, 4), Tensor(6, 1, 7), Tensor(2, 1, 5, 7))
@@ -256,4 +268,6 @@ def _heads(q, k, v) -> str | None:
 
 def _broadcasts(shape, room) -> bool:
     """True when a mask of `shape` broadcasts to `room` without making it larger."""
-    return all(known_equal(a, 1) or known_equal(a, b) for a, b in zip(reversed(shape), reversed(room), strict=False))
+    return all(
+        known_equal(a, 1) or known_equal(a, b) for a, b in zip(reversed(shape), reversed(room), strict=False)
+    )

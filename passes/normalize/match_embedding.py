@@ -47,8 +47,6 @@ class MatchEmbedding(Rewrite):
             return refuse(f"sparse is {m['sparse']}")
         if m.training and m["padding"] != -1:
             return refuse(f"padding_idx is {m['padding']}: that row has no gradient")
-        if m.val("weight").dim() != 2:
-            return refuse(f"weight has shape {m.shape('weight')}, expected two axes", at=m["weight"])
         return ACCEPT
 
     def replacement(self, weight, indices, padding, by_frequency, sparse):

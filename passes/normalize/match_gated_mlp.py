@@ -10,10 +10,26 @@ from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
+from torch import fx
 
 from tilewright.compiler import (
-    ACCEPT, Exactness, Example, Match, Rewrite, Stage, Tensor, Verdict, either, known_equal, number, ops, refuse, rewrite_pass,
+    ACCEPT,
+    Exactness,
+    Example,
+    Match,
+    Rewrite,
+    Stage,
+    Tensor,
+    Verdict,
+    either,
+    free,
+    known_equal,
+    number,
+    ops,
+    refuse,
+    rewrite_pass,
 )
+from tilewright.compiler.pattern import constant_of
 
 aten = torch.ops.aten
 
@@ -36,21 +52,21 @@ class MatchGatedMlp(Rewrite):
     near_miss_depth = 3
 
     @staticmethod
-    def pattern(gate, up, act, approximate, half, inner, cubic, root, order):
-        cube = either(order, power=aten.pow(gate, 3), product=gate * aten.pow(gate, 2))
-        curve = aten.tanh(number(inner) * (gate + number(cubic) * cube)) + 1.0
-        error = aten.erf(either(order, times=gate * number(root), over=gate / number(root))) + 1.0
-        scaled = number(half) * gate
+    def pattern(gate, up):
+        cube = either("order", power=aten.pow(gate, 3), product=gate * aten.pow(gate, 2))
+        curve = aten.tanh(number("inner") * (gate + number("cubic") * cube)) + 1.0
+        error = aten.erf(either("order", times=gate * number("root"), over=gate / number("root"))) + 1.0
+        scaled = number("half") * gate
         activated = either(
-            act,
+            "act",
             silu=aten.silu(gate),
-            gelu=aten.gelu(gate, approximate=approximate),
+            gelu=aten.gelu(gate, approximate=free("approximate")),
             relu=aten.relu(gate),
             silu_written=gate * aten.sigmoid(gate),
             gelu_tanh_written=scaled * curve,
-            gelu_tanh_regrouped=number(half) * (gate * curve),
+            gelu_tanh_regrouped=number("half") * (gate * curve),
             gelu_erf_written=scaled * error,
-            gelu_erf_regrouped=gate * (number(half) * error),
+            gelu_erf_regrouped=gate * (number("half") * error),
             sigmoid=aten.sigmoid(gate),
         )
         yield "product", activated * up
@@ -59,7 +75,7 @@ class MatchGatedMlp(Rewrite):
         for name in ("gate", "up"):
             if not m.is_tensor(name):
                 return refuse(f"{name} is {m[name]}, expected a tensor", at=m[name])
-        if m["gate"] is m["up"]:
+        if m["gate"] is m["up"] or _is_multiple(m["gate"], m["up"]):
             return refuse("gate and up are one value: this is an activation", at=m["gate"])
         gate, up = m.shape("gate"), m.shape("up")
         if len(gate) != len(up) or not all(known_equal(p, q) for p, q in zip(gate, up, strict=True)):
@@ -75,9 +91,10 @@ class MatchGatedMlp(Rewrite):
                 return refuse(f"the constant {name} is {m[name]}, gelu has {wanted:.7g}")
         return ACCEPT
 
-    def replacement(self, gate, up, act, approximate, half, inner, cubic, root, order):
+    def replacement(self, gate, up, chosen):
+        act = chosen["act"]
         if act.startswith("gelu"):
-            tanh = approximate == "tanh" or act.startswith("gelu_tanh")
+            tanh = chosen.get("approximate") == "tanh" or act.startswith("gelu_tanh")
             return ops.gated_mlp(gate, up, "gelu_tanh" if tanh else "gelu")
         return ops.gated_mlp(gate, up, act.removesuffix("_written"))
 
@@ -99,8 +116,14 @@ class MatchGatedMlp(Rewrite):
         yield {}, Example(lambda g, u: new_gelu(g, 0.05) * u, pair, refusal="cubic is 0.05")
         yield {}, Example(lambda g, u: F.silu(g) * u, (pair[0], Tensor(2, 1, 12)), refusal="up has (2, 1, 12)")
         yield {}, Example(lambda g: g * torch.sigmoid(g), pair[:1], refusal="this is an activation")
+        yield {}, Example(lambda g: g * torch.sigmoid(1.702 * g), pair[:1], refusal="this is an activation")
         yield {}, Example(lambda g: F.silu(g) * 2.0, pair[:1], refusal="up is 2.0")
         wide = Tensor(2, 5, 12, dtype=torch.float64)
         yield {}, Example(lambda g, u: F.silu(g) * u, (pair[0], wide), refusal="float64")
         counts = Tensor(2, 5, 12, dtype=torch.int64)
         yield {}, Example(lambda g, u: F.relu(g) * u, (counts, counts), refusal="gate is torch.int64")
+
+
+def _is_multiple(gate: fx.Node, up: fx.Node) -> bool:
+    """True for x * c of x, as in the quick gelu x * sigmoid(1.702 x)."""
+    return gate.target is aten.mul.Tensor and up in gate.args and constant_of(gate.args[gate.args[0] is up])[0] is not None

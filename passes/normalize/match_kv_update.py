@@ -7,7 +7,19 @@ from collections.abc import Iterator
 import torch
 
 from tilewright.compiler import (
-    ACCEPT, Exactness, Example, Match, Rewrite, Stage, Tensor, Verdict, ops, refuse, rewrite_pass,
+    ACCEPT,
+    Exactness,
+    Example,
+    Match,
+    Rewrite,
+    Stage,
+    Tensor,
+    Verdict,
+    free,
+    number,
+    ops,
+    refuse,
+    rewrite_pass,
 )
 
 aten = torch.ops.aten
@@ -28,10 +40,10 @@ class MatchKvUpdate(Rewrite):
     near_miss_depth = 1
 
     @staticmethod
-    def pattern(cache, new, positions, dim, start, end, indices, accumulate):
+    def pattern(cache, new, positions, dim):
         yield "index-copy", aten.index_copy(cache, dim, positions, new)
-        yield "slice-scatter", aten.slice_scatter(cache, new, dim, start, end, 1)
-        yield "index-put", aten.index_put(cache, indices, new, accumulate)
+        yield "slice-scatter", aten.slice_scatter(cache, new, dim, number("start"), free("end"), 1)
+        yield "index-put", aten.index_put(cache, free("indices"), new, free("accumulate"))
 
     def where(self, m: Match) -> Verdict:
         if m["cache"].op not in ("placeholder", "get_attr"):
@@ -41,18 +53,11 @@ class MatchKvUpdate(Rewrite):
             return refuse(f"{m['cache'].name} has shape {m.shape('cache')} and is not written back", at=m["cache"])
         if m.form == "index-put":
             return refuse("rows are put at positions of their own per sequence, which kv_update does not say")
-        if (no := m.constant("dim", int)) is not None:
-            return no
-        if m.form == "slice-scatter":
-            length = m.shape("new")[m["dim"]]
-            start = m["start"] or 0
-            if type(start) is not int or type(length) is not int or start < 0:
-                return refuse(f"it starts at {start} and is {length} long, expected constants from the front")
         return m.same_dtype("cache", "new") or ACCEPT
 
-    def replacement(self, cache, new, positions, dim, start, end, indices, accumulate, form):
+    def replacement(self, cache, new, positions, dim, form, chosen):
         if form == "slice-scatter":
-            start = start or 0
+            start = chosen["start"]
             positions = torch.arange(start, start + new.shape[dim], device=cache.device)
         return ops.kv_update(cache, new, positions, dim)
 

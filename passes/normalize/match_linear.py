@@ -32,8 +32,10 @@ class MatchLinear(Rewrite):
     """Recognise x W^T + b.
 
     rewrite:
-        aten.linear(x, w, b)  |  matmul(x, w.T) [+ b]  |  matmul(x, w) [+ b]  |  addmm(b, x, w.T)  |  addmm(b, x, w)
-     -> linear(x, w or w.T, b)
+        aten.linear(x, w, b)  |  addmm(b, x, w)  |  matmul(x, w) [+ b]  |  matmul(w, x)
+     -> linear(x, w, b)       |  linear(x, w.T, b)                      |  linear(x.T, w).T
+
+    In the canonical form `x @ w.T` is `aten.linear` already.
     """
 
     largest_first = True
@@ -41,12 +43,10 @@ class MatchLinear(Rewrite):
     @staticmethod
     def pattern(x, weight, bias):
         yield "linear", aten.linear(x, weight, bias)
-        yield "addmm", aten.addmm(bias, x, aten.permute(weight, [1, 0]))
-        yield "addmm-kn", aten.addmm(bias, x, weight)
-        yield "matmul-bias", aten.matmul(x, aten.permute(weight, [1, 0])) + bias
-        yield "matmul-bias-kn", aten.matmul(x, weight) + bias
-        yield "matmul", aten.matmul(x, aten.permute(weight, [1, 0]))
-        yield "matmul-kn", aten.matmul(x, weight)
+        yield "addmm", aten.addmm(bias, x, weight)
+        yield "matmul-bias", aten.matmul(x, weight) + bias
+        yield "matmul", aten.matmul(x, weight)
+        yield "matmul-left", aten.matmul(weight, x)
 
     def where(self, m: Match) -> Verdict:
         if not m.is_tensor("weight") or m.val("weight").dim() != 2:
@@ -57,7 +57,7 @@ class MatchLinear(Rewrite):
             return refuse(f"{m['weight']} is not a weight of the module", at=m["weight"])
         if not m.is_tensor("x") or m.val("x").dim() < 2:
             return refuse("x has one axis: this is a product with a vector", at=m["x"])
-        outputs = m.shape("weight")[1 if m.form.endswith("-kn") else 0]
+        outputs = m.shape("weight")[1]
         if m["bias"] is not None and (not m.is_tensor("bias") or m.shape("bias") != (outputs,)):
             return refuse(f"bias is not one value for each of the {outputs} outputs", at=m["bias"])
         if m["bias"] is not None and (no := m.same_dtype("x", "weight", "bias")) is not None:
@@ -65,7 +65,9 @@ class MatchLinear(Rewrite):
         return ACCEPT
 
     def replacement(self, x, weight, bias, form):
-        return ops.linear(x, weight.permute(1, 0) if form.endswith("-kn") else weight, bias)
+        if form == "matmul-left":
+            return ops.linear(x.transpose(-1, -2), weight).transpose(-1, -2)
+        return ops.linear(x, weight if form == "linear" else weight.permute(1, 0), bias)
 
     @classmethod
     def examples(cls) -> Iterator[tuple[dict, Example]]:
@@ -81,6 +83,7 @@ class MatchLinear(Rewrite):
         yield {}, Example(lambda x, w, b: torch.matmul(x, w) + b, (x, kn, b))
         yield {}, Example(lambda x, w: x @ w, (x, kn))
         yield {}, Example(lambda x, w: x @ (w * 2.0), (x, kn), refusal="is not a weight")
+        yield {}, Example(lambda x, w: w @ x, (Tensor(2, 12, 5), w))
         yield {}, Example(lambda x, w, b: torch.addmm(b, x, w.T), (flat, w, b))
         yield {}, Example(lambda x, w, b: torch.addmm(b, x, w), (flat, kn, b))
         yield (

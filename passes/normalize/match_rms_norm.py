@@ -76,8 +76,6 @@ class MatchRmsNorm(Rewrite):
         yield "no-weight", maybe_cast(down, y, dtype)
 
     def where(self, m: Match) -> Verdict:
-        if not m.val("x").is_floating_point():
-            return refuse(f"x is {m.dtype('x')}", at=m["x"])
         if m.form == "rms-norm" and len(m["shape"]) != 1:
             return refuse(f"it normalises over {len(m['shape'])} axes, expected the last one")
         if m["weight"] is not None:
@@ -138,4 +136,5 @@ class MatchRmsNorm(Rewrite):
         )
         yield {}, Example(lambda x, w: x / torch.sqrt((x * x).mean(-1, True) + 1e-6) * w, (x, w))
         yield {}, Example(lambda x: norm(x), (x,))
+        yield {}, Example(lambda x, w: norm(x) * w, (x, Tensor(1)))
         yield {}, Example(lambda x, w: norm(x) * w, (x, Tensor(5, 1)), count=1)

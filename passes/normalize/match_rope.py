@@ -11,35 +11,51 @@ from collections.abc import Iterator
 import torch
 
 from tilewright.compiler import (
-    ACCEPT, Exactness, Example, Match, Rewrite, Stage, Tensor, Verdict, either, known_equal, ops, refuse, rewrite_pass,
+    ACCEPT,
+    Exactness,
+    Example,
+    Match,
+    Rewrite,
+    Stage,
+    Tensor,
+    Verdict,
+    either,
+    free,
+    known_equal,
+    ops,
+    refuse,
+    rewrite_pass,
 )
 from tilewright.passes.normalize._spelling import maybe_cast
 
 aten = torch.ops.aten
 
 
-def _halves(choice, x, h):
+def _halves(x):
     """(first half, second half) of the last axis, by slices, chunks, splits or a pair axis in front."""
-    names = ("start", "low", "high", "end", "chunks", "size", "sizes", "pair", "axis")
-    start, low, high, end, chunks, size, sizes, pair, axis = (h[n] for n in names)
-    chunk, split, listed = aten.chunk(x, chunks, -1), aten.split(x, size, -1), aten.split_with_sizes(x, sizes, -1)
-    folded = aten.unbind(aten.reshape(x, pair), axis)
+    chunk, split = aten.chunk(x, free("chunks"), -1), aten.split(x, free("size"), -1)
+    listed = aten.split_with_sizes(x, free("sizes"), -1)
+    folded = aten.unbind(aten.reshape(x, free("pair")), free("axis"))
+    cut = (
+        aten.slice(x, -1, free("start"), free("low"), 1),
+        aten.slice(x, -1, free("high"), free("end"), 1),
+    )
     return tuple(
-        either(choice, slices=sliced, chunk=chunk[i], split=split[i], listed=listed[i], unbind=folded[i])
-        for i, sliced in enumerate((aten.slice(x, -1, start, low, 1), aten.slice(x, -1, high, end, 1)))
+        either("parts", slices=cut[i], chunk=chunk[i], split=split[i], listed=listed[i], unbind=folded[i])
+        for i in (0, 1)
     )
 
 
-def _pairs(choice, x, h):
+def _pairs(x):
     """(even channels, odd channels) of the last axis, by strided slices or a pair axis behind."""
-    folded = aten.unbind(aten.reshape(x, h["pair"]), h["axis"])
-    whole = aten.reshape(x, h["pair"])
+    whole = aten.reshape(x, free("pair"))
+    folded = aten.unbind(whole, free("axis"))
     return tuple(
         either(
-            choice,
-            strided=aten.slice(x, -1, i, h["end" if i else "low"], 2),
+            "parts",
+            strided=aten.slice(x, -1, i, free(("low", "end")[i]), 2),
             unbind=folded[i],
-            select=aten.select(whole, h["axis"], i),
+            select=aten.select(whole, free("axis"), i),
         )
         for i in (0, 1)
     )
@@ -54,75 +70,65 @@ class MatchRope(Rewrite):
         x * cos + stack(-odd, even).flatten * sin  |  stack(even * cos - odd * sin, odd * cos + even * sin).flatten
      -> rope(x, cos, sin, interleaved)
 
-    In the forms that write both halves apart, cos and sin have D/2 channels and are widened to D.
+    In the forms that write both parts apart, cos and sin have D/2 channels and are widened to D.
     """
 
     inner_may_escape = True
 
     @staticmethod
-    def pattern(x, cos, sin, parts, start, low, high, end, chunks, size, sizes, pair, axis, cast, dtype, joined):
-        h = dict(start=start, low=low, high=high, end=end, chunks=chunks, size=size, sizes=sizes, pair=pair, axis=axis)
-        a, b = _halves(parts, x, h)
-        turned = maybe_cast(cast, aten.cat([-b, a], -1), dtype)
-        yield "half", maybe_cast(cast, x, dtype) * cos + turned * sin
+    def pattern(x, cos, sin):
+        whole = either("outer", same=x, regrouped=aten.reshape(x, free("outer_sizes")))
+        factor = maybe_cast("cast", whole, free("dtype")) * cos
+        a, b = _halves(x)
+        yield "half", factor + maybe_cast("cast", aten.cat([-b, a], -1), free("dtype")) * sin
         yield "half-apart", aten.cat([a * cos - b * sin, b * cos + a * sin], -1)
-        even, odd = _pairs(parts, x, h)
-        turned = maybe_cast(cast, aten.reshape(aten.stack([-odd, even], -1), joined), dtype)
-        yield "interleaved", maybe_cast(cast, x, dtype) * cos + turned * sin
-        yield "interleaved-apart", aten.reshape(aten.stack([even * cos - odd * sin, odd * cos + even * sin], -1), joined)
+        even, odd = _pairs(x)
+        turned = aten.reshape(aten.stack([-odd, even], -1), free("joined"))
+        yield "interleaved", factor + maybe_cast("cast", turned, free("dtype")) * sin
+        rotated = aten.stack([even * cos - odd * sin, odd * cos + even * sin], -1)
+        yield "interleaved-apart", aten.reshape(rotated, free("joined"))
 
     def where(self, m: Match) -> Verdict:
-        shape = m.shape("x")
-        width = shape[-1]
-        if not isinstance(width, int) or width % 2:
-            return refuse(f"x has {width} channels, expected an even number", at=m["x"])
-        if (no := self._parts(m, width)) is not None:
-            return refuse(no, at=m["x"])
-        narrow = width // 2 if m.form.endswith("-apart") else width
+        shape = tuple(m.root.meta["val"].shape)
+        if not shape or not isinstance(shape[-1], int) or shape[-1] % 2:
+            return refuse(f"the result has shape {shape}, expected an even number of channels", at=m.root)
+        reason = self._parts(m, shape)
+        if reason is not None:
+            return refuse(reason, at=m["x"])
         for name in ("cos", "sin"):
             if not m.is_tensor(name):
                 return refuse(f"{name} is {m[name]}, expected a tensor", at=m[name])
-            table = m.shape(name)
-            if not table or table[-1] not in (1, narrow):
-                return refuse(f"{name} has shape {table}, expected {narrow} channels", at=m[name])
-        made = m.root.meta["val"].shape
-        if len(made) != len(shape) or not all(known_equal(p, q) for p, q in zip(made, shape, strict=True)):
-            return refuse(f"the result has shape {tuple(made)}, x has {tuple(shape)}", at=m.root)
         return ACCEPT
 
-    def _parts(self, m: Match, width: int) -> str | None:
-        """Why the parts of the last axis are not the wanted halves or pairs; None when they are."""
-        half, parts = width // 2, m["parts"]
-        if parts == "slices" and ((m["start"] or 0), m["low"], m["high"]) != (0, half, half):
-            return f"it is cut at {m['low']} and {m['high']}, its half is {half}"
-        if parts in ("slices", "strided") and m["end"] is not None and not m["end"] >= width - (parts == "strided"):
-            return f"the second part ends at {m['end']}, the axis at {width}"
-        if parts == "strided" and m["low"] is not None and not m["low"] >= width - 1:
-            return f"the even channels end at {m['low']}, the axis at {width}"
-        if parts == "chunk" and m["chunks"] != 2:
-            return f"it is cut into {m['chunks']} chunks, expected 2"
-        if (parts == "split" and m["size"] != half) or (parts == "listed" and list(m["sizes"]) != [half, half]):
-            return f"it is split by {m['size'] or m['sizes']}, its half is {half}"
+    def _parts(self, m: Match, shape: tuple) -> str | None:
+        """Why the parts are not the halves or pairs of the channels; None when they are."""
+        half, parts = shape[-1] // 2, m["parts"]
         if parts in ("unbind", "select"):
             tail = [2, half] if m.form.startswith("half") else [half, 2]
-            axis = m.val("x").dim() - (1 if tail[0] == 2 else 0)
-            got = list(m["pair"])
-            if len(got) != m.val("x").dim() + 1 or not _fits(got[-2:], tail):
-                return f"its channels are folded to {got[-2:]}, expected {tail}"
-            if m["axis"] % len(got) != axis:
-                return f"parts are taken along axis {m['axis']}, expected {axis}"
+            wanted, got = [*shape[:-1], *tail], list(m["pair"])
+            if len(got) != len(wanted) or not all(g in (w, -1) for g, w in zip(got, wanted, strict=True)):
+                return f"its channels are folded to {got}, expected {wanted}"
+            axis = len(shape) - 1 if tail[0] == 2 else len(shape)
+            return None if m["axis"] % len(got) == axis else f"parts are taken along axis {m['axis']}, expected {axis}"
+        x = m.shape("x")
+        if len(x) != len(shape) or not all(known_equal(p, q) for p, q in zip(x, shape, strict=True)):
+            return f"the result has shape {shape}, x has {tuple(x)}"
+        if parts == "slices" and ((m["start"] or 0), m["low"], m["high"]) != (0, half, half):
+            return f"it is cut at {m['low']} and {m['high']}, its half is {half}"
+        # Where parts end, and into how many chunks x is cut, follows from two parts that fill the result.
+        if parts in ("split", "listed") and (m["size"] or list(m["sizes"])) not in (half, [half, half]):
+            return f"it is split by {m['size'] or m['sizes']}, its half is {half}"
         return None
 
-    def replacement(
-        self, x, cos, sin, parts, start, low, high, end, chunks, size, sizes, pair, axis, cast, dtype, joined, form
-    ):
+    def replacement(self, x, cos, sin, form, chosen):
         interleaved = form.startswith("interleaved")
         if form.endswith("-apart"):
-            if interleaved:
-                cos, sin = (torch.stack((t, t), -1).flatten(-2) for t in (cos, sin))
-            else:
-                cos, sin = (torch.cat((t, t), -1) for t in (cos, sin))
-        return ops.rope(x.to(dtype) if cast == "cast" else x, cos, sin, interleaved)
+            cos, sin = (_widened(t, interleaved) for t in (cos, sin))
+        if chosen["parts"] in ("unbind", "select"):
+            pair = chosen["pair"]
+            width = pair[-2] * pair[-1] if -1 not in pair[-2:] else -1
+            x = x.reshape(*pair[:-2], width)
+        return ops.rope(x.to(chosen["dtype"]) if chosen.get("cast") == "cast" else x, cos, sin, interleaved)
 
     @classmethod
     def examples(cls) -> Iterator[tuple[dict, Example]]:
@@ -155,13 +161,36 @@ class MatchRope(Rewrite):
         yield {}, Example(written, (x, narrow, narrow))
         low = Tensor(2, 3, 5, 8, dtype=torch.bfloat16)
         yield {}, Example(lambda x, c, s: (x.float() * c + torch.cat((-x[..., 4:], x[..., :4]), -1).float() * s).to(x.dtype), (low, table, table))
+        wide = Tensor(2, 5, 24)
+
+        def grouped(x, cos, sin):
+            return unbound(x.reshape(2, 5, 3, 8), cos, sin)
+
+        def front(x, cos, sin, fold=(2, -1), axis=-2):
+            a, b = x.unflatten(-1, fold).unbind(axis)
+            return x * cos + torch.cat((-b, a), -1) * sin
+
+        def listed(x, cos, sin, first=4):
+            a, b = x.split([first, 8 - first], -1)
+            return x * cos + torch.cat((-b, a), -1) * sin
+
+        four = (Tensor(2, 3, 5, 4), Tensor(5, 4), Tensor(5, 4))
+        yield {}, Example(lambda x, c, s: front(x, c, s, (-1, 2), -1), (x, table, table), refusal="folded to")
+        yield {}, Example(lambda x, c, s: front(x, c, s, (2, 2), -1), four, refusal="along axis 4, expected 3")
+        yield {}, Example(apart, (x, Tensor(5, 1), Tensor(5, 4)))
+        yield {}, Example(grouped, (wide, Tensor(5, 1, 4), Tensor(5, 1, 4)))
+        yield {}, Example(front, (x, table, table))
+        yield {}, Example(listed, (x, table, table))
         yield {}, Example(lambda x, c, s: half(x, c, s, 3), (x, table, table), refusal="cut at 3")
+        yield {}, Example(lambda x, c, s: listed(x, c, s, 3), (x, table, table), refusal="split by [3, 5]")
         yield {}, Example(lambda x, c: half(x, c, 0.5), (x, table), refusal="sin is 0.5")
-        yield {}, Example(lambda x, c, s: half(x, c, s, 3), (Tensor(2, 5, 7), Tensor(5, 7), Tensor(5, 7)), refusal="even number")
+        odd = (Tensor(2, 5, 7), Tensor(5, 7), Tensor(5, 7))
+        yield {}, Example(lambda x, c, s: half(x, c, s, 3), odd, refusal="even number")
         yield {}, Example(half, (x, table, Tensor(3, 2, 3, 5, 8)), refusal="the result has shape")
-        yield {}, Example(half, (Tensor(2, 3, 1, 8), Tensor(4, 8), Tensor(4, 8)), refusal="the result has shape")
 
 
-def _fits(got: list, want: list[int]) -> bool:
-    """True when sizes with at most one -1 are the wanted ones."""
-    return all(g in (w, -1) for g, w in zip(got, want, strict=True))
+def _widened(table, interleaved):
+    """A table for each pair as one for each channel; one value for all channels stays."""
+    if table.dim() == 0 or table.shape[-1] == 1:
+        return table
+    return torch.stack((table, table), -1).flatten(-2) if interleaved else torch.cat((table, table), -1)
