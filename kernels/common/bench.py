@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+
+import torch
+
+from tilewright.kernels.common.family import KernelFamily
+from tilewright.kernels.load import build_kernel
+from tilewright.runtime.contracts import Refusal, Target
 
 COLD_BYTES = 48 << 20
 """Bytes of weights to rotate over, so that no call finds its weights in a cache."""
@@ -51,3 +57,31 @@ def interleave(
             best[name] = min(best[name], (time.perf_counter() - start) / calls)
             place[name] = first + calls
     return best
+
+
+def against_inductor(
+    family: KernelFamily,
+    definition: Callable[..., object],
+    args: Sequence[object],
+    target: Target,
+    rounds: int,
+) -> BenchRow:
+    """The kernel through its op against the whole compiled call of the definition, on the same warm
+    inputs."""
+    key = family.configure(args, target)
+    if isinstance(key, Refusal):
+        raise ValueError(f"{family.op}: {key}")
+    op, given = build_kernel(family, key).op, family.rewrite_args(key, args)
+    constants = [a for a in args if not isinstance(a, torch.Tensor)]
+    tensors = [a for a in args if isinstance(a, torch.Tensor)]
+    compiled = torch.compile(lambda *inputs: definition(*inputs, *constants), fullgraph=True, dynamic=False)
+    with torch.inference_mode():
+        outputs = op(*given)
+        seconds = interleave(
+            {"kernel": lambda _: op(*given), "inductor": lambda _: compiled(*tensors)}, 64, rounds
+        )
+    made = [outputs] if isinstance(outputs, torch.Tensor) else list(outputs)
+    traffic = sum(t.numel() * t.element_size() for t in [*tensors, *made])
+    case = f"{family.op} {tuple(tensors[0].shape)} {key.dtype}"
+    kernel, inductor = seconds["kernel"], seconds["inductor"]
+    return BenchRow(case, kernel * 1e6, traffic / kernel / 1e9, "inductor", inductor * 1e6)
