@@ -18,9 +18,11 @@ from tilewright.compiler.program import InputKind, InputSpec
 from tilewright.compiler.residual import Chain, find_chains
 from tilewright.compiler.segments import (
     AttentionSite,
+    Cut,
     Segment,
     attention_sites,
     closure,
+    cut_by_path,
     cut_into_blocks,
     segments_of,
     signature,
@@ -191,12 +193,10 @@ class _Finder:
 
     def structure(self) -> BlockStructure:
         """Cut, couple, judge, and gather into layers."""
-        found = []
+        rows = [segments_of(self.flow, chain, self.streams_mask, self.sites) for chain in self.chains]
+        found = [(segments, cut) for segments, cut in zip(rows, _cut_all(rows), strict=True)]
         drafts: list[list[_Draft]] = []
-        for i, chain in enumerate(self.chains):
-            segments = segments_of(self.flow, chain, self.streams_mask, self.sites)
-            cut = cut_into_blocks(segments)
-            found.append((segments, cut))
+        for i, (_, cut) in enumerate(found):
             spans = zip(cut.ranges, cut.paths, strict=True)
             drafts.append([self._draft(i, span, path, n) for n, (span, path) in enumerate(spans)])
         _make_names_unique([draft for row in drafts for draft in row])
@@ -338,6 +338,19 @@ class _Finder:
                 f"repeated blocks hold {covered} of {total} heavy ops and their values skip ahead: {skips[0]}"
             )
         return ""
+
+
+def _cut_all(rows: Sequence[Sequence[Segment]]) -> list[Cut]:
+    """The blocks of each stream; one without repetition has blocks where another's modules run through it.
+
+    The text stream of a model with two coupled layers may hold only one of them.
+    """
+    cuts = [cut_into_blocks(segments) for segments in rows]
+    containers = {path.rpartition(".")[0] for cut in cuts for path in cut.paths if path}
+    return [
+        cut if cut.ranges else Cut(*cut_by_path(segments, containers))
+        for segments, cut in zip(rows, cuts, strict=True)
+    ]
 
 
 def _make_names_unique(drafts: Sequence[_Draft]) -> None:

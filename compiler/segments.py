@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -217,7 +217,7 @@ def cut_into_blocks(segments: Sequence[Segment]) -> Cut:
     ops segment by segment are members although they differ in detail (first layers often do).
     """
     start, period, repeats = find_period([s.signature for s in segments])
-    by_path = _cut_by_path(segments)
+    by_path = cut_by_path(segments)
     if not repeats:
         ranges, paths = by_path
         return Cut(ranges, paths)
@@ -246,14 +246,20 @@ def _aligned(segments: Sequence[Segment], first: int, period: int) -> tuple[Rang
     return tuple((i, i + period) for i in range(begin, end, period))
 
 
-def _cut_by_path(segments: Sequence[Segment]) -> tuple[tuple[Range, ...], tuple[str, ...]]:
-    """Runs of segments under one numbered module (`model.layers.3`) with numbered sisters in the stream."""
+def cut_by_path(
+    segments: Sequence[Segment], containers: Collection[str] = ()
+) -> tuple[tuple[Range, ...], tuple[str, ...]]:
+    """Runs of segments under one numbered module (`model.layers.3`), and their paths.
+
+    The module has numbered sisters in the stream, or lies in one of the given containers (`model.layers`).
+    """
     numbered = [_numbered_prefixes(s.path) for s in segments]
     sisters: dict[str, set[str]] = {}
     for prefixes in numbered:
         for prefix in prefixes:
             sisters.setdefault(prefix.rpartition(".")[0], set()).add(prefix)
-    names = [next((p for p in ps if len(sisters[p.rpartition(".")[0]]) >= 2), "") for ps in numbered]
+    known = {name for name, found in sisters.items() if len(found) >= 2}.union(containers)
+    names = [next((p for p in prefixes if p.rpartition(".")[0] in known), "") for prefixes in numbered]
     ranges: list[Range] = []
     for i, name in enumerate(names):
         if name and i and names[i - 1] == name:
