@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tilewright.compiler import ops as ops
     from tilewright.compiler.diagnostics import TilewrightError as TilewrightError
-    from tilewright.compiler.whole_graph import GraphPass as GraphPass
-    from tilewright.compiler.whole_graph import graph_pass as graph_pass
     from tilewright.compiler.log import PassLog as PassLog
     from tilewright.compiler.passes_base import Example as Example
     from tilewright.compiler.passes_base import Tensor as Tensor
@@ -32,6 +30,8 @@ if TYPE_CHECKING:
     from tilewright.compiler.rewrite import rewrite_pass as rewrite_pass
     from tilewright.compiler.stage import Exactness as Exactness
     from tilewright.compiler.stage import Stage as Stage
+    from tilewright.compiler.whole_graph import GraphPass as GraphPass
+    from tilewright.compiler.whole_graph import graph_pass as graph_pass
     from tilewright.runtime.contracts import Refusal as Refusal
 
 _HOME = {

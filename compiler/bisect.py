@@ -1,4 +1,5 @@
-"""Find the one rewrite that breaks parity: first the pass, then the rule and node, then a repro of a few nodes."""
+"""Find the one rewrite that breaks parity: first the pass, then the rule and node, then a repro of a few
+nodes."""
 
 from __future__ import annotations
 
@@ -40,7 +41,8 @@ class Culprit:
 def bisect(make: Callable[[], Program], pipeline: Pipeline, accept: Accept) -> Culprit | None:
     """Binary search over the number of rewrites; None when the whole pipeline agrees.
 
-    make: a fresh normalized program each time, the same every time. accept: compares a rewritten program with the
+    make: a fresh normalized program each time, the same every time. accept: compares a rewritten program
+    with the
     truth. ParityError when even the untouched program is not accepted.
     """
     search = _Search(make, pipeline, accept)

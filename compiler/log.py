@@ -17,7 +17,8 @@ Replay = Callable[[Program, Match, fx.GraphModule, list[fx.Node], Any], tuple[fl
 
 
 class Fuel:
-    """How many rewrites may still happen; None means no limit. `spent` numbers applications over a pipeline."""
+    """How many rewrites may still happen; None means no limit. `spent` numbers applications over a
+    pipeline."""
 
     def __init__(self, limit: int | None = None) -> None:
         self.limit = limit
@@ -51,7 +52,8 @@ class PassLog:
         self._before_first_edit = before_first_edit
 
     def take(self, node: fx.Node, m: Match | None = None) -> bool:
-        """Ask for fuel before a rewrite, and for the slots the pass owns; PipelineError on a slot conflict."""
+        """Ask for fuel before a rewrite, and for the slots the pass owns; PipelineError on a slot
+        conflict."""
         for matched in m.nodes if m is not None else (node,):
             for slot in self._slots:
                 owner = matched.meta.get("tw_slots", {}).get(slot)
@@ -137,6 +139,4 @@ class PassLog:
 
 def _made(copies: dict[fx.Node, fx.Node]) -> list[fx.Node]:
     """The calls among traced -> new nodes; a traced placeholder stands for an input that was there before."""
-    return [
-        new for traced, new in copies.items() if traced.op != "placeholder" and new.op == "call_function"
-    ]
+    return [new for traced, new in copies.items() if traced.op != "placeholder" and new.op == "call_function"]

@@ -61,7 +61,8 @@ def _split_options(name: str, body: str) -> dict[str, str]:
 
 
 def build(cls: type, name: str, texts: dict[str, Any]) -> Any:
-    """Make a pass value from option texts (or ready values); OptionError names option, value and legal range."""
+    """Make a pass value from option texts (or ready values); OptionError names option, value and legal
+    range."""
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
     hints = get_type_hints(cls)
     values: dict[str, Any] = {}
@@ -70,7 +71,11 @@ def build(cls: type, name: str, texts: dict[str, Any]) -> Any:
             raise OptionError(f"{name} has no option {key!r}", remedy=nearest(key, fields))
         values[key] = parse_value(name, key, value, hints[key]) if isinstance(value, str) else value
     for key, f in fields.items():
-        if key not in values and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
+        if (
+            key not in values
+            and f.default is dataclasses.MISSING
+            and f.default_factory is dataclasses.MISSING
+        ):
             raise OptionError(f"{name}: option {key!r} is required", remedy=f"write {name}{{{key}=...}}")
     for key, value in values.items():
         check_type(name, key, value, hints[key])

@@ -78,7 +78,8 @@ def free(name: str) -> Any:
 
 
 def either(choice: Any, **terms: Any) -> Any:
-    """In a pattern: any one of the named terms, tried in order. `choice`, a parameter or a name, binds which."""
+    """In a pattern: any one of the named terms, tried in order. `choice`, a parameter or a name, binds
+    which."""
     proxy = free(choice) if isinstance(choice, str) else choice
     return proxy.tracer.create_proxy("call_function", either, (proxy,), terms)
 
@@ -169,14 +170,16 @@ class Match:
         for name in names[1:]:
             if self.dtype(name) != self.dtype(names[0]):
                 return refuse(
-                    f"{names[0]} is {self.dtype(names[0])} and {name} is {self.dtype(name)}", at=self.bound[name]
+                    f"{names[0]} is {self.dtype(names[0])} and {name} is {self.dtype(name)}",
+                    at=self.bound[name],
                 )
         return None
 
     def shapes(self, **letters: str) -> dict[str, Any] | Refusal:
         """Unify shape letters over tensors: shapes(q="B H S D", k="B H T D") -> {"B": ..., ...}.
 
-        A digit must be that size. Sizes that cannot be proven equal are a refusal. `...` at the start skips axes.
+        A digit must be that size. Sizes that cannot be proven equal are a refusal. `...` at the start
+        skips axes.
         """
         sizes: dict[str, Any] = {}
         for name, spec in letters.items():
@@ -247,7 +250,8 @@ class Pattern:
         return next(self.matches(root, inner_may_escape=inner_may_escape))
 
     def matches(self, root: fx.Node, *, inner_may_escape: bool = False) -> Iterator[Match | Failure]:
-        """Every match with `root` as the first output, in the order of the forms; one Failure if there is none."""
+        """Every match with `root` as the first output, in the order of the forms; one Failure if there is
+        none."""
         best: Failure | None = None
         found_any = False
         for form in self.forms:
@@ -379,7 +383,8 @@ def constant_of(value: Any) -> tuple[int | float | None, list[fx.Node]]:
 
 
 def _twins(first: Any, second: Any, matched: set[fx.Node]) -> list[fx.Node] | None:
-    """The nodes that compute `second` when it is `first` computed again from the same values; None when it is not."""
+    """The nodes that compute `second` when it is `first` computed again from the same values; None when it
+    is not."""
     if first is second:
         return []
     if not isinstance(first, fx.Node) or not isinstance(second, fx.Node):
@@ -423,7 +428,9 @@ def _argument_pairs(call: Call, node: fx.Node) -> Iterator[list[_Pair] | str]:
         if len(call.args) != len(node.args):
             yield f"{short} has {len(node.args)} arguments, expected {len(call.args)}"
         else:
-            yield [(f"{short} argument {i}", *p) for i, p in enumerate(zip(call.args, node.args, strict=True))]
+            yield [
+                (f"{short} argument {i}", *p) for i, p in enumerate(zip(call.args, node.args, strict=True))
+            ]
         return
     names = [a[0] for a in schema_arguments(node.target)]
     if len(call.args) > len(names):
@@ -499,7 +506,9 @@ def _trace_forms(fn: Callable[..., Any], params: tuple[str, ...]) -> Iterator[Fo
         yield from _forms(fn.__qualname__, str(tag), terms)
 
 
-def _forms(owner: str, tag: str, terms: tuple[Any, ...], chosen: tuple[tuple[str, str], ...] = ()) -> Iterator[Form]:
+def _forms(
+    owner: str, tag: str, terms: tuple[Any, ...], chosen: tuple[tuple[str, str], ...] = ()
+) -> Iterator[Form]:
     for i, term in enumerate(terms):
         if isinstance(term, Either):
             for label, alternative in term.terms:

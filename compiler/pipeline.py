@@ -60,7 +60,8 @@ class Pipeline:
 
     @classmethod
     def parse(cls, source: str | Sequence[Any] | Pipeline) -> Pipeline:
-        """From `name{opt=v},name`, a list of pass values and texts, or a pipeline; PipelineError, OptionError."""
+        """From `name{opt=v},name`, a list of pass values and texts, or a pipeline; PipelineError,
+        OptionError."""
         if isinstance(source, Pipeline):
             return source
         if not isinstance(source, (str, Pass, list, tuple)):
@@ -179,7 +180,8 @@ def _check(p: Pass, program: Program, options: RunOptions, snapshot: Snapshot) -
 
 
 class Snapshot:
-    """The program as it was before a pass's first edit, to go back to. A pass that edits nothing costs nothing."""
+    """The program as it was before a pass's first edit, to go back to. A pass that edits nothing costs
+    nothing."""
 
     def __init__(self, program: Program) -> None:
         self._program = program

@@ -104,7 +104,8 @@ def copy_graph(graph: fx.Graph) -> fx.Graph:
 
 @dataclass
 class Program:
-    """A captured model. `module.graph` is flat: placeholders, calls of aten and tilewright ops, one output."""
+    """A captured model. `module.graph` is flat: placeholders, calls of aten and tilewright ops, one
+    output."""
 
     module: fx.GraphModule
     inputs: list[InputSpec]
@@ -186,7 +187,8 @@ class Program:
 
 
 class DerivedCheck:
-    """Keeps derived buffers true: compares identity and version of their sources on each call (~0.3 us each)."""
+    """Keeps derived buffers true: compares identity and version of their sources on each call (~0.3 us
+    each)."""
 
     def __init__(self, program: Program) -> None:
         index = {spec.name: i for i, spec in enumerate(program.inputs)}

@@ -64,9 +64,16 @@ def fuses_a_cycle(
 
 
 def inline(
-    program: Program, module: fx.GraphModule, inputs: list[fx.Node], *, before: fx.Node, like: fx.Node, origin: str
+    program: Program,
+    module: fx.GraphModule,
+    inputs: list[fx.Node],
+    *,
+    before: fx.Node,
+    like: fx.Node,
+    origin: str,
 ) -> dict[fx.Node, fx.Node]:
-    """Copy a traced graph before a node, its placeholders replaced by `inputs`; returns traced -> new nodes."""
+    """Copy a traced graph before a node, its placeholders replaced by `inputs`; returns traced -> new
+    nodes."""
     done: dict[fx.Node, fx.Node] = {}
     feed = iter(inputs)
     with program.graph.inserting_before(before):

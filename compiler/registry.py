@@ -1,4 +1,5 @@
-"""Pass name -> class, by file name: `fuse-add-rmsnorm` lives in `fuse_add_rmsnorm.py`, imported on first use."""
+"""Pass name -> class, by file name: `fuse-add-rmsnorm` lives in `fuse_add_rmsnorm.py`, imported on first
+use."""
 
 from __future__ import annotations
 
@@ -55,7 +56,9 @@ def find(name: str) -> Any:
             raise PipelineError(f"unknown pass {name!r}", remedy=nearest(name, [*names(), *presets()]))
         importlib.import_module(module)
         if name not in _CLASSES:
-            raise PassDefinitionError(f"{module} does not define a pass named {name!r}, as its file name says")
+            raise PassDefinitionError(
+                f"{module} does not define a pass named {name!r}, as its file name says"
+            )
     return _CLASSES[name]
 
 

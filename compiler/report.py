@@ -68,7 +68,8 @@ class PassReport:
 
 @dataclass
 class NodeCost:
-    """Cost of one node of the final program; sizes are formulas in the dynamic dimensions where there are any."""
+    """Cost of one node of the final program; sizes are formulas in the dynamic dimensions where there are
+    any."""
 
     node: str
     op: str

@@ -23,7 +23,6 @@ from tilewright.compiler.schema import op_name, tensor_meta
 from tilewright.compiler.stage import Exactness, Stage
 from tilewright.runtime.contracts import Refusal
 
-
 MAX_CANDIDATES = 16
 """Matches of one node that are put before `where` until one is accepted."""
 
@@ -94,7 +93,8 @@ class Rewrite(Pass):
         return Pattern(cls.pattern)
 
     def apply(self, program: Program, log: PassLog) -> None:
-        """Rewrite every accepted match in `program.graph`, in topological order (reversed: `largest_first`)."""
+        """Rewrite every accepted match in `program.graph`, in topological order (reversed:
+        `largest_first`)."""
         pattern = self.compiled_pattern()
         state = _Run(mutation_regions(program.graph))
         order = list(program.graph.nodes)
@@ -108,7 +108,8 @@ class Rewrite(Pass):
         log.finish(pattern.anchors)
 
     def _visit(self, node: fx.Node, program: Program, log: PassLog, state: _Run) -> None:
-        """Apply the first match rooted at a node that is accepted; else report the first refusal or near miss."""
+        """Apply the first match rooted at a node that is accepted; else report the first refusal or near
+        miss."""
         refusal: tuple[Match, Refusal] | None = None
         found = self.compiled_pattern().matches(node, inner_may_escape=self.inner_may_escape)
         for m in itertools.islice(found, MAX_CANDIDATES):
@@ -135,7 +136,9 @@ class Rewrite(Pass):
             return Refusal(f"{cycle.name} needs an output of the match and feeds its input", cycle.name)
         verdict = self.where(m)
         if verdict is not ACCEPT and not isinstance(verdict, Refusal):
-            raise PassDefinitionError(f"{self.name}.where returned {verdict!r}; it must return ACCEPT or refuse(...)")
+            raise PassDefinitionError(
+                f"{self.name}.where returned {verdict!r}; it must return ACCEPT or refuse(...)"
+            )
         return verdict
 
     def _replace(
@@ -190,7 +193,13 @@ def signature_of(value: Any) -> Any:
     if isinstance(value, fx.Node):
         meta = value.meta.get("val")
         if isinstance(meta, torch.Tensor):
-            return ("tensor", tuple(map(str, meta.shape)), tuple(map(str, meta.stride())), meta.dtype, meta.device)
+            return (
+                "tensor",
+                tuple(map(str, meta.shape)),
+                tuple(map(str, meta.stride())),
+                meta.dtype,
+                meta.device,
+            )
         return ("value", str(meta))
     if isinstance(value, (list, tuple)):
         return tuple(signature_of(v) for v in value)
@@ -229,7 +238,9 @@ def trace(run: Callable[..., Any], fakes: list[Any]) -> fx.GraphModule:
     with mode if mode is not None else torch.no_grad(), torch.no_grad():
         # make_fx tells inputs apart by identity, and nodes inlined from one trace share their fake tensor.
         inputs = [f.detach() if isinstance(f, torch.Tensor) else f for f in fakes]
-        return make_fx(traceable, pre_dispatch=True, tracing_mode="real", _allow_non_fake_inputs=True)(*inputs)
+        return make_fx(traceable, pre_dispatch=True, tracing_mode="real", _allow_non_fake_inputs=True)(
+            *inputs
+        )
 
 
 def _fixed_arity(run: Callable[..., Any], count: int) -> Callable[..., Any]:
@@ -252,7 +263,9 @@ def _check_rewrite(cls: type) -> None:
     if want != got:
         raise PassDefinitionError(f"{cls.__name__}: pattern binds {want} but replacement takes {got}")
     if not isinstance(cls.__dict__["pattern"], staticmethod):
-        raise PassDefinitionError(f"{cls.__name__}: pattern must be a staticmethod", remedy="add @staticmethod")
+        raise PassDefinitionError(
+            f"{cls.__name__}: pattern must be a staticmethod", remedy="add @staticmethod"
+        )
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)

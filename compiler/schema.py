@@ -53,7 +53,8 @@ def schema_arguments(target: torch._ops.OpOverload) -> tuple[tuple[str, bool, An
 
 
 def arguments(node: fx.Node) -> dict[str, Any]:
-    """The arguments of a call node by schema name, defaults filled; `0`, `1`, ... where there is no schema."""
+    """The arguments of a call node by schema name, defaults filled; `0`, `1`, ... where there is no
+    schema."""
     if not isinstance(node.target, torch._ops.OpOverload):
         return {**{str(i): a for i, a in enumerate(node.args)}, **node.kwargs}
     given = dict(zip((a[0] for a in schema_arguments(node.target)), node.args, strict=False))

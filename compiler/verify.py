@@ -117,7 +117,11 @@ def verify(program: Program, *, blame: str) -> None:
 def verify_shapes(program: Program, *, blame: str) -> None:
     """Recompute each op's result on fake tensors; shape and dtype must be the recorded ones."""
     for node in program.graph.nodes:
-        if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload) or is_mutating(node):
+        if (
+            node.op != "call_function"
+            or not isinstance(node.target, torch._ops.OpOverload)
+            or is_mutating(node)
+        ):
             continue
         want = node.meta.get("val")
         if not isinstance(want, torch.Tensor):

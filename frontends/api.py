@@ -1,4 +1,5 @@
-"""The Python surface: optimize, explain, evaluate. Everything here goes through the torch.compile backend's road."""
+"""The Python surface: optimize, explain, evaluate. Everything here goes through the torch.compile
+backend's road."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ from tilewright.frontends.loaded_model import Call
 
 @dataclass
 class Executable:
-    """A compiled model: call it like the model. `reports` holds one report per captured graph, largest first."""
+    """A compiled model: call it like the model. `reports` holds one report per captured graph, largest
+    first."""
 
     call: Callable[..., Any]
     reports: list[Report] = field(default_factory=list)
@@ -104,7 +106,8 @@ def optimize(
 ) -> Executable:
     """Compile a model for inference by running it once on example arguments.
 
-    model: a module or function of tensors; args, kwargs: one call of it, real tensors. pipeline: text, list or
+    model: a module or function of tensors; args, kwargs: one call of it, real tensors. pipeline: text,
+    list or
     Pipeline. options: those of the torch.compile backend. Raises OptionError, PipelineError, VerifyError.
     """
     parsed = CompileOptions.parse({"pipeline": pipeline, **options})
@@ -130,7 +133,8 @@ def explain(
 ) -> Report:
     """The report of the model's largest graph, without compiling it to the end.
 
-    measure: also run the graph in float64 and report the error of eager and of the rewritten program against it.
+    measure: also run the graph in float64 and report the error of eager and of the rewritten program
+    against it.
     """
     parsed = CompileOptions.parse({"pipeline": pipeline, "costs": True, "keep_graphs": True, **options})
     collecting = _Collecting(parsed, run=False, measure=measure, model=name)
@@ -149,7 +153,8 @@ class Evaluation:
     """Quality of a candidate beside a baseline, from one run over the same data."""
 
     measure: str
-    """`perplexity` (exp of the mean next-token loss) or `output error` (relative RMS against the baseline)."""
+    """`perplexity` (exp of the mean next-token loss) or `output error` (relative RMS against the
+    baseline)."""
     baseline: float
     candidate: float
     ratio: float
@@ -190,7 +195,8 @@ def evaluate(
 
 
 def next_token_loss(logits: torch.Tensor, tokens: torch.Tensor) -> tuple[float, int]:
-    """(summed cross entropy, count) of predicting token t+1 from position t: logits [B, S, V], tokens [B, S]."""
+    """(summed cross entropy, count) of predicting token t+1 from position t: logits [B, S, V], tokens [B,
+    S]."""
     shifted = logits[:, :-1].double().flatten(0, 1)
     total = torch.nn.functional.cross_entropy(shifted, tokens[:, 1:].flatten(), reduction="sum")
     return float(total), tokens[:, 1:].numel()

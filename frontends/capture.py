@@ -28,12 +28,15 @@ _GRAPH_KEYS = ("dynamo_compile_id", "output_pytree", "in_spec")
 def from_dynamo(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Program:
     """The program of a graph that torch.compile hands to a backend.
 
-    `example_inputs` are the real tensors (SymInts for dynamic sizes) in placeholder order. The graph is retraced
+    `example_inputs` are the real tensors (SymInts for dynamic sizes) in placeholder order. The graph is
+    retraced
     to pre-dispatch aten on fakes of the same shape environment; the Dynamo graph itself is not changed.
     """
     context = TracingContext.try_get()
     if context is None or context.fake_mode is None:
-        raise CaptureError("there is no tracing context", remedy="call through torch.compile(backend='tilewright')")
+        raise CaptureError(
+            "there is no tracing context", remedy="call through torch.compile(backend='tilewright')"
+        )
     fakes = [_fakify(context, t) for t in example_inputs]
     training = torch.is_grad_enabled() and any(
         isinstance(t, torch.Tensor) and t.requires_grad for t in example_inputs

@@ -123,7 +123,8 @@ def _completion(parser: argparse.ArgumentParser, shell: str) -> str:
 
 
 def error_line(error: BaseException) -> str | None:
-    """`error: Code: message (remedy)` for an error of ours, also when torch wrapped it; None for any other."""
+    """`error: Code: message (remedy)` for an error of ours, also when torch wrapped it; None for any
+    other."""
     seen: set[int] = set()
     current: BaseException | None = error
     while current is not None and id(current) not in seen:

@@ -23,7 +23,8 @@ from tilewright.frontends.lowering import lower, where_of
 
 DEFAULT_PIPELINE = "exact"
 INDUCTOR_PATCHES = {"disabled_passes": "pass_pattern_0"}
-"""Inductor's joint-graph pattern group 0 holds its attention patterns, which ignore the softmax axis, the layout of
+"""Inductor's joint-graph pattern group 0 holds its attention patterns, which ignore the softmax axis, the
+layout of
 K and the scale (pytorch#196468, #195320, #174049). Attention is recognised before it gets there."""
 
 REPORTS: deque[Report] = deque(maxlen=64)
@@ -67,7 +68,9 @@ class CompileOptions:
                 raise OptionError(f"{name} = {getattr(options, name)!r}: expected true or false")
         for name in ("facts", "require"):
             if not isinstance(getattr(options, name), Mapping):
-                raise OptionError(f"{name} = {getattr(options, name)!r}: expected a mapping of names to values")
+                raise OptionError(
+                    f"{name} = {getattr(options, name)!r}: expected a mapping of names to values"
+                )
         options.run_options()
         Pipeline.parse(options.pipeline)
         return options

@@ -22,11 +22,14 @@ def tilewright_backend(
 ) -> Callable[..., Any]:
     """Compile one Dynamo graph; registered under the entry-point group `torch_dynamo_backends`.
 
-    Raises OptionError for an unknown option or value, PipelineError for an illegal pipeline, VerifyError when a
+    Raises OptionError for an unknown option or value, PipelineError for an illegal pipeline, VerifyError
+    when a
     rewrite was found wrong. May be called twice for one frame: the Dynamo graph is never changed.
     """
     if mode is not None:
-        raise OptionError(f"mode = {mode!r}: this backend has no modes", remedy="use options={'pipeline': ...}")
+        raise OptionError(
+            f"mode = {mode!r}: this backend has no modes", remedy="use options={'pipeline': ...}"
+        )
     parsed = CompileOptions.parse(options)
     started = time.perf_counter()
     program = from_dynamo(gm, example_inputs)

@@ -20,7 +20,12 @@ from tilewright.runtime.contracts import Refusal, Target
 
 
 def lower(
-    program: Program, report: Report, *, target: Target | None = None, rest: str = "inductor", use_kernels: bool = True
+    program: Program,
+    report: Report,
+    *,
+    target: Target | None = None,
+    rest: str = "inductor",
+    use_kernels: bool = True,
 ) -> None:
     """Replace every semantic op of the program in place and record each decision in `report.kernels`.
 
@@ -34,7 +39,9 @@ def lower(
         if op is None:
             continue
         choice = (
-            _choose(op, node, target, program.training) if use_kernels else Refusal("generated kernels are off")
+            _choose(op, node, target, program.training)
+            if use_kernels
+            else Refusal("generated kernels are off")
         )
         row = {"node": node.name, "op": op.name, "kernel": "", "why": "", "source": ""}
         if isinstance(choice, Refusal):

@@ -45,4 +45,5 @@ class KernelKey:
     dtype: str
     """Storage dtype of the activations: float32, bfloat16 or float16."""
     config: tuple[tuple[str, Any], ...] = field(default=())
-    """Sorted (name, value) pairs that specialise the source; values are ints, bools or names from our own tables."""
+    """Sorted (name, value) pairs that specialise the source; values are ints, bools or names from our own
+    tables."""

@@ -1,4 +1,5 @@
-"""The table of passes in the README, generated from the passes themselves: `python -m tilewright.tools.catalogue`."""
+"""The table of passes in the README, generated from the passes themselves: `python -m
+tilewright.tools.catalogue`."""
 
 from __future__ import annotations
 

@@ -29,7 +29,9 @@ def problems() -> list[str]:
                 if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
                     size = (node.end_lineno or node.lineno) - node.lineno + 1
                     if size > MAX_FUNCTION and f"{name}:{node.name}" not in EXCEPTIONS:
-                        found.append(f"{name}:{node.lineno} {node.name}: {size} lines, at most {MAX_FUNCTION}")
+                        found.append(
+                            f"{name}:{node.lineno} {node.name}: {size} lines, at most {MAX_FUNCTION}"
+                        )
     return found
 
 

@@ -15,5 +15,6 @@ from tilewright.compiler.ops.registry import define
     flops=lambda cache, new, positions, dim, *, out: 0 * math.prod(new.shape),
 )
 def kv_update(cache: Tensor, new: Tensor, positions: Tensor, dim: int) -> Tensor:
-    """The cache with `new` written at index positions [T] along axis dim; functional, the input is not changed."""
+    """The cache with `new` written at index positions [T] along axis dim; functional, the input is not
+    changed."""
     return torch.index_copy(cache, dim, positions, new)

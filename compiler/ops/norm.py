@@ -40,7 +40,7 @@ def rms_norm(
 
 
 @define(
-    'add_rms_norm(Tensor x, Tensor residual, Tensor? weight, float eps, float offset=0.0, '
+    "add_rms_norm(Tensor x, Tensor residual, Tensor? weight, float eps, float offset=0.0, "
     'str rounding="scale_first") -> (Tensor, Tensor)',
     flops=lambda x, *_, out: 5 * math.prod(x.shape),
 )

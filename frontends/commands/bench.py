@@ -99,7 +99,8 @@ def _result(
     }
     lines = [
         f"{side:<11} min {r['milliseconds_min']:9.2f} ms  median {r['milliseconds_median']:9.2f} ms  "
-        f"first call {r['first_call_seconds']:6.1f} s  tilewright is {r['speedup_of_tilewright']:.2f}x as fast"
+        f"first call {r['first_call_seconds']:6.1f} s  "
+        f"tilewright is {r['speedup_of_tilewright']:.2f}x as fast"
         for side, r in rows.items()
     ]
     lines.append(

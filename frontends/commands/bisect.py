@@ -1,4 +1,5 @@
-"""`tilewright bisect`: run the model and its rewritten form in float64 and find the rewrite that parts them."""
+"""`tilewright bisect`: run the model and its rewritten form in float64 and find the rewrite that parts
+them."""
 
 from __future__ import annotations
 
@@ -39,7 +40,8 @@ def run(args: argparse.Namespace) -> Result:
         )
     lines = [
         f"{culprit.pass_name} is the first rewrite that differs: rule {culprit.rule or 'rewrite'!r} at "
-        f"{culprit.node} ({culprit.source or 'no source line'}), rewrite {culprit.application}, {culprit.runs} runs",
+        f"{culprit.node} ({culprit.source or 'no source line'}), "
+        f"rewrite {culprit.application}, {culprit.runs} runs",
         f"failure: {culprit.failure}",
         "before:",
         culprit.before,

@@ -42,7 +42,8 @@ def run(args: argparse.Namespace) -> Result:
         found = evaluate(model.module, candidate, data, labels=labels)
     row = {"model": model.name, "pipeline": args.pipeline, **dataclasses.asdict(found)}
     lines = [
-        f"{found.measure}: baseline {found.baseline:.6g}, candidate {found.candidate:.6g}, ratio {found.ratio:.6f}",
+        f"{found.measure}: baseline {found.baseline:.6g}, candidate {found.candidate:.6g}, "
+        f"ratio {found.ratio:.6f}",
         f"time: baseline {found.seconds_baseline:.2f} s, candidate {found.seconds_candidate:.2f} s over "
         f"{found.items} batches",
     ]

@@ -21,7 +21,7 @@ def run(args: argparse.Namespace) -> Result:
         if args.op not in known:
             raise OptionError(f"no kernel of op {args.op!r}", remedy=nearest(args.op, known))
         rows = [r for r in rows if r["op"] == args.op]
-    lines = []
-    for row in rows:
-        lines.append(f"{row['op']}  " + "  ".join(f"{k}: {v}" for k, v in row.items() if k != "op" and v))
+    lines = [
+        f"{row['op']}  " + "  ".join(f"{k}: {v}" for k, v in row.items() if k != "op" and v) for row in rows
+    ]
     return Result(rows, lines)

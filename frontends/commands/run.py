@@ -32,8 +32,8 @@ def run(args: argparse.Namespace) -> Result:
 def _generate(args: argparse.Namespace, model: Any, options: dict[str, Any]) -> Result:
     import torch
 
-    from tilewright.frontends.generation import generate
     from tilewright.frontends.compile import REPORTS
+    from tilewright.frontends.generation import generate
 
     if model.tokenizer is None:
         tokens = torch.arange(3, 11)[None]
@@ -101,7 +101,8 @@ def _forward(args: argparse.Namespace, model: Any, options: dict[str, Any]) -> R
         "applied": {} if args.eager else _applied(REPORTS),
     }
     lines = [
-        f"output {tuple(got.shape)} in {seconds:.3f} s, {data['difference_to_eager']:.2g} relative RMS from eager"
+        f"output {tuple(got.shape)} in {seconds:.3f} s, "
+        f"{data['difference_to_eager']:.2g} relative RMS from eager"
     ]
     lines += [f"{name}: {count} applied" for name, count in data["applied"].items()]
     return Result(data, lines)

@@ -14,7 +14,10 @@ from tilewright.compiler.diagnostics import OptionError
 if TYPE_CHECKING:
     from tilewright.frontends.loaded_model import LoadedModel
 
-MODEL_HELP = "a bundled name (smollm2, tiny-llama, tiny-video-dit), a Hugging Face folder, a .gguf file, or module:factory"
+MODEL_HELP = (
+    "a bundled name (smollm2, tiny-llama, tiny-video-dit), a Hugging Face folder, a .gguf file, "
+    "or module:factory"
+)
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:

@@ -1,4 +1,5 @@
-"""Fuse a residual add with the RMS normalisation that reads it: one trip over the hidden state instead of two."""
+"""Fuse a residual add with the RMS normalisation that reads it: one trip over the hidden state instead of
+two."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """Compute the linear layers that read one input together: Q, K and V; gate and up.
 
-The weights stay where the model put them, so nothing is copied: a kernel reads them in one parallel region. One
+The weights stay where the model put them, so nothing is copied: a kernel reads them in one parallel
+region. One
 fork and join instead of three is what a decode step on a CPU gains.
 """
 
@@ -12,8 +13,8 @@ from collections.abc import Iterator
 from torch import fx
 
 from tilewright.compiler import (
-    Example,
     Exactness,
+    Example,
     GraphPass,
     PassLog,
     Program,

@@ -1,6 +1,7 @@
 """Fold the gain of a normalisation into the linear layers that read it.
 
-W (g * n) = (W diag(g)) n, and for a layer norm W (g * n + b) = (W diag(g)) n + W b. The gain-free norm then commutes
+W (g * n) = (W diag(g)) n, and for a layer norm W (g * n + b) = (W diag(g)) n + W b. The gain-free norm
+then commutes
 with rotations of the hidden state (QuaRot, arXiv:2404.00456), which is why weight passes want it first.
 """
 
@@ -12,8 +13,8 @@ import torch
 from torch import fx
 
 from tilewright.compiler import (
-    Example,
     Exactness,
+    Example,
     GraphPass,
     PassLog,
     Program,

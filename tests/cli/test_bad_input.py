@@ -18,7 +18,7 @@ def safetensors(header: object, data: bytes = b"") -> bytes:
     return struct.pack("<Q", len(text)) + text + data
 
 
-@pytest.fixture()
+@pytest.fixture
 def files(tmp_path: Path) -> Path:
     """A folder of broken model files."""
     (tmp_path / "empty.gguf").write_bytes(b"")
@@ -41,11 +41,15 @@ def files(tmp_path: Path) -> Path:
         "offsets": safetensors({"w": {"dtype": "F32", "shape": [4], "data_offsets": [0, 99]}}, b"\0" * 16),
         "dtype": safetensors({"w": {"dtype": "Q9", "shape": [4], "data_offsets": [0, 16]}}, b"\0" * 16),
         "negative": safetensors({"w": {"dtype": "F32", "shape": [-4], "data_offsets": [0, 16]}}, b"\0" * 16),
-        "overflow": safetensors({"w": {"dtype": "F32", "shape": [1 << 40, 1 << 40], "data_offsets": [0, 16]}}, b"\0" * 16),
+        "overflow": safetensors(
+            {"w": {"dtype": "F32", "shape": [1 << 40, 1 << 40], "data_offsets": [0, 16]}}, b"\0" * 16
+        ),
     }.items():
         folder = tmp_path / f"hf-{name}"
         folder.mkdir()
-        (folder / "config.json").write_text(json.dumps({"model_type": "llama", "architectures": ["LlamaForCausalLM"]}))
+        (folder / "config.json").write_text(
+            json.dumps({"model_type": "llama", "architectures": ["LlamaForCausalLM"]})
+        )
         (folder / "model.safetensors").write_bytes(payload)
     (tmp_path / "hf-none").mkdir()
     (tmp_path / "hf-config").mkdir()
@@ -161,7 +165,9 @@ def test_there_are_sixty_cases() -> None:
     assert len(OPTION_CASES) + len(FILE_CASES) + len(FACTORY_CASES) >= 60
 
 
-@pytest.mark.parametrize(("argv", "text"), OPTION_CASES, ids=lambda v: None if isinstance(v, str) else " ".join(v)[:60])
+@pytest.mark.parametrize(
+    ("argv", "text"), OPTION_CASES, ids=lambda v: None if isinstance(v, str) else " ".join(v)[:60]
+)
 def test_options(argv: list[str], text: str, files: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert text in one_line(capsys, [a.replace("{files}", str(files)) for a in argv])
 

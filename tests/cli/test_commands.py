@@ -43,7 +43,9 @@ def test_passes_lists_and_shows(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_explain_writes_one_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page = tmp_path / "report.html"
-    _, out = run(capsys, "explain", "tiny-llama", "--html", str(page), "--json", "--error", "--require", "attention=2")
+    _, out = run(
+        capsys, "explain", "tiny-llama", "--html", str(page), "--json", "--error", "--require", "attention=2"
+    )
     data = json.loads(out)
     applied = {p["name"]: len(p["applied"]) for p in data["passes"]}
     assert applied["match-attention"] == 2

@@ -151,7 +151,9 @@ def test_options_do_not_mix() -> None:
     model = Block().eval()
     with torch.no_grad():
         torch.compile(model, backend="tilewright", options={**EAGER, "pipeline": "dead-code"})(*inputs())
-        torch.compile(model, backend="tilewright", options={**EAGER, "pipeline": "fuse-add-rmsnorm"})(*inputs())
+        torch.compile(model, backend="tilewright", options={**EAGER, "pipeline": "fuse-add-rmsnorm"})(
+            *inputs()
+        )
     assert [r.pipeline for r in list(REPORTS)[-2:]] == ["dead-code", "fuse-add-rmsnorm"]
 
 
