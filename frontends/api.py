@@ -20,7 +20,13 @@ from tilewright.compiler.replay import relative_rms, tensors_in
 from tilewright.compiler.report import Report
 from tilewright.frontends.breaks import recorded_breaks
 from tilewright.frontends.capture import from_dynamo
-from tilewright.frontends.compile import DEFAULT_PIPELINE, CompileOptions, lower_program, optimize_program
+from tilewright.frontends.compile import (
+    DEFAULT_PIPELINE,
+    CompileOptions,
+    compile_lowered,
+    lower_program,
+    optimize_program,
+)
 from tilewright.frontends.loaded_model import Call
 
 
@@ -64,9 +70,9 @@ class _Collecting:
         report.seconds["capture"] = captured
         self.reports.append(report)
         self.programs.append(program)
+        lower_program(program, self.options, report)
         if self._run:
-            return lower_program(program, self.options, report)
-        lower_program(program, CompileOptions(**{**vars(self.options), "lower": "eager"}), report)
+            return compile_lowered(program, self.options, report)
         if self._measure:
             report.errors = _errors(gm, program, example_inputs, want)
         return gm.forward

@@ -10,7 +10,7 @@ from torch import fx
 
 from tilewright.compiler.diagnostics import OptionError
 from tilewright.frontends.capture import from_dynamo
-from tilewright.frontends.compile import CompileOptions, lower_program, optimize_program
+from tilewright.frontends.compile import CompileOptions, compile_lowered, lower_program, optimize_program
 
 
 def tilewright_backend(
@@ -36,4 +36,5 @@ def tilewright_backend(
     captured = time.perf_counter() - started
     report = optimize_program(program, parsed)
     report.seconds["capture"] = captured
-    return lower_program(program, parsed, report)
+    lower_program(program, parsed, report)
+    return compile_lowered(program, parsed, report)

@@ -209,13 +209,19 @@ class Recorder:
         self, gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None
     ) -> Callable[..., Any]:
         from tilewright.frontends.capture import from_dynamo
-        from tilewright.frontends.compile import CompileOptions, lower_program, optimize_program
+        from tilewright.frontends.compile import (
+            CompileOptions,
+            compile_lowered,
+            lower_program,
+            optimize_program,
+        )
 
         parsed = CompileOptions.parse(options)
         program = from_dynamo(gm, example_inputs)
         report = optimize_program(program, parsed)
         self.found.update(count_semantic_ops(program))
-        return lower_program(program, parsed, report)
+        lower_program(program, parsed, report)
+        return compile_lowered(program, parsed, report)
 
 
 def compiled_call(entry: ZooEntry, **how: Any) -> tuple[Any, float]:

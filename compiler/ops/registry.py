@@ -35,7 +35,8 @@ class SemanticOp:
 
     @property
     def overload(self) -> torch._ops.OpOverload:
-        return getattr(getattr(torch.ops, NAMESPACE), self.name).default
+        overload: torch._ops.OpOverload = getattr(getattr(torch.ops, NAMESPACE), self.name).default
+        return overload
 
 
 _OPS: dict[str, SemanticOp] = {}

@@ -37,9 +37,7 @@ def run(args: argparse.Namespace) -> Result:
     entries = list(store.entries())
     if args.action == "list":
         rows = [{"digest": e.digest, "bytes": e.size, "key": dict(e.key)} for e in entries]
-        return Result(
-            rows, [f"{r['digest'][:16]}  {r['bytes']:>9} bytes  {r['key'].get('op', '')}" for r in rows]
-        )
+        return Result(rows, [f"{e.digest[:16]}  {e.size:>9} bytes  {e.key.get('op', '')}" for e in entries])
     data = {"root": str(store.root), "entries": len(entries), "bytes": store.size()}
     return Result(data, [f"{data['root']}: {data['entries']} entries, {data['bytes']} bytes"])
 

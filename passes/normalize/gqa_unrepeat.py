@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import Literal
 
 import torch
+from torch import fx
 
 from tilewright.compiler import (
     ACCEPT,
@@ -65,6 +66,7 @@ class GqaUnrepeat(Rewrite):
                 )
             queries = m.shape("q")[1]
             folded = m.outputs[0].args[1 if name == "k" else 2]
+            assert isinstance(folded, fx.Node), "the pattern matched a call here"
             shape = folded.meta["val"].shape
             want = (batch, queries, length, size)
             if not all(known_equal(a, b) for a, b in zip(shape, want, strict=True)):
