@@ -210,7 +210,7 @@ class Snapshot:
         """The old program, beside the new one; only after `take`."""
         p = self._program
         assert self._graph is not None, "nothing was edited, so there is no old program"
-        module = fx.GraphModule({}, self._graph)
+        module = fx.GraphModule(p.module, self._graph)
         for name, value in self._buffers.items():
             module.register_buffer(name, value, persistent=False)
         return Program(module, p.inputs, p.example_inputs, p.origin, p.training, p.facts, list(self._derived))
