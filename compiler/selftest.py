@@ -56,11 +56,13 @@ class SelfTestResult:
 def selftest(cls: type[Pass]) -> SelfTestResult:
     """Run every example of a pass; SelfTestError says which one failed and how.
 
-    Accepting examples: the pass applies as often as said, a second run finds nothing, the verifier passes, results
-    (and gradients, for a pass that trains) agree with the original as its exactness says, float64 agrees to 1e-9,
-    the comparison would notice zeros or shifted values, and identity testing over a finite field finds no
-    difference. Refusing examples: the pass does not apply and gives the reason. Together the examples reach every
-    form of the pattern and every line that refuses.
+    Accepting examples: the pass applies as often as said, a second run finds nothing, the verifier passes,
+    results (and gradients, for a pass that trains) agree with the original as its exactness says, float64
+    agrees to
+    1e-9, the comparison would notice zeros or shifted values, and identity testing over a finite field finds
+    no
+    difference. Refusing examples: the pass does not apply and gives the reason. Together the examples reach
+    every form of the pattern and every line that refuses.
     """
     result = SelfTestResult(cls.name)
     lines: set[int] = set()
@@ -79,7 +81,9 @@ def selftest(cls: type[Pass]) -> SelfTestResult:
             result.refused += 1
             continue
         if len(report.applied) != example.count:
-            raise SelfTestError(f"{label}: applied {len(report.applied)} times, expected {example.count}{_said(report)}")
+            raise SelfTestError(
+                f"{label}: applied {len(report.applied)} times, expected {example.count}{_said(report)}"
+            )
         verify(program, blame=cls.name)
         _check_results(label, value, example, before, program, result)
         _check_again(label, value, program)
@@ -106,7 +110,9 @@ def _check_refusal(label: str, example: Example, report: PassReport) -> None:
 def _check_again(label: str, value: Pass, program: Program) -> None:
     again = run_pass(value, program, RunOptions(), Fuel())
     if again.applied:
-        raise SelfTestError(f"{label}: a second run applied {len(again.applied)} more times; it must find nothing")
+        raise SelfTestError(
+            f"{label}: a second run applied {len(again.applied)} more times; it must find nothing"
+        )
 
 
 def _check_results(
@@ -121,7 +127,9 @@ def _check_results(
     if value.trains:
         _check_training(label, value, example)
     given = list(before.example_inputs)
-    proof = prove_equal(ProgramFunction(before), ProgramFunction(after), lambda draw: list(given), draws=PROOF_DRAWS)
+    proof = prove_equal(
+        ProgramFunction(before), ProgramFunction(after), lambda draw: list(given), draws=PROOF_DRAWS
+    )
     if proof.verdict == "different":
         raise SelfTestError(f"{label}: not an identity: {proof.detail}")
     if proof.verdict == "equal":
@@ -165,17 +173,23 @@ def compare(label: str, exactness: Exactness, want: list[torch.Tensor], got: lis
         limit = tolerance(exactness, w.dtype)
         error = relative_rms(g, w)
         if error > limit:
-            raise SelfTestError(f"{label}: result {i} is off by {error:.3g} relative RMS, at most {limit:.3g} is allowed")
+            raise SelfTestError(
+                f"{label}: result {i} is off by {error:.3g} relative RMS, at most {limit:.3g} is allowed"
+            )
         worst = max(worst, error)
         if w.numel() > 1 and w.dtype.is_floating_point:
-            for what, null in (("zeros", torch.zeros_like(w)), ("shifted values", w.flatten().roll(1).view_as(w))):
+            for what, null in (
+                ("zeros", torch.zeros_like(w)),
+                ("shifted values", w.flatten().roll(1).view_as(w)),
+            ):
                 if relative_rms(null, w) <= limit:
                     raise SelfTestError(f"{label}: result {i} could be {what}; the example proves nothing")
     return worst
 
 
 def _check_training(label: str, value: Pass, example: Example) -> None:
-    """Where the pass also applies when gradients are wanted, those of a random projection of the results agree."""
+    """Where the pass also applies when gradients are wanted, those of a random projection of the results
+    agree."""
     example = replace(example, training=True)
     before, after = capture_example(example), capture_example(example)
     report = run_pass(value, after, RunOptions(), Fuel())
@@ -246,8 +260,8 @@ def _lines_run(path: str, lines: set[int]) -> Iterator[None]:
 
 
 def refusing_lines(path: str) -> dict[int, int]:
-    """First and last line of every statement of a file that says no: `refuse(...)` and `.refused(...)` calls, and
-    text returned by a helper that gives reasons (annotated `-> str | None`)."""
+    """First and last line of every statement of a file that says no: `refuse(...)` and `.refused(...)` calls,
+    and text returned by a helper that gives reasons (annotated `-> str | None`)."""
     with open(path, encoding="utf-8") as file:
         tree = ast.parse(file.read())
     found: dict[int, int] = {}
@@ -267,7 +281,9 @@ def refusing_lines(path: str) -> dict[int, int]:
 
 def _check_reached(cls: type[Pass], lines: set[int], forms: set[str]) -> None:
     path = inspect.getfile(cls)
-    missed = [first for first, last in refusing_lines(path).items() if not lines & set(range(first, last + 1))]
+    missed = [
+        first for first, last in refusing_lines(path).items() if not lines & set(range(first, last + 1))
+    ]
     if missed:
         raise SelfTestError(
             f"{cls.name}: no example reaches the refusal in line {min(missed)}",
@@ -280,7 +296,8 @@ def _check_reached(cls: type[Pass], lines: set[int], forms: set[str]) -> None:
 
 
 def capture_example(example: Example, *, seed: int = 0) -> Program:
-    """The program of an example: traced on fake inputs, functional, canonical; tensor inputs become placeholders."""
+    """The program of an example: traced on fake inputs, functional, canonical; tensor inputs become
+    placeholders."""
     generator = torch.Generator().manual_seed(seed)
     values = [v.make(generator) if isinstance(v, Tensor) else v for v in example.inputs]
     places = [i for i, v in enumerate(values) if isinstance(v, torch.Tensor)]

@@ -50,20 +50,23 @@ def _capped(x: Any) -> Any:
 def _masked(step: str, x: Any, mask: Any) -> Any:
     """One masking step; the fill value is bound to `fill_<step>`."""
     fill = number(f"fill_{step}")
-    return either(
-        f"mask_{step}",
-        fill=aten.masked_fill(x, mask, fill),
-        keep=aten.where(mask, x, fill),
-        drop=aten.where(mask, fill, x),
-        add=x + mask,
-        none=x,
-    )
+    steps = {
+        "fill": aten.masked_fill(x, mask, fill),
+        "keep": aten.where(mask, x, fill),
+        "drop": aten.where(mask, fill, x),
+        "add": x + mask,
+    }
+    # A single step is the first one.
+    return either(f"mask_{step}", none=x, **steps) if step == "2" else either(f"mask_{step}", **steps, none=x)
 
 
-def scores(q: Any, kt: Any, bias: Any, mask: Any, mask2: Any) -> Any:
+def scores(q: Any, kt: Any, factor: Any, bias: Any, mask: Any, mask2: Any) -> Any:
     """Everything before the softmax."""
-    x = _capped(_times("scale", product(q, kt, bias), "by"))
+    x = product(q, kt, bias)
+    x = either("scale", mul=x * number("by"), div=x / number("by"), tensor=x * factor, none=x)
+    x = either("early", add=_capped(x) + bias, none=_capped(x))
     x = _regroup("regroup", x, "sizes")
+    x = either("wide_early", cast=aten.to.dtype(x, free("wide_dtype")), none=x)
     x = _masked("2", _masked("1", x, mask), mask2)
     x = either("clamp", maximum=aten.max(x, number("floor")), none=x)
     x = _times("late", x, "by_late")

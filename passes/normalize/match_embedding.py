@@ -32,8 +32,8 @@ class MatchEmbedding(Rewrite):
         aten.embedding(weight, indices, ...)
      -> embedding(weight, indices)
 
-    A padding row, scaling by frequency and sparse gradients change gradients only; of these a padding row is let
-    through when no gradients are wanted.
+    A padding row, scaling by frequency and sparse gradients change gradients only; of these a padding row is
+    let through when no gradients are wanted.
     """
 
     @staticmethod

@@ -114,7 +114,10 @@ class MatchGatedMlp(Rewrite):
         yield {}, Example(lambda g, u: new_gelu(g) * u, pair)
         yield {}, Example(lambda g, u: g * 0.5 * (1.0 + torch.erf(g / math.sqrt(2.0))) * u, pair)
         yield {}, Example(lambda g, u: new_gelu(g, 0.05) * u, pair, refusal="cubic is 0.05")
-        yield {}, Example(lambda g, u: F.silu(g) * u, (pair[0], Tensor(2, 1, 12)), refusal="up has (2, 1, 12)")
+        yield (
+            {},
+            Example(lambda g, u: F.silu(g) * u, (pair[0], Tensor(2, 1, 12)), refusal="up has (2, 1, 12)"),
+        )
         yield {}, Example(lambda g: g * torch.sigmoid(g), pair[:1], refusal="this is an activation")
         yield {}, Example(lambda g: g * torch.sigmoid(1.702 * g), pair[:1], refusal="this is an activation")
         yield {}, Example(lambda g: F.silu(g) * 2.0, pair[:1], refusal="up is 2.0")
@@ -126,4 +129,8 @@ class MatchGatedMlp(Rewrite):
 
 def _is_multiple(gate: fx.Node, up: fx.Node) -> bool:
     """True for x * c of x, as in the quick gelu x * sigmoid(1.702 x)."""
-    return gate.target is aten.mul.Tensor and up in gate.args and constant_of(gate.args[gate.args[0] is up])[0] is not None
+    return (
+        gate.target is aten.mul.Tensor
+        and up in gate.args
+        and constant_of(gate.args[gate.args[0] is up])[0] is not None
+    )

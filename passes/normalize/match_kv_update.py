@@ -33,8 +33,8 @@ class MatchKvUpdate(Rewrite):
         index_copy(cache, dim, positions, new)  |  slice_scatter(cache, new, dim, start, start + T)
      -> kv_update(cache, new, positions, dim)
 
-    The cache is an input that the program writes back, or any input of four axes. `index_put` (sliding windows,
-    caches kept per sequence) stays as it is.
+    The cache is an input that the program writes back, or any input of four axes. `index_put` (sliding
+    windows, caches kept per sequence) stays as it is.
     """
 
     near_miss_depth = 1
@@ -50,7 +50,9 @@ class MatchKvUpdate(Rewrite):
             return refuse(f"{m['cache'].name} is computed, not an input", at=m["cache"])
         spec = m.program.spec(m["cache"])
         if not (spec is not None and spec.mutated) and m.val("cache").dim() != 4:
-            return refuse(f"{m['cache'].name} has shape {m.shape('cache')} and is not written back", at=m["cache"])
+            return refuse(
+                f"{m['cache'].name} has shape {m.shape('cache')} and is not written back", at=m["cache"]
+            )
         if m.form == "index-put":
             return refuse("rows are put at positions of their own per sequence, which kv_update does not say")
         return m.same_dtype("cache", "new") or ACCEPT
@@ -78,8 +80,20 @@ class MatchKvUpdate(Rewrite):
         yield {}, Example(in_place, (Tensor(2, 9, 4), Tensor(2, 2, 4), at))
         yield {}, Example(lambda c, n: torch.slice_scatter(c, n, 2, 3, 5), (cache, new))
         yield {}, Example(window, (cache, new))
-        yield {}, Example(lambda c, n, p: torch.index_copy(c + 1.0, 2, p, n), (cache, new, at), refusal="is computed")
-        yield {}, Example(lambda c, n, p: torch.index_copy(c, 1, p, n), (Tensor(2, 9, 4), Tensor(2, 2, 4), at), refusal="not written back")
+        yield (
+            {},
+            Example(
+                lambda c, n, p: torch.index_copy(c + 1.0, 2, p, n), (cache, new, at), refusal="is computed"
+            ),
+        )
+        yield (
+            {},
+            Example(
+                lambda c, n, p: torch.index_copy(c, 1, p, n),
+                (Tensor(2, 9, 4), Tensor(2, 2, 4), at),
+                refusal="not written back",
+            ),
+        )
 
         def rows(cache, new, at):
             cache = cache.clone()

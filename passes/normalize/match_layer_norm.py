@@ -1,4 +1,5 @@
-"""Raise layer normalisation to one `layer_norm` op: `aten.layer_norm` and the spelled-out mean and variance."""
+"""Raise layer normalisation to one `layer_norm` op: `aten.layer_norm` and the spelled-out mean and
+variance."""
 
 from __future__ import annotations
 
@@ -50,8 +51,8 @@ class MatchLayerNorm(Rewrite):
     """Recognise layer normalisation over the trailing axes.
 
     rewrite:
-        aten.layer_norm(x, shape, weight, bias, eps)  |  (x - mean(x)) * rsqrt(var(x) + eps) [* weight [+ bias]]
-     -> layer_norm(x, shape, weight, bias, eps)
+        aten.layer_norm(x, shape, weight, bias, eps)  |  (x - mean(x)) * rsqrt(var(x) + eps) [* weight [+
+        bias]] -> layer_norm(x, shape, weight, bias, eps)
 
     The variance is the biased one (divided by n). `cudnn_enable` changes nothing and is free.
     """

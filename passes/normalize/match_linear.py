@@ -1,7 +1,7 @@
 """Raise linear layers, whatever they are spelled as, to one `linear` op.
 
-`aten.linear` is one already. A product with a weight matrix is one too, stored as [N, K] (`x @ w.T`) or as [K, N]
-(GPT-2's Conv1D: `addmm(bias, x, w)`). Products of two activations are left to the attention rules.
+`aten.linear` is one already. A product with a weight matrix is one too, stored as [N, K] (`x @ w.T`) or as
+[K, N] (GPT-2's Conv1D: `addmm(bias, x, w)`). Products of two activations are left to the attention rules.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Raise the spellings of RMS normalisation to one `rms_norm` op.
 
-paper: arXiv:1910.07467 (RMSNorm). Models write x * rsqrt(mean(x^2) + eps) * weight in float32 and differ in where
-the result is rounded to 16 bits; both places are kept apart (`rounding`), as is a weight stored minus one.
+paper: arXiv:1910.07467 (RMSNorm). Models write x * rsqrt(mean(x^2) + eps) * weight in float32 and differ in
+where the result is rounded to 16 bits; both places are kept apart (`rounding`), as is a weight stored minus
+one.
 """
 
 from __future__ import annotations
@@ -136,5 +137,6 @@ class MatchRmsNorm(Rewrite):
         )
         yield {}, Example(lambda x, w: x / torch.sqrt((x * x).mean(-1, True) + 1e-6) * w, (x, w))
         yield {}, Example(lambda x: norm(x), (x,))
+        yield {}, Example(lambda x: norm(x.float()), (half,))
         yield {}, Example(lambda x, w: norm(x) * w, (x, Tensor(1)))
         yield {}, Example(lambda x, w: norm(x) * w, (x, Tensor(5, 1)), count=1)

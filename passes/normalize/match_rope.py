@@ -1,6 +1,7 @@
 """Raise rotary position embedding, half or interleaved, to one `rope` op.
 
-paper: arXiv:2104.09864 (RoFormer). The half form pairs channel i with i + D/2, the interleaved form 2i with 2i + 1.
+paper: arXiv:2104.09864 (RoFormer). The half form pairs channel i with i + D/2, the interleaved form 2i with
+2i + 1.
 Where a model rotates only part of the channels, the rotated slice is what is matched.
 """
 
@@ -67,8 +68,8 @@ class MatchRope(Rewrite):
 
     rewrite:
         x * cos + cat(-x2, x1) * sin  |  cat(x1 * cos - x2 * sin, x2 * cos + x1 * sin)
-        x * cos + stack(-odd, even).flatten * sin  |  stack(even * cos - odd * sin, odd * cos + even * sin).flatten
-     -> rope(x, cos, sin, interleaved)
+        x * cos + stack(-odd, even).flatten * sin  |  stack(even * cos - odd * sin, odd * cos + even *
+        sin).flatten -> rope(x, cos, sin, interleaved)
 
     In the forms that write both parts apart, cos and sin have D/2 channels and are widened to D.
     """
@@ -109,7 +110,11 @@ class MatchRope(Rewrite):
             if len(got) != len(wanted) or not all(g in (w, -1) for g, w in zip(got, wanted, strict=True)):
                 return f"its channels are folded to {got}, expected {wanted}"
             axis = len(shape) - 1 if tail[0] == 2 else len(shape)
-            return None if m["axis"] % len(got) == axis else f"parts are taken along axis {m['axis']}, expected {axis}"
+            return (
+                None
+                if m["axis"] % len(got) == axis
+                else f"parts are taken along axis {m['axis']}, expected {axis}"
+            )
         x = m.shape("x")
         if len(x) != len(shape) or not all(known_equal(p, q) for p, q in zip(x, shape, strict=True)):
             return f"the result has shape {shape}, x has {tuple(x)}"
@@ -160,7 +165,15 @@ class MatchRope(Rewrite):
         yield {}, Example(unbound, (x, narrow, narrow))
         yield {}, Example(written, (x, narrow, narrow))
         low = Tensor(2, 3, 5, 8, dtype=torch.bfloat16)
-        yield {}, Example(lambda x, c, s: (x.float() * c + torch.cat((-x[..., 4:], x[..., :4]), -1).float() * s).to(x.dtype), (low, table, table))
+        yield (
+            {},
+            Example(
+                lambda x, c, s: (x.float() * c + torch.cat((-x[..., 4:], x[..., :4]), -1).float() * s).to(
+                    x.dtype
+                ),
+                (low, table, table),
+            ),
+        )
         wide = Tensor(2, 5, 24)
 
         def grouped(x, cos, sin):
@@ -176,7 +189,10 @@ class MatchRope(Rewrite):
 
         four = (Tensor(2, 3, 5, 4), Tensor(5, 4), Tensor(5, 4))
         yield {}, Example(lambda x, c, s: front(x, c, s, (-1, 2), -1), (x, table, table), refusal="folded to")
-        yield {}, Example(lambda x, c, s: front(x, c, s, (2, 2), -1), four, refusal="along axis 4, expected 3")
+        yield (
+            {},
+            Example(lambda x, c, s: front(x, c, s, (2, 2), -1), four, refusal="along axis 4, expected 3"),
+        )
         yield {}, Example(apart, (x, Tensor(5, 1), Tensor(5, 4)))
         yield {}, Example(grouped, (wide, Tensor(5, 1, 4), Tensor(5, 1, 4)))
         yield {}, Example(front, (x, table, table))
