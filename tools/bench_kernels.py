@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 
 from tilewright.kernels.common.bench import BenchRow
 from tilewright.kernels.gated_mlp import bench as gated_mlp
 from tilewright.kernels.linear import bench as linear
 from tilewright.kernels.rms_norm import bench as rms_norm
 from tilewright.kernels.table import host_target
+from tilewright.runtime.contracts import Target
 
-BENCHES = {"linear": linear.bench, "rms_norm": rms_norm.bench, "gated_mlp": gated_mlp.bench}
+BENCHES: dict[str, Callable[[Target], list[BenchRow]]] = {
+    "linear": linear.bench,
+    "rms_norm": rms_norm.bench,
+    "gated_mlp": gated_mlp.bench,
+}
 
 
 def line(row: BenchRow) -> str:

@@ -18,6 +18,7 @@ from tilewright.kernels.table import (
     host_target,
     list_kernels,
     select_for_node,
+    too_small,
 )
 from tilewright.runtime.build import LIBRARY, CompileFailed, compile_cpp
 from tilewright.runtime.contracts import Refusal, Target
@@ -174,6 +175,14 @@ def test_a_symbolic_number_of_rows_is_refused_for_linear_only() -> None:
     assert "not known when compiling" in refusal("linear", x, torch.randn(5, 64))
     for op, args in (("gated_mlp", (x, x, "silu")), ("add_rms_norm", (x, x, None, 1e-6))):
         assert isinstance(select_for_node(op, args, AVX2, training=False), KernelChoice)
+
+
+def test_small_elementwise_work_is_left_to_fusion() -> None:
+    x = torch.empty(1, 576, device="meta")
+    assert "576 elements" in str(too_small("add_rms_norm", (x, x, None, 1e-6), AVX2))
+    assert too_small("add_rms_norm", (torch.empty(64, 576, device="meta"),), AVX2) is None
+    assert too_small("linear", (x,), AVX2) is None
+    assert too_small("gated_mlp", (x, x, "silu"), Target("cuda", "sm_90")) is None
 
 
 def test_the_table_lists_every_family_for_every_kind_of_target() -> None:
