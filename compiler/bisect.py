@@ -10,11 +10,14 @@ from torch import fx
 
 from tilewright.compiler.diagnostics import ParityError, TilewrightError
 from tilewright.compiler.log import Fuel
+from tilewright.compiler.module_paths import source_line
 from tilewright.compiler.pipeline import Pipeline, RunOptions, run_pass
 from tilewright.compiler.program import Program
 
 Accept = Callable[[Program], bool]
-"""True when a rewritten program still agrees with the original."""
+"""True when a rewritten program still agrees with the original; an error means that it does not."""
+
+WRONG = "wrong result"
 
 
 @dataclass(frozen=True)
@@ -48,12 +51,12 @@ def bisect(make: Callable[[], Program], pipeline: Pipeline, accept: Accept) -> C
     search = _Search(make, pipeline, accept)
     if search.fails(0):
         raise ParityError(
-            "the program disagrees before any rewrite", remedy="the fault is not in the pipeline"
+            f"the program disagrees before any rewrite: {search.failure(0)}",
+            remedy="the fault is not in the pipeline",
         )
-    total = search.total()
-    if total is not None and not search.fails(total):
+    low, high = 0, search.total()
+    if not search.fails(high):
         return None
-    low, high = 0, total if total is not None else search.first_error()
     while high - low > 1:
         middle = (low + high) // 2
         if search.fails(middle):
@@ -64,61 +67,75 @@ def bisect(make: Callable[[], Program], pipeline: Pipeline, accept: Accept) -> C
 
 
 class _Search:
+    """Runs of the pipeline with less and less fuel, and what came of each."""
+
     def __init__(self, make: Callable[[], Program], pipeline: Pipeline, accept: Accept) -> None:
         self._make = make
         self._pipeline = pipeline
         self._accept = accept
-        self._known: dict[int, bool] = {}
+        self._known: dict[int, str] = {}
         self.runs = 0
 
-    def _run(self, limit: int | None) -> tuple[Program, Fuel, str]:
+    def _run(self, limit: int | None) -> tuple[int, str]:
+        """(rewrites done, what went wrong or an empty text) of one run."""
         self.runs += 1
         program, fuel = self._make(), Fuel(limit)
-        for p in self._pipeline.passes:
-            try:
+        try:
+            for p in self._pipeline.passes:
                 run_pass(p, program, RunOptions(replay=False), fuel)
-            except TilewrightError as error:
-                return program, fuel, error.line()
-        program.module.recompile()
-        return program, fuel, ""
+            program.module.recompile()
+            return fuel.spent, "" if self._accept(program) else WRONG
+        except Exception as error:  # whatever a rewrite raises, now or when its result runs, is what we look for
+            return fuel.spent, _line(error)
 
-    def total(self) -> int | None:
-        """Rewrites of a full run, None when it raises."""
-        _, fuel, error = self._run(None)
-        self._spent = fuel.spent
-        return None if error else fuel.spent
-
-    def first_error(self) -> int:
-        return max(self._spent, 1)
+    def total(self) -> int:
+        """Rewrites of a full run; of one that raises, those up to the error."""
+        spent, failure = self._run(None)
+        self._known[spent] = failure
+        return spent
 
     def fails(self, limit: int) -> bool:
+        return bool(self.failure(limit))
+
+    def failure(self, limit: int) -> str:
+        """What goes wrong with so many rewrites; empty when nothing does."""
         if limit not in self._known:
-            program, _, error = self._run(limit)
-            self._known[limit] = bool(error) or not self._accept(program)
+            self._known[limit] = self._run(limit)[1]
         return self._known[limit]
 
     def culprit(self, number: int) -> Culprit:
-        """Run up to the rewrite before the guilty one, then step over it and describe it."""
+        """Run up to the guilty rewrite and describe it."""
+        self.runs += 1
         program, fuel = self._make(), Fuel(number)
         for p in self._pipeline.passes:
-            held = fuel.spent
-            copies = Region(program.graph)
+            held, old = fuel.spent, Region(program.graph)
             try:
                 report = run_pass(p, program, RunOptions(replay=False), fuel)
-                failure = "wrong result"
-            except TilewrightError as error:
-                failure = error.line()
-                return Culprit(p.name, "", "", "", number, self.runs, "", "", 0, failure)
+            except Exception as error:  # named in the result
+                return self._raised(p.name, number, fuel, old, _line(error))
             if fuel.spent == number and fuel.spent > held and report.applied:
-                application = report.applied[-1]
-                old = copies.code(application.removed)
-                new = Region(program.graph).code(application.inserted)
-                size = max(len(application.removed), len(application.inserted))
-                where = application.rule, application.node, application.source
-                return Culprit(p.name, *where, number, self.runs, old, new, size, failure)
+                done = report.applied[-1]
+                size = max(len(done.removed), len(done.inserted))
+                before = old.code(done.removed or [done.node, *done.inserted])
+                after = Region(program.graph).code(done.inserted)
+                where = done.rule, done.node, done.source, number, self.runs
+                return Culprit(p.name, *where, before, after, size, self._known[number])
         raise ParityError(
             "the failing rewrite could not be reproduced", remedy="make() must be deterministic"
         )
+
+    def _raised(self, name: str, number: int, fuel: Fuel, old: Region, failure: str) -> Culprit:
+        """The rewrite that the last fuel went to raised an error, so there is nothing to see after it."""
+        assert fuel.last is not None, "the untouched program was accepted, so some rewrite took fuel"
+        node, m = fuel.last
+        matched = [n.name for n in (m.nodes if m is not None else (node,))]
+        where = m.form if m is not None else "", node.name, source_line(node), number, self.runs
+        return Culprit(name, *where, old.code(matched), "", len(matched), failure)
+
+
+def _line(error: Exception) -> str:
+    """An error as one line, with its class when it is not ours."""
+    return error.line() if isinstance(error, TilewrightError) else " ".join(f"{type(error).__name__}: {error}".split())
 
 
 class Region:

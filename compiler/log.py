@@ -23,6 +23,8 @@ class Fuel:
     def __init__(self, limit: int | None = None) -> None:
         self.limit = limit
         self.spent = 0
+        self.last: tuple[fx.Node, Match | None] | None = None
+        """What the last unit was spent on."""
 
     def take(self) -> bool:
         """True and one unit spent, or False when none is left."""
@@ -63,6 +65,7 @@ class PassLog:
                         remedy="keep one of them, or restrict them to different layers",
                     )
         if self._fuel.take():
+            self._fuel.last = (node, m)
             self._before_first_edit()
             return True
         self._starved = True
