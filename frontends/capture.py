@@ -18,6 +18,7 @@ from tilewright.compiler.module_paths import normalise_path
 from tilewright.compiler.pipeline import Pipeline, RunOptions, run_pass
 from tilewright.compiler.program import InputKind, InputSpec, Program
 from tilewright.compiler.report import PassReport
+from tilewright.frontends.autocast_regions import drop_inert_autocast
 from tilewright.frontends.vmap_regions import check_nothing_lost, expand_vmap
 
 NORMAL_FORM = "normal-form"
@@ -50,6 +51,7 @@ def from_dynamo(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Program:
             _allow_non_fake_inputs=True,
         )(*fakes)
     check_nothing_lost(flat)
+    drop_inert_autocast(flat)
     specs = _adopt_placeholders(gm, flat, example_inputs)
     return Program(flat, specs, list(example_inputs), origin="dynamo", training=training)
 
@@ -94,11 +96,12 @@ def _kind(placeholder: fx.Node, value: Any) -> InputKind:
 
 
 def _source_path(source: Any) -> str:
-    """`L['self']._modules['l']._parameters['weight']` -> `l.weight`."""
+    """`L['self']._modules['l']._parameters['weight']` -> `l.weight`; the argument `L['x']` -> `x`."""
     if source is None:
         return ""
     text = re.sub(r"\._(?:parameters|buffers|modules)\[", "[", str(source.name))
-    return normalise_path(text)
+    argument = re.fullmatch(r"L\[['\"](\w+)['\"]\]", text)
+    return argument[1] if argument else normalise_path(text)
 
 
 def from_export(exported: torch.export.ExportedProgram) -> Program:

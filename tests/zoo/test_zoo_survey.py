@@ -7,7 +7,8 @@ import pytest
 from tilewright.tools.zoo_measure import Settings, measure
 from tilewright.tools.zoo_models import entries, select
 
-QUICK = ["llama-eager", "gemma2-eager", "gpt2", "gptj", "mixtral", "gpt-oss", "bert-eager", "t5", "swin", "wan"]
+EAGER = ("llama-eager", "gemma2-eager", "bert-eager")
+QUICK = (*EAGER, "gpt2", "gptj", "mixtral", "gpt-oss", "t5", "swin", "wan")
 """One of each kind: grouped and eager attention, soft cap, Conv1D, interleaved rope, experts, sinks, padding,
 cross-attention with relative bias, windows, video."""
 BROKEN_BY_DESIGN = {"mochi"}
