@@ -14,7 +14,7 @@ from tilewright.compiler.blocks import find_blocks
 from tilewright.compiler.diagnostics import FactError
 from tilewright.compiler.facts import apply_user_facts, derive_facts
 from tilewright.compiler.program import Facts, Program
-from tilewright.frontends.capture import from_export
+from tilewright.frontends.capture import from_dynamo, from_export
 
 WIDTH, HEADS = 12, 3
 
@@ -126,6 +126,28 @@ def test_step_input_is_the_one_with_the_waves() -> None:
     assert "of 2 such inputs" in next(f.origin for f in both if f.name == "step_input")
     assert not both.has("branch_input")
     assert "guidance branches" in both.missing("branch_input")
+
+
+def test_dynamo_inputs_go_by_the_names_of_the_call() -> None:
+    programs = []
+
+    def backend(gm, inputs):
+        program = from_dynamo(gm, inputs)
+        apply_user_facts(program, {"branch_input": "guidance"})
+        derive_facts(program)
+        programs.append(program)
+        return gm.forward
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        torch.compile(Video("last", guided=True), backend=backend)(*video_inputs())
+    (program,) = programs
+    named = {spec.source: spec.name for spec in program.inputs}
+    assert program.facts.get("step_input") == named["timestep"]
+    assert program.facts.get("branch_input") == named["guidance"]
+    assert program.facts.get("video_grid") == (3, 4, 5)
+    assert program.facts.get("text_segment") == (60, 7)
+    assert program.facts.get("layers") == 2
 
 
 def test_a_conv_that_is_no_patch_embedding_gives_no_grid() -> None:
@@ -269,7 +291,7 @@ def diffusion(name: str) -> tuple[nn.Module, dict[str, Any]]:
         model = diffusers.DiTTransformer2DModel(
             **small, out_channels=4, num_layers=4, sample_size=8, patch_size=2, num_embeds_ada_norm=10
         )
-        return model, {"hidden_states": torch.randn(1, 4, 8, 8), "timestep": clock, "class_labels": clock}
+        return model, {"hidden_states": torch.randn(1, 4, 8, 8), "timestep": clock, "class_labels": clock + 1}
     if name == "flux":
         model = diffusers.FluxTransformer2DModel(
             **small,
