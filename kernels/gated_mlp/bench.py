@@ -14,7 +14,7 @@ from tilewright.runtime.contracts import Target
 SHAPES = ((1, 1536), (512, 1536))
 
 
-def bench(target: Target, shapes: Sequence[tuple[int, int]] = SHAPES, rounds: int = 20) -> list[BenchRow]:
+def bench(target: Target, shapes: Sequence[tuple[int, int]] = SHAPES, rounds: int = 200) -> list[BenchRow]:
     """One row per shape, float32, silu."""
     definition = all_ops()["gated_mlp"].definition
     return [

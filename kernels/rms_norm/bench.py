@@ -14,7 +14,7 @@ from tilewright.runtime.contracts import Target
 SHAPES = ((1, 576), (512, 576), (512, 2048))
 
 
-def bench(target: Target, shapes: Sequence[tuple[int, int]] = SHAPES, rounds: int = 20) -> list[BenchRow]:
+def bench(target: Target, shapes: Sequence[tuple[int, int]] = SHAPES, rounds: int = 200) -> list[BenchRow]:
     """One row per op and shape (rows, columns), float32."""
     found = []
     for family in (RMS_NORM, ADD_RMS_NORM):
