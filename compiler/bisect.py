@@ -85,7 +85,7 @@ class _Search:
                 run_pass(p, program, RunOptions(replay=False), fuel)
             program.module.recompile()
             return fuel.spent, "" if self._accept(program) else WRONG
-        except Exception as error:  # whatever a rewrite raises, now or when its result runs, is what we look for
+        except Exception as error:  # what a rewrite raises, now or when its result runs, is looked for
             return fuel.spent, _line(error)
 
     def total(self) -> int:
@@ -135,7 +135,9 @@ class _Search:
 
 def _line(error: Exception) -> str:
     """An error as one line, with its class when it is not ours."""
-    return error.line() if isinstance(error, TilewrightError) else " ".join(f"{type(error).__name__}: {error}".split())
+    if isinstance(error, TilewrightError):
+        return error.line()
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 class Region:
