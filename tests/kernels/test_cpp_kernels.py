@@ -194,10 +194,9 @@ def test_the_op_checks_its_arguments() -> None:
 
 
 def test_a_compiler_complaint_is_one_error() -> None:
-    family = FAMILIES["gated_mlp"]
     key = choose("gated_mlp", (randn(1, 8), randn(1, 8), "relu")).key
     with pytest.raises(BuildError, match=r"error: .*unknown_function") as caught:
-        build_kernel(mutated(family, "vmax(vset(0.0f), g)", "unknown_function(g)"), key)
+        build_kernel_of_mutant("gated_mlp", "vmax(vset(0.0f), g)", "unknown_function(g)", key)
     assert "\n" not in str(caught.value)
 
 
