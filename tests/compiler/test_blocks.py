@@ -114,11 +114,21 @@ def captured_stack(form: str) -> tuple[nn.Module, Program]:
     return model, capture(model, sample())
 
 
-def stack(form: str) -> tuple[nn.Module, Program]:
-    """A fresh copy of a captured stack of four layers."""
-    model, program = captured_stack(form)
+@functools.cache
+def captured(make: type[nn.Module], *shapes: tuple[int, ...]) -> Program:
+    torch.manual_seed(0)
+    return capture(make(), *[torch.randn(shape) for shape in shapes])
+
+
+def copied(program: Program) -> Program:
     module = fx.GraphModule(program.module, copy.deepcopy(program.graph))
-    return model, Program(module, program.inputs, program.example_inputs, origin="export")
+    return Program(module, program.inputs, program.example_inputs, origin="export")
+
+
+def stack(form: str) -> tuple[nn.Module, Program]:
+    """A captured stack of four layers, the program a copy of its own."""
+    model, program = captured_stack(form)
+    return model, copied(program)
 
 
 def found(program: Program, paths: bool = True) -> BlockStructure:
@@ -230,7 +240,7 @@ class EncoderDecoder(nn.Module):
 
 @pytest.mark.parametrize("paths", [True, False])
 def test_encoder_and_decoder_are_two_streams(paths: bool) -> None:
-    program = capture(EncoderDecoder(), torch.randn(BATCH, 4, WIDTH), torch.randn(BATCH, TOKENS, WIDTH))
+    program = copied(captured(EncoderDecoder, (BATCH, 4, WIDTH), (BATCH, TOKENS, WIDTH)))
     structure = found(program, paths)
     kinds = [b.kinds for b in structure.blocks]
     assert kinds == [("self-attention", "mlp")] * 2 + [("self-attention", "cross-attention", "mlp")] * 3
@@ -265,7 +275,7 @@ class Joint(nn.Module):
 
 @pytest.mark.parametrize("paths", [True, False])
 def test_coupled_streams_make_one_layer_and_only_go_together(paths: bool) -> None:
-    program = capture(Joint(), torch.randn(BATCH, TOKENS, WIDTH), torch.randn(BATCH, 4, WIDTH))
+    program = copied(captured(Joint, (BATCH, TOKENS, WIDTH), (BATCH, 4, WIDTH)))
     structure = found(program, paths)
     assert [len(layer.blocks) for layer in structure.layers] == [2, 2, 2, 1, 1]
     for layer in structure.layers[:3]:
@@ -389,7 +399,7 @@ class Modulated(nn.Module):
 
 @pytest.mark.parametrize("paths", [True, False])
 def test_modulation_belongs_to_its_block_and_forbids_to_cache_blindly(paths: bool) -> None:
-    program = capture(Modulated(), torch.randn(BATCH, TOKENS, WIDTH), torch.tensor([3.0, 3.0]))
+    program = copied(captured(Modulated, (BATCH, TOKENS, WIDTH), (BATCH,)))
     structure = found(program, paths)
     assert len(structure.blocks) == 3
     for block in structure.blocks:
