@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import fx
 
@@ -163,7 +164,7 @@ class Region:
 
 
 def _shape(node: fx.Node) -> str:
-    value = node.meta.get("val")
+    value: Any = node.meta.get("val")
     return (
         f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
         if hasattr(value, "shape")

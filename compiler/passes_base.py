@@ -1,4 +1,5 @@
-"""What every pass is: a frozen value whose fields are its options, with declared stage, exactness and order."""
+"""What every pass is: a frozen value whose fields are its options, with declared stage, exactness and
+order."""
 
 from __future__ import annotations
 
@@ -38,7 +39,8 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Example:
-    """A small program on which a pass must apply `count` times, or must refuse with `refusal` in its reason."""
+    """A small program on which a pass must apply `count` times, or must refuse with `refusal` in its
+    reason."""
 
     model: Callable[..., Any]
     inputs: tuple[Any, ...]
@@ -90,7 +92,7 @@ def declare_pass(
     exactness: Exactness,
     paper: str = "",
     after: tuple[str, ...] = (),
-    slots: tuple[str, ...] = (),
+    owns: tuple[str, ...] = (),
     trains: bool = False,
     checks: Callable[[type], None] = lambda cls: None,
 ) -> Callable[[type], Any]:
@@ -99,24 +101,30 @@ def declare_pass(
     def declare(cls: type) -> Any:
         label = cls.__name__
         if not cls.__doc__ or "rewrite:" not in cls.__doc__:
-            raise PassDefinitionError(f"{label}: the docstring needs a 'rewrite:' section with before -> after")
+            raise PassDefinitionError(
+                f"{label}: the docstring needs a 'rewrite:' section with before -> after"
+            )
         if "examples" not in cls.__dict__:
             raise PassDefinitionError(f"{label} must define examples()")
         stem = cls.__module__.rsplit(".", 1)[-1]
         if cls.__module__.startswith(registry.ROOT_PACKAGE) and stem.replace("_", "-") != name:
-            raise PassDefinitionError(f"{label}: pass {name!r} must live in {name.replace('-', '_')}.py, not {stem}.py")
-        unknown = [s for s in slots if s not in SLOTS]
+            raise PassDefinitionError(
+                f"{label}: pass {name!r} must live in {name.replace('-', '_')}.py, not {stem}.py"
+            )
+        unknown = [s for s in owns if s not in SLOTS]
         if unknown:
-            raise PassDefinitionError(f"{label}: unknown slot {unknown[0]!r}", remedy=f"one of {sorted(SLOTS)}")
+            raise PassDefinitionError(
+                f"{label}: unknown slot {unknown[0]!r}", remedy=f"one of {sorted(SLOTS)}"
+            )
         approximate = exactness is Exactness.APPROXIMATE
         for needed in ("reference", "exact_limit"):
             if approximate != (needed in cls.__dict__):
                 verb = "must" if approximate else "must not"
                 raise PassDefinitionError(f"{label} is {exactness.value} and {verb} define {needed}()")
         checks(cls)
-        made = dataclasses.dataclass(frozen=True, kw_only=True)(cls)
+        made: Any = dataclasses.dataclass(frozen=True, kw_only=True)(cls)
         for key, value in dict(
-            name=name, stage=stage, exactness=exactness, paper=paper, after=after, slots=slots, trains=trains
+            name=name, stage=stage, exactness=exactness, paper=paper, after=after, slots=owns, trains=trains
         ).items():
             setattr(made, key, value)
         registry.register(name, made)

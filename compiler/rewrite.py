@@ -276,7 +276,7 @@ def rewrite_pass(
     exactness: Exactness,
     paper: str = "",
     after: tuple[str, ...] = (),
-    slots: tuple[str, ...] = (),
+    owns: tuple[str, ...] = (),
     trains: bool = False,
 ) -> Callable[[type], Any]:
     """Declare a `Rewrite` subclass as the pass `name`; errors in the definition surface at import."""
@@ -286,7 +286,7 @@ def rewrite_pass(
         exactness=exactness,
         paper=paper,
         after=after,
-        slots=slots,
+        owns=owns,
         trains=trains,
         checks=_check_rewrite,
     )

@@ -37,7 +37,7 @@ def graph_pass(
     exactness: Exactness,
     paper: str = "",
     after: tuple[str, ...] = (),
-    slots: tuple[str, ...] = (),
+    owns: tuple[str, ...] = (),
     trains: bool = False,
 ) -> Callable[[type], Any]:
     """Declare a `GraphPass` subclass as the pass `name`; errors in the definition surface at import."""
@@ -47,7 +47,7 @@ def graph_pass(
         exactness=exactness,
         paper=paper,
         after=after,
-        slots=slots,
+        owns=owns,
         trains=trains,
         checks=_check_graph_pass,
     )

@@ -8,6 +8,7 @@ with rotations of the hidden state (QuaRot, arXiv:2404.00456), which is why weig
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import fx
@@ -26,7 +27,7 @@ from tilewright.compiler import (
 from tilewright.compiler.schema import arguments
 
 
-@graph_pass("fold-norm-scale", stage=Stage.WEIGHTS, exactness=Exactness.ROUNDING, slots=("linear.scale",))
+@graph_pass("fold-norm-scale", stage=Stage.WEIGHTS, exactness=Exactness.ROUNDING, owns=("linear.scale",))
 class FoldNormScale(GraphPass):
     """Move norm gains and offsets into derived weights.
 
@@ -78,7 +79,7 @@ class FoldNormScale(GraphPass):
         for user in users:
             weight, bias = arguments(user)["weight"], arguments(user)["bias"]
             name = f"{_path(program, weight)} * norm gain"
-            folded = program.derive(name, (weight, gain), _scaled(offset))
+            folded = program.derive(name, (weight, gain), partial(_scaled, offset=offset))
             moved = bias
             if shift is not None:
                 sources = (weight, shift) if bias is None else (weight, shift, bias)
@@ -139,13 +140,9 @@ def _path(program: Program, node: fx.Node) -> str:
     return spec.source or node.name if spec is not None else node.name
 
 
-def _scaled(offset: float):
+def _scaled(weight: torch.Tensor, gain: torch.Tensor, *, offset: float) -> torch.Tensor:
     """W diag(g + offset), multiplied in float64 and rounded once."""
-
-    def compute(weight: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
-        return (weight.double() * (gain.double() + offset)).to(weight.dtype)
-
-    return compute
+    return (weight.double() * (gain.double() + offset)).to(weight.dtype)
 
 
 def _shifted(weight: torch.Tensor, shift: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:

@@ -247,9 +247,9 @@ def test_declared_order():
 
 
 def test_two_owners_of_one_slot():
-    first = sine_pass("first-owner", slots=("attention.layout",))
-    second = sine_pass("second-owner", slots=("attention.layout", "attention.precision"), new=cosine)
-    other = sine_pass("other-slot", slots=("attention.precision",))
+    first = sine_pass("first-owner", owns=("attention.layout",))
+    second = sine_pass("second-owner", owns=("attention.layout", "attention.precision"), new=cosine)
+    other = sine_pass("other-slot", owns=("attention.precision",))
     with pytest.raises(
         PipelineError, match=r"second-owner and first-owner both want attention\.layout of sin"
     ):
@@ -259,8 +259,8 @@ def test_two_owners_of_one_slot():
 
 
 def test_a_slot_conflict_rolls_back_its_own_pass_only():
-    first = sine_pass("first-owner", slots=("attention.layout",))
-    second = sine_pass("second-owner", slots=("attention.layout",))
+    first = sine_pass("first-owner", owns=("attention.layout",))
+    second = sine_pass("second-owner", owns=("attention.layout",))
     program, alone = sines(3), sines(3)
     first_alone = run_pass(first(), alone, RunOptions(), Fuel())
     reports = Pipeline([first(), second()]).run(program, RunOptions(on_pass_error="skip"))

@@ -38,7 +38,9 @@ def exported_program(module: nn.Module, kwargs: dict) -> Program:
 
 def by_tensor(a: Program, b: Program) -> dict[str, str]:
     """Inputs of a -> inputs of b: weights by identity, the others by position."""
-    where = {id(v): s.name for s, v in zip(b.inputs, b.example_inputs, strict=True) if isinstance(v, torch.Tensor)}
+    where = {
+        id(v): s.name for s, v in zip(b.inputs, b.example_inputs, strict=True) if isinstance(v, torch.Tensor)
+    }
     users = [s.name for s in b.inputs if s.kind is InputKind.USER]
     feed = iter(users)
     return {
@@ -48,7 +50,7 @@ def by_tensor(a: Program, b: Program) -> dict[str, str]:
     }
 
 
-@pytest.fixture()
+@pytest.fixture
 def programs() -> tuple[Program, Program]:
     module, kwargs = tiny_llama()
     torch._dynamo.reset()
