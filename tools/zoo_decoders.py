@@ -221,8 +221,8 @@ def layer_norm_like() -> list[ZooEntry]:
 def mixtures() -> list[ZooEntry]:
     """Mixtures of experts: the router is a linear layer, the experts' matmuls are batched and not counted.
 
-    Experts compute their gated activation on all chosen (token, expert) pairs at once: one gated_mlp a layer.
-    gpt-oss has `(up + 1) * gate * sigmoid(1.702 gate)`, clamped: the inner product is the gated one.
+    Experts compute their gated activation on all chosen (token, expert) pairs at once: one gated_mlp a layer,
+    except gpt-oss, whose clamped `(up + 1) * gate * sigmoid(1.702 gate)` is another function.
     """
     moe = {"attention": 1, "linear": 5, "rms_norm": 2, "rope": 2, "gated_mlp": 1}
     qk_norm = {**moe, "rms_norm": 4}
@@ -260,7 +260,7 @@ def mixtures() -> list[ZooEntry]:
         decoder("qwen3-moe", "Qwen3Moe", {**WIDE, **experts}, qk_norm, RMS_HEAD),
         decoder("olmoe", "Olmoe", {**GROUPED, **experts}, qk_norm, RMS_HEAD),
         decoder("granite-moe", "GraniteMoe", {**GROUPED, **local}, moe, RMS_HEAD),
-        decoder("gpt-oss", "GptOss", gpt_oss, moe, RMS_HEAD),
+        decoder("gpt-oss", "GptOss", gpt_oss, {**moe, "gated_mlp": 0}, RMS_HEAD),
         decoder("deepseek-v2", "DeepseekV2", latent, latent_block, RMS_HEAD, extra=latent_experts),
         decoder("deepseek-v3", "DeepseekV3", latent, latent_block, RMS_HEAD, extra=latent_experts),
     ]

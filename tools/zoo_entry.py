@@ -29,8 +29,8 @@ class ZooEntry:
     `expected` counts the semantic ops of one call that a perfect recogniser finds. It follows from the
     configuration: layers, cross-attention, gated or plain MLP; rope counts rotated tensors, so a layer that
     rotates q and k counts 2. A linear layer counts whenever a weight matrix meets an activation, however the
-    model spells it (`nn.Linear`, GPT-2's `Conv1D`); batched expert matmuls are not linear layers. gated_mlp
-    counts every product activation(a) * b of two tensors of one shape: x * sigmoid(1.702 x) counts too.
+    model spells it (`nn.Linear`, GPT-2's `Conv1D`); batched expert matmuls are not linear layers.
+    x * sigmoid(1.702 x) is an activation, not a gated MLP.
     """
 
     name: str

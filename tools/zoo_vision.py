@@ -173,8 +173,8 @@ def pairs() -> list[ZooEntry]:
         "eos_token_id": 2,
     }
     # Words, positions and patch positions; pre and post norm of the image half, last norm of the text half;
-    # two projections. Each MLP's activation is x * sigmoid(1.702 x).
-    clip = {"embedding": 3, "layer_norm": 3, "linear": 2, "gated_mlp": 2 * LAYERS}
+    # two projections.
+    clip = {"embedding": 3, "layer_norm": 3, "linear": 2}
     # The image half ends in attention pooling: q, k and v in one, o, and an MLP; the text half in one linear.
     siglip = {"embedding": 3, "layer_norm": 3, "attention": 1, "linear": 6}
     return [pair("clip", "CLIP", text, clip), pair("siglip", "Siglip", text, siglip)]

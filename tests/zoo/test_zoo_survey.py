@@ -14,18 +14,10 @@ cross-attention with relative bias, windows, video."""
 BROKEN_BY_DESIGN = {"mochi"}
 """Reads `torch.nonzero` of its text mask."""
 NOT_YET = {
-    # x is [B, S, heads * 16] and its view as pairs [.., heads, 8, 2]: two reshapes became one.
-    "wan": {"rope": (0, 4)},
-    # dt_proj is `weight @ x`: a linear layer on the transposed activation.
-    "mamba": {"linear": (7, 9)},
-    "falcon-mamba": {"linear": (7, 9)},
-    # Scores get a relative bias, then a reshape from [B * H, S, T] to [B, H, S, T], then the mask.
-    "deberta-v2": {"attention": (0, 2)},
-    # Complex multiplication; pairs in and halves out.
+    # Complex multiplication.
     "deepseek-v2": {"rope": (0, 4)},
+    # Channels in as pairs, out as halves.
     "deepseek-v3": {"rope": (0, 4)},
-    # Cosine attention with a learnt scale per head.
-    "swinv2": {"attention": (0, 3)},
 }
 """What is left as it was: op -> (found, expected). A better recogniser shortens this table."""
 
@@ -37,9 +29,10 @@ def check(name):
     assert not row.wrong
     assert row.error_ours < 1e-3
     if name in BROKEN_BY_DESIGN:
+        # Its parts are compiled once and called for every block, so their ops say nothing about the model.
         assert row.breaks[0]["line"].startswith("diffusers/")
-    else:
-        assert row.whole
+        return
+    assert row.whole
     assert row.missing == NOT_YET.get(name, {})
 
 
