@@ -290,8 +290,10 @@ class Pattern:
         elif isinstance(term, Call):
             yield from self._call(term, value, env, search)
         elif isinstance(term, Either):
+            made = env.values.get(term.choice.name)
             for label, alternative in term.terms:
-                for chosen in self._bind(term.choice, label, env, search):
+                if made in (None, label):
+                    chosen = _Env({**env.values, term.choice.name: label}, env.calls)
                     yield from self._solve(alternative, value, chosen, search, what)
         elif isinstance(term, Number):
             constant, made_by = constant_of(value)

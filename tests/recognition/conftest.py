@@ -1,4 +1,5 @@
-"""What the recognition tests share: capture a graph, run one pass over it without replay, judge the result."""
+"""What the recognition tests share: capture a graph, run one pass over it without replay, judge the
+result."""
 
 from __future__ import annotations
 
