@@ -15,7 +15,7 @@ from tilewright.compiler.regions import inline
 from tilewright.compiler.report import Report
 from tilewright.compiler.rewrite import signature_of, trace, traced_outputs
 from tilewright.compiler.schema import arguments
-from tilewright.kernels.table import KernelChoice, host_target, select_for_node
+from tilewright.kernels.table import KernelChoice, host_target, select_for_node, too_small
 from tilewright.runtime.contracts import Refusal, Target
 
 
@@ -39,7 +39,7 @@ def lower(
         if op is None:
             continue
         choice = (
-            _choose(op, node, target, program.training)
+            _choose(op, node, target, program.training, rest)
             if use_kernels
             else Refusal("generated kernels are off")
         )
@@ -56,9 +56,15 @@ def lower(
     program.module.recompile()
 
 
-def _choose(op: SemanticOp, node: fx.Node, target: Target, training: bool) -> KernelChoice | Refusal:
-    metas = fx.node.map_arg(tuple(arguments(node).values()), lambda n: n.meta["val"])
-    return select_for_node(op.name, list(metas), target, training=training)
+def _choose(
+    op: SemanticOp, node: fx.Node, target: Target, training: bool, rest: str
+) -> KernelChoice | Refusal:
+    metas = list(fx.node.map_arg(tuple(arguments(node).values()), lambda n: n.meta["val"]))
+    if rest == "inductor" and not training:
+        small = too_small(op.name, metas, target)
+        if small is not None:
+            return small
+    return select_for_node(op.name, metas, target, training=training)
 
 
 def _call_kernel(program: Program, node: fx.Node, choice: KernelChoice) -> None:
