@@ -267,8 +267,7 @@ def refusing_lines(path: str) -> dict[int, int]:
     found: dict[int, int] = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.Call):
-            name = getattr(node.func, "id", getattr(node.func, "attr", ""))
-            if name in ("refuse", "refused"):
+            if getattr(node.func, "id", "") == "refuse" or getattr(node.func, "attr", "") == "refused":
                 found[node.lineno] = max(found.get(node.lineno, 0), node.end_lineno or node.lineno)
         if isinstance(node, ast.FunctionDef) and node.returns is not None:
             if ast.unparse(node.returns) != "str | None":

@@ -50,10 +50,9 @@ class GqaUnrepeat(Rewrite):
 
     @staticmethod
     def pattern(q, k, v, k_axis, v_axis, k_sizes, v_sizes, k_shape, v_shape, mask, scale, softcap, sinks):
-        for name, fold in (("view", aten.view), ("reshape", aten.reshape), ("unsafe", aten._unsafe_view)):
-            keys = fold(aten.expand(aten.unsqueeze(k, k_axis), k_sizes), k_shape)
-            values = fold(aten.expand(aten.unsqueeze(v, v_axis), v_sizes), v_shape)
-            yield name, ops.attention(q, keys, values, mask, scale, False, softcap, sinks)
+        keys = aten.reshape(aten.expand(aten.unsqueeze(k, k_axis), k_sizes), k_shape)
+        values = aten.reshape(aten.expand(aten.unsqueeze(v, v_axis), v_sizes), v_shape)
+        return ops.attention(q, keys, values, mask, scale, False, softcap, sinks)
 
     def where(self, m: Match) -> Verdict:
         for name in ("k", "v"):
@@ -69,10 +68,9 @@ class GqaUnrepeat(Rewrite):
             assert isinstance(folded, fx.Node), "the pattern matched a call here"
             shape = folded.meta["val"].shape
             want = (batch, queries, length, size)
-            if not all(known_equal(a, b) for a, b in zip(shape, want, strict=True)):
+            counted = isinstance(heads, int) and isinstance(queries, int) and queries % heads == 0
+            if not counted or not all(known_equal(a, b) for a, b in zip(shape, want, strict=True)):
                 return refuse(f"the repeated {name} is {tuple(shape)}, expected {want}", at=m[name])
-            if not isinstance(heads, int) or not isinstance(queries, int) or queries % heads:
-                return refuse(f"{queries} query heads are no multiple of {heads} {name} heads", at=m[name])
         if not known_equal(m.shape("k")[1], m.shape("v")[1]):
             return refuse(f"k has {m.shape('k')[1]} heads and v has {m.shape('v')[1]}", at=m["v"])
         if self.form == "packed" and not self._packs(m.val("q"), m["mask"], m["sinks"], m):
@@ -119,3 +117,20 @@ class GqaUnrepeat(Rewrite):
         yield {"form": "packed"}, Example(model, (many, k, v), refusal="one query")
         tiled = Example(lambda q, k, v: ops.attention(q, repeated(k, 3, 1), repeated(v, 3, 1)), (one, k, v))
         yield {}, Example(tiled.model, tiled.inputs, refusal="not along its heads")
+
+        def flat(q, k, v):
+            k, v = (x.unsqueeze(1).expand(2, 3, 7, 8).reshape(6, 7, 8) for x in (k, v))
+            return ops.attention(q, k, v)
+
+        yield (
+            {},
+            Example(flat, (Tensor(6, 1, 8), Tensor(2, 7, 8), Tensor(2, 7, 8)), refusal="axes, expected 4"),
+        )
+        fewer = Example(
+            lambda q, k, v: ops.attention(q, repeated(k), repeated(v)), (one, *(Tensor(2, 1, 7, 8),) * 2)
+        )
+        yield {}, Example(fewer.model, fewer.inputs, refusal="the repeated k is (2, 3, 7, 8)")
+        uneven = Example(
+            lambda q, k, v: ops.attention(q, repeated(k), repeated(v, 6)), (one, k, Tensor(2, 1, 7, 8))
+        )
+        yield {}, Example(uneven.model, uneven.inputs, refusal="k has 2 heads and v has 1")
