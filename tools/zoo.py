@@ -2,8 +2,7 @@
 
 `python -m tilewright.tools.zoo [NAMES] [--json FILE] [--backend tilewright|eager] [--lower inductor|eager]
 [--no-kernels] [--inductor] [--list] [--jobs N]`. Exit status: 0 when no model crashed or is wrong, 1 when one
-did, 2 for bad
-arguments.
+did, 2 for bad arguments.
 """
 
 from __future__ import annotations
