@@ -12,14 +12,11 @@ if TYPE_CHECKING:
     from tilewright.compiler import ops as ops
     from tilewright.compiler.diagnostics import TilewrightError as TilewrightError
     from tilewright.compiler.log import PassLog as PassLog
+    from tilewright.compiler.match import Match as Match
+    from tilewright.compiler.match import known_equal as known_equal
+    from tilewright.compiler.match import refuse as refuse
     from tilewright.compiler.passes_base import Example as Example
     from tilewright.compiler.passes_base import Tensor as Tensor
-    from tilewright.compiler.pattern import Match as Match
-    from tilewright.compiler.pattern import either as either
-    from tilewright.compiler.pattern import free as free
-    from tilewright.compiler.pattern import known_equal as known_equal
-    from tilewright.compiler.pattern import number as number
-    from tilewright.compiler.pattern import refuse as refuse
     from tilewright.compiler.pipeline import Pipeline as Pipeline
     from tilewright.compiler.pipeline import RunOptions as RunOptions
     from tilewright.compiler.program import Program as Program
@@ -30,6 +27,9 @@ if TYPE_CHECKING:
     from tilewright.compiler.rewrite import rewrite_pass as rewrite_pass
     from tilewright.compiler.stage import Exactness as Exactness
     from tilewright.compiler.stage import Stage as Stage
+    from tilewright.compiler.terms import either as either
+    from tilewright.compiler.terms import free as free
+    from tilewright.compiler.terms import number as number
     from tilewright.compiler.whole_graph import GraphPass as GraphPass
     from tilewright.compiler.whole_graph import graph_pass as graph_pass
     from tilewright.runtime.contracts import Refusal as Refusal
@@ -40,7 +40,7 @@ _HOME = {
     "Exactness": "stage",
     "Example": "passes_base",
     "GraphPass": "whole_graph",
-    "Match": "pattern",
+    "Match": "match",
     "PassLog": "log",
     "Pipeline": "pipeline",
     "Program": "program",
@@ -50,12 +50,12 @@ _HOME = {
     "Tensor": "passes_base",
     "TilewrightError": "diagnostics",
     "Verdict": "rewrite",
-    "either": "pattern",
-    "free": "pattern",
+    "either": "terms",
+    "free": "terms",
     "graph_pass": "whole_graph",
-    "known_equal": "pattern",
-    "number": "pattern",
-    "refuse": "pattern",
+    "known_equal": "match",
+    "number": "terms",
+    "refuse": "match",
     "rewrite_pass": "rewrite",
 }
 

@@ -8,8 +8,8 @@ from typing import Any
 from torch import fx
 
 from tilewright.compiler.diagnostics import PipelineError
+from tilewright.compiler.match import Match
 from tilewright.compiler.module_paths import module_path, source_line
-from tilewright.compiler.pattern import Match
 from tilewright.compiler.program import Program
 from tilewright.compiler.report import Application, PassReport, Refused
 

@@ -8,19 +8,16 @@ Operands of commutative ops match in either order. A failed match says how far i
 from __future__ import annotations
 
 import inspect
-import types
-from collections.abc import Callable, Iterable, Iterator
-from contextvars import ContextVar
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import fx
 
-from tilewright.compiler.diagnostics import PassDefinitionError
-from tilewright.compiler.program import Program
-from tilewright.compiler.schema import GETITEM, arguments, op_name, schema_arguments, target_name, tensor_meta
-from tilewright.runtime.contracts import Refusal
+from tilewright.compiler.match import Failure, Match, known_equal
+from tilewright.compiler.schema import GETITEM, arguments, op_name, schema_arguments, tensor_meta
+from tilewright.compiler.terms import Call, Either, Form, Number, Var, trace_forms
 
 COMMUTATIVE = frozenset(
     {"aten::add", "aten::mul", "aten::maximum", "aten::minimum", "aten::bitwise_and", "aten::logical_and"}
@@ -28,192 +25,6 @@ COMMUTATIVE = frozenset(
 _DIM_ARGUMENTS = frozenset({"dim", "dim0", "dim1", "dims", "normalized_dim"})
 _DIMS_OF_RESULT = frozenset({"aten::cat", "aten::stack", "aten::unsqueeze"})
 """Their dims count over the axes of the result."""
-
-
-@dataclass(frozen=True)
-class Var:
-    """A parameter of the pattern: binds one value, the same everywhere."""
-
-    name: str
-
-
-@dataclass(frozen=True, eq=False)
-class Call:
-    """An operator call in a pattern; the same object twice must match the same node twice."""
-
-    op: str
-    args: tuple[Any, ...]
-    kwargs: tuple[tuple[str, Any], ...]
-
-
-@dataclass(frozen=True)
-class Number:
-    """Binds a constant int or float and nothing else; see `constant_of`."""
-
-    var: Var
-
-
-@dataclass(frozen=True, eq=False)
-class Either:
-    """Alternative spellings of one value; the label of the one that matched is bound to `choice`."""
-
-    choice: Var
-    terms: tuple[tuple[str, Any], ...]
-
-
-_TRACING: ContextVar[dict[str, fx.Proxy]] = ContextVar("tracing")
-"""The parameters and free values of the pattern that is being traced."""
-
-
-def free(name: str) -> Any:
-    """In a pattern: a value bound to `name` that is not a parameter.
-
-    Constants among these reach `replacement` as the dict `chosen`; a tensor has to be a parameter.
-    """
-    known = _TRACING.get()
-    if name not in known:
-        tracer = next(iter(known.values())).tracer
-        known[name] = fx.Proxy(tracer.graph.placeholder(name), tracer)
-    return known[name]
-
-
-def either(choice: Any, **terms: Any) -> Any:
-    """In a pattern: any one of the named terms, tried in order. `choice`, a parameter or a name, binds
-    which."""
-    proxy = free(choice) if isinstance(choice, str) else choice
-    return proxy.tracer.create_proxy("call_function", either, (proxy,), terms)
-
-
-def number(value: Any) -> Any:
-    """In a pattern: the parameter or the name `value`, bound to a constant int or float only."""
-    proxy = free(value) if isinstance(value, str) else value
-    return proxy.tracer.create_proxy("call_function", number, (proxy,), {})
-
-
-@dataclass(frozen=True)
-class Form:
-    """One alternative spelling of a pattern."""
-
-    tag: str
-    outputs: tuple[Call, ...]
-    chosen: tuple[tuple[str, str], ...] = ()
-    """Choices already made: an output that is an `either` gives one form for each of its terms."""
-
-
-@dataclass(frozen=True)
-class Failure:
-    """The furthest a match got: `depth` pattern calls matched before `reason`."""
-
-    reason: str
-    node: fx.Node | None
-    depth: int
-    form: str
-
-
-@dataclass(frozen=True)
-class Match:
-    """A successful match. Index it by parameter name; values are nodes or constants."""
-
-    outputs: tuple[fx.Node, ...]
-    nodes: tuple[fx.Node, ...]
-    bound: dict[str, Any]
-    form: str
-    program: Program | None = None
-    """The program the match lies in, when it is matched by a pass."""
-
-    @property
-    def training(self) -> bool:
-        """True when gradients of the program are wanted."""
-        return self.program is not None and self.program.training
-
-    def is_weight(self, name: str) -> bool:
-        """True when the parameter is bound to a module-owned tensor that the program does not write to."""
-        return self.program is not None and self.program.is_weight(self.bound[name])
-
-    @property
-    def root(self) -> fx.Node:
-        return self.outputs[0]
-
-    def __getitem__(self, name: str) -> Any:
-        return self.bound.get(name)
-
-    def chosen(self, params: Iterable[str]) -> dict[str, Any]:
-        """The constants bound to names other than the parameters."""
-        return {k: v for k, v in sorted(self.bound.items()) if k not in params and not _has_node(v)}
-
-    def val(self, name: str) -> torch.Tensor:
-        """The fake tensor bound to a parameter; TypeError when it is not a tensor."""
-        meta = tensor_meta(self.bound[name])
-        if meta is None:
-            raise TypeError(f"{name} is bound to {self.bound[name]!r}, which is not a tensor")
-        return meta
-
-    def is_tensor(self, name: str) -> bool:
-        return tensor_meta(self.bound[name]) is not None
-
-    def shape(self, name: str) -> tuple[Any, ...]:
-        return tuple(self.val(name).shape)
-
-    def dtype(self, name: str) -> torch.dtype:
-        return self.val(name).dtype
-
-    def constant(self, name: str, *kinds: type) -> Refusal | None:
-        """None when the parameter is bound to a constant of one of the kinds, otherwise the refusal."""
-        value = self.bound[name]
-        if isinstance(value, kinds) and not (isinstance(value, bool) and bool not in kinds):
-            return None
-        wanted = " or ".join(k.__name__ for k in kinds)
-        return refuse(f"{name} must be a constant {wanted}, found {value!r}", at=value)
-
-    def same_dtype(self, *names: str) -> Refusal | None:
-        """None when all the named tensors have one dtype."""
-        for name in names[1:]:
-            if self.dtype(name) != self.dtype(names[0]):
-                return refuse(
-                    f"{names[0]} is {self.dtype(names[0])} and {name} is {self.dtype(name)}",
-                    at=self.bound[name],
-                )
-        return None
-
-    def shapes(self, **letters: str) -> dict[str, Any] | Refusal:
-        """Unify shape letters over tensors: shapes(q="B H S D", k="B H T D") -> {"B": ..., ...}.
-
-        A digit must be that size. Sizes that cannot be proven equal are a refusal. `...` at the start
-        skips axes.
-        """
-        sizes: dict[str, Any] = {}
-        for name, spec in letters.items():
-            want, have = spec.split(), list(self.shape(name))
-            if want and want[0] == "...":
-                want = want[1:]
-                have = have[-len(want) :] if len(have) >= len(want) else have
-            if len(want) != len(have):
-                return refuse(f"{name} has {len(have)} axes, expected {spec!r}", at=self.bound[name])
-            for letter, size in zip(want, have, strict=True):
-                known = int(letter) if letter.isdigit() else sizes.setdefault(letter, size)
-                if not known_equal(known, size):
-                    return refuse(f"axis {letter} of {name} is {size}, expected {known}", at=self.bound[name])
-        return sizes
-
-
-def _has_node(value: Any) -> bool:
-    if isinstance(value, (list, tuple)):
-        return any(_has_node(v) for v in value)
-    return isinstance(value, fx.Node)
-
-
-def known_equal(a: Any, b: Any) -> bool:
-    """True when two sizes are provably equal; unknown is False and adds no guard."""
-    if isinstance(a, torch.SymInt) or isinstance(b, torch.SymInt):
-        from torch.fx.experimental.symbolic_shapes import statically_known_true
-
-        return bool(statically_known_true(a == b))
-    return bool(a == b)
-
-
-def refuse(reason: str, at: Any = None) -> Refusal:
-    """Say no: the reason completes `PASS did not apply at NODE: ...`; `at` is the node or value to blame."""
-    return Refusal(reason, at.name if isinstance(at, fx.Node) else "")
 
 
 @dataclass
@@ -242,7 +53,7 @@ class Pattern:
 
     def __init__(self, fn: Callable[..., Any]) -> None:
         self.params = tuple(inspect.signature(fn).parameters)
-        self.forms = tuple(_trace_forms(fn, self.params))
+        self.forms = tuple(trace_forms(fn, self.params))
         self.anchors = frozenset(f.outputs[0].op for f in self.forms)
 
     def match(self, root: fx.Node, *, inner_may_escape: bool = False) -> Match | Failure:
@@ -371,15 +182,16 @@ def constant_of(value: Any) -> tuple[int | float | None, list[fx.Node]]:
     if name in ("aten::lift_fresh_copy", "aten::detach", "aten::scalar_tensor"):
         number, made_by = constant_of(value.args[0])
         return number, [value, *made_by] if number is not None else []
-    if name == "aten::full" and list(value.args[0]) == []:
+    if name == "aten::full" and value.args[0] in ([], ()):
         number, made_by = constant_of(value.args[1])
         return number, [value, *made_by] if number is not None else []
     if name == "get_attr" and value.graph.owning_module is not None:
         held = value.graph.owning_module._buffers.get(str(value.target))
         if held is None:
             held = vars(value.graph.owning_module).get(str(value.target))
-        is_scalar = type(held) is torch.Tensor and held.dim() == 0 and not held.is_complex()
-        if is_scalar and held.dtype is not torch.bool and "tw_derived" not in str(value.target):
+        if type(held) is not torch.Tensor or held.dim() or held.is_complex() or held.dtype is torch.bool:
+            return None, []
+        if "tw_derived" not in str(value.target):
             return held.item(), [value]
     return None, []
 
@@ -484,62 +296,3 @@ def _same_constant(a: Any, b: Any) -> bool:
     if isinstance(a, (torch.SymInt, torch.SymFloat)) or isinstance(b, (torch.SymInt, torch.SymFloat)):
         return known_equal(a, b)
     return type(a) in (int, float) and type(b) in (int, float) and a == b or (type(a) is type(b) and a == b)
-
-
-def _trace_forms(fn: Callable[..., Any], params: tuple[str, ...]) -> Iterator[Form]:
-    graph = fx.Graph()
-    tracer = fx.proxy.GraphAppendingTracer(graph)
-    proxies = [fx.Proxy(graph.placeholder(name), tracer) for name in params]
-    token = _TRACING.set(dict(zip(params, proxies, strict=True)))
-    try:
-        out = fn(*proxies)
-        alternatives = list(out) if isinstance(out, types.GeneratorType) else [("", out)]
-    except fx.proxy.TraceError as error:
-        raise PassDefinitionError(
-            f"{fn.__qualname__} branches on a value: {error}",
-            remedy="a pattern may branch on options, never on its inputs; yield several forms instead",
-        ) from error
-    finally:
-        _TRACING.reset(token)
-    done: dict[fx.Node, Any] = {}
-    for tag, result in alternatives:
-        outputs = result if isinstance(result, tuple) else (result,)
-        terms = tuple(_term(o.node if isinstance(o, fx.Proxy) else o, done) for o in outputs)
-        yield from _forms(fn.__qualname__, str(tag), terms)
-
-
-def _forms(
-    owner: str, tag: str, terms: tuple[Any, ...], chosen: tuple[tuple[str, str], ...] = ()
-) -> Iterator[Form]:
-    for i, term in enumerate(terms):
-        if isinstance(term, Either):
-            for label, alternative in term.terms:
-                one = (*terms[:i], alternative, *terms[i + 1 :])
-                yield from _forms(owner, tag, one, (*chosen, (term.choice.name, label)))
-            return
-        if not isinstance(term, Call):
-            raise PassDefinitionError(f"{owner}: form {tag!r} must return a call, not {type(term).__name__}")
-    if len(dict(chosen)) == len(set(chosen)):
-        yield Form(tag, terms, chosen)
-
-
-def _term(value: Any, done: dict[fx.Node, Any]) -> Any:
-    if isinstance(value, fx.Proxy):
-        value = value.node
-    if isinstance(value, (list, tuple)):
-        return type(value)(_term(v, done) for v in value)
-    if not isinstance(value, fx.Node):
-        return value
-    if value not in done:
-        if value.op == "placeholder":
-            done[value] = Var(str(value.target))
-        elif value.target is number:
-            done[value] = Number(_term(value.args[0], done))
-        elif value.target is either:
-            terms = tuple((label, _term(t, done)) for label, t in value.kwargs.items())
-            done[value] = Either(_term(value.args[0], done), terms)
-        else:
-            args = tuple(_term(a, done) for a in value.args)
-            kwargs = tuple((k, _term(v, done)) for k, v in sorted(value.kwargs.items()))
-            done[value] = Call(target_name(value.target), args, kwargs)
-    return done[value]

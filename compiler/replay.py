@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 from tilewright.compiler.diagnostics import VerifyError
-from tilewright.compiler.pattern import Match
+from tilewright.compiler.match import Match
 from tilewright.compiler.program import Program
 from tilewright.compiler.schema import arguments, op_name, tensor_meta
 from tilewright.compiler.stage import Exactness
@@ -103,9 +103,9 @@ def _in_range(node: fx.Node, m: Match, value: Any) -> Any:
     for user in node.users:
         names = _INDEXED.get(op_name(user).rsplit(":", 1)[-1])
         given = arguments(user) if names and user in m.nodes else {}
-        if names and given.get(names[1]) is node and isinstance(value, torch.Tensor):
-            table = tensor_meta(given[names[0]])
-            axis = names[2] if isinstance(names[2], int) else given[names[2]]
+        if names and given.get(str(names[1])) is node and isinstance(value, torch.Tensor):
+            table = tensor_meta(given[str(names[0])])
+            axis = names[2] if isinstance(names[2], int) else given[str(names[2])]
             value = value % hint(table.shape[axis]) if table is not None else value
     return value
 

@@ -15,8 +15,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from tilewright.compiler.diagnostics import PassDefinitionError
 from tilewright.compiler.log import PassLog
+from tilewright.compiler.match import Failure, Match
 from tilewright.compiler.passes_base import Pass, declare_pass
-from tilewright.compiler.pattern import Failure, Match, Pattern
+from tilewright.compiler.pattern import Pattern
 from tilewright.compiler.program import Program
 from tilewright.compiler.regions import fuses_a_cycle, inline, mutation_regions, sort_after
 from tilewright.compiler.schema import op_name, tensor_meta

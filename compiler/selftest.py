@@ -220,7 +220,7 @@ def _check_approximate(label: str, value: Any, example: Example, before: Program
     rounding = Exactness.ROUNDING
     if isinstance(value, Rewrite):
         stand_in = type(type(value).__name__, (type(value),), {"replacement": type(value).reference})  # type: ignore[attr-defined]
-        other = object.__new__(stand_in)
+        other: Any = object.__new__(stand_in)
         other.__dict__.update(value.__dict__)
         program = capture_example(example)
         other.apply(program, _quiet(value))
@@ -266,9 +266,10 @@ def refusing_lines(path: str) -> dict[int, int]:
         tree = ast.parse(file.read())
     found: dict[int, int] = {}
     for node in ast.walk(tree):
-        if isinstance(node, ast.Call):
-            if getattr(node.func, "id", "") == "refuse" or getattr(node.func, "attr", "") == "refused":
-                found[node.lineno] = max(found.get(node.lineno, 0), node.end_lineno or node.lineno)
+        if isinstance(node, ast.Call) and (
+            getattr(node.func, "id", "") == "refuse" or getattr(node.func, "attr", "") == "refused"
+        ):
+            found[node.lineno] = max(found.get(node.lineno, 0), node.end_lineno or node.lineno)
         if isinstance(node, ast.FunctionDef) and node.returns is not None:
             if ast.unparse(node.returns) != "str | None":
                 continue

@@ -117,12 +117,12 @@ def scale_of(get: Any) -> float:
             scale *= get(constant)
         elif get(form) == "div":
             scale /= get(constant)
-    return scale * (get("alpha") if get("product") == "baddbmm" else 1.0)
+    return float(scale * (get("alpha") if get("product") == "baddbmm" else 1.0))
 
 
 def late_of(get: Any) -> float:
     """What the scores are multiplied with after the mask."""
-    return {"mul": get("by_late"), "div": 1.0 / (get("by_late") or 1.0)}.get(get("late"), 1.0)
+    return float({"mul": get("by_late"), "div": 1.0 / (get("by_late") or 1.0)}.get(get("late"), 1.0))
 
 
 def key_of(kt: torch.Tensor, get: Any) -> torch.Tensor:
@@ -166,6 +166,7 @@ def one_mask(
         if how == "add":
             total = mask if total is None else total + mask
             continue
+        assert value is not None, "a fill has a value"
         drop = torch.logical_not(mask) if how == "keep" else mask
         base = torch.zeros((), dtype=dtype, device=mask.device) if total is None else total
         total = torch.where(drop, value, base)

@@ -48,7 +48,7 @@ class MatchKvUpdate(Rewrite):
     def where(self, m: Match) -> Verdict:
         if m["cache"].op not in ("placeholder", "get_attr"):
             return refuse(f"{m['cache'].name} is computed, not an input", at=m["cache"])
-        spec = m.program.spec(m["cache"])
+        spec = m.program.spec(m["cache"]) if m.program is not None else None
         if not (spec is not None and spec.mutated) and m.val("cache").dim() != 4:
             return refuse(
                 f"{m['cache'].name} has shape {m.shape('cache')} and is not written back", at=m["cache"]

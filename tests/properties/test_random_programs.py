@@ -256,7 +256,8 @@ def check(seed: int, counts: dict[str, int]) -> None:
 
 
 def check_settled(seed: int) -> None:
-    """Each pass once applied finds nothing more by itself; each pass, run again straight after itself, applies nothing."""
+    """Each pass once applied finds nothing more by itself; each pass, run again straight after itself,
+    applies nothing."""
     program = capture_example(RandomProgram(seed).example(), seed=seed)
     pipeline = random_pipeline(seed)
     for p in pipeline.passes:
