@@ -71,6 +71,7 @@ class MatchRope(Rewrite):
         x * cos + stack(-odd, even).flatten * sin  |  stack(even * cos - odd * sin, odd * cos + even *
         sin).flatten -> rope(x, cos, sin, interleaved)
 
+    Pairs that are written as halves (DeepSeek) are reordered first: rope(cat(even, odd), cos, sin).
     In the forms that write both parts apart, cos and sin have D/2 channels and are widened to D.
     """
 
@@ -88,6 +89,7 @@ class MatchRope(Rewrite):
         yield "interleaved", factor + maybe_cast("cast", turned, free("dtype")) * sin
         rotated = aten.stack([even * cos - odd * sin, odd * cos + even * sin], -1)
         yield "interleaved-apart", aten.reshape(rotated, free("joined"))
+        yield "pairs-to-halves-apart", aten.cat([even * cos - odd * sin, odd * cos + even * sin], -1)
 
     def where(self, m: Match) -> Verdict:
         shape = tuple(m.root.meta["val"].shape)
@@ -133,6 +135,8 @@ class MatchRope(Rewrite):
             pair = chosen["pair"]
             width = pair[-2] * pair[-1] if -1 not in pair[-2:] else -1
             x = x.reshape(*pair[:-2], width)
+        if form == "pairs-to-halves-apart":
+            x = torch.cat((x[..., 0::2], x[..., 1::2]), -1)
         return ops.rope(x.to(chosen["dtype"]) if chosen.get("cast") == "cast" else x, cos, sin, interleaved)
 
     @classmethod
@@ -194,6 +198,12 @@ class MatchRope(Rewrite):
             Example(lambda x, c, s: front(x, c, s, (2, 2), -1), four, refusal="along axis 4, expected 3"),
         )
         yield {}, Example(apart, (x, Tensor(5, 1), Tensor(5, 4)))
+
+        def reordered(x, cos, sin):
+            a, b = x[..., 0::2], x[..., 1::2]
+            return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
+
+        yield {}, Example(reordered, (x, narrow, narrow))
         yield {}, Example(grouped, (wide, Tensor(5, 1, 4), Tensor(5, 1, 4)))
         yield {}, Example(front, (x, table, table))
         yield {}, Example(listed, (x, table, table))
