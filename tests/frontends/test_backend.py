@@ -109,10 +109,14 @@ def test_weight_passes_are_skipped_in_training_and_say_so() -> None:
 def test_inductor_runs_the_rest() -> None:
     model = Block().eval()
     with torch.no_grad():
-        compiled = torch.compile(model, backend="tilewright", fullgraph=True)
+        compiled = torch.compile(model, backend="tilewright", fullgraph=True, dynamic=False)
         assert_same(compiled(*inputs()), model(*inputs()))
-    kernels = {k["op"]: k["kernel"] for k in REPORTS[-1].kernels}
-    assert kernels["add_rms_norm"].startswith("add_rms_norm_")
+        few = {k["op"]: k for k in REPORTS[-1].kernels}
+        assert_same(compiled(*inputs(0, 200)), model(*inputs(0, 200)))
+    many = {k["op"]: k for k in REPORTS[-1].kernels}
+    assert few["add_rms_norm"]["kernel"] == "inductor"
+    assert "Inductor's own fusion costs less" in few["add_rms_norm"]["why"]
+    assert many["add_rms_norm"]["kernel"].startswith("add_rms_norm_")
 
 
 def test_dynamic_shapes_compile_once() -> None:
