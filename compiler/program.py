@@ -96,7 +96,8 @@ def copy_graph(graph: fx.Graph) -> fx.Graph:
     done: dict[fx.Node, fx.Node] = {}
     copy.output(copy.graph_copy(graph, done)).meta = dict(next(reversed(graph.nodes)).meta)
     for old, new in done.items():
-        new.name = old.name
+        if new.name != old.name:  # setting a name is dear
+            new.name = old.name
         if hasattr(old, "_dynamo_source"):
             new._dynamo_source = old._dynamo_source  # type: ignore[attr-defined]
     return copy
