@@ -46,8 +46,7 @@ def bisect(make: Callable[[], Program], pipeline: Pipeline, accept: Accept) -> C
     """Binary search over the number of rewrites; None when the whole pipeline agrees.
 
     make: a fresh normalized program each time, the same every time. accept: compares a rewritten program
-    with the
-    truth. ParityError when even the untouched program is not accepted.
+    with the truth. ParityError when even the untouched program is not accepted.
     """
     search = _Search(make, pipeline, accept)
     if search.fails(0):

@@ -114,6 +114,8 @@ class Report:
     """`dynamo` or `export`."""
     training: bool = False
     target: str = ""
+    left_alone: str = ""
+    """Why the graph was handed on unchanged, empty when it was captured."""
     device: str = ""
     """The device descriptor that roofline times are for."""
     sizes: dict[str, int] = field(default_factory=dict)

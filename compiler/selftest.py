@@ -58,11 +58,9 @@ def selftest(cls: type[Pass]) -> SelfTestResult:
 
     Accepting examples: the pass applies as often as said, a second run finds nothing, the verifier passes,
     results (and gradients, for a pass that trains) agree with the original as its exactness says, float64
-    agrees to
-    1e-9, the comparison would notice zeros or shifted values, and identity testing over a finite field finds
-    no
-    difference. Refusing examples: the pass does not apply and gives the reason. Together the examples reach
-    every form of the pattern and every line that refuses.
+    agrees to 1e-9, the comparison would notice zeros or shifted values, and identity testing over a finite
+    field finds no difference. Refusing examples: the pass does not apply and gives the reason. Together the
+    examples reach every form of the pattern and every line that refuses.
     """
     result = SelfTestResult(cls.name)
     lines: set[int] = set()

@@ -113,8 +113,8 @@ def optimize(
     """Compile a model for inference by running it once on example arguments.
 
     model: a module or function of tensors; args, kwargs: one call of it, real tensors. pipeline: text,
-    list or
-    Pipeline. options: those of the torch.compile backend. Raises OptionError, PipelineError, VerifyError.
+    list or Pipeline. options: those of the torch.compile backend. Raises OptionError, PipelineError,
+    VerifyError.
     """
     parsed = CompileOptions.parse({"pipeline": pipeline, **options})
     collecting = _Collecting(parsed, run=True)

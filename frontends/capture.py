@@ -23,15 +23,14 @@ from tilewright.frontends.vmap_regions import check_nothing_lost, expand_vmap
 
 NORMAL_FORM = "normal-form"
 _DYNAMO_KEYS = ("tensor_dict",)
-_GRAPH_KEYS = ("dynamo_compile_id", "output_pytree", "in_spec")
 
 
 def from_dynamo(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Program:
     """The program of a graph that torch.compile hands to a backend.
 
     `example_inputs` are the real tensors (SymInts for dynamic sizes) in placeholder order. The graph is
-    retraced
-    to pre-dispatch aten on fakes of the same shape environment; the Dynamo graph itself is not changed.
+    retraced to pre-dispatch aten on fakes of the same shape environment; the Dynamo graph itself is not
+    changed.
     """
     context = TracingContext.try_get()
     if context is None or context.fake_mode is None:

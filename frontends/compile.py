@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, cast
 
 import torch
+from torch import fx
 
 from tilewright.compiler.cost import node_costs, size_values, totals
 from tilewright.compiler.devices import measure_host
@@ -164,12 +165,20 @@ def compile_lowered(program: Program, options: CompileOptions, report: Report) -
 
 
 def _compile_rest(program: Program, options: CompileOptions) -> Callable[..., Any]:
+    if options.lower == "inductor":
+        _name_buffers(program)
+    return compile_graph(program.module, program.example_inputs, options)
+
+
+def compile_graph(
+    module: fx.GraphModule, example_inputs: Sequence[Any], options: CompileOptions
+) -> Callable[..., Any]:
+    """Hand a flat graph to what runs the rest."""
     if options.lower == "eager":
-        return program.module
+        return module
     from torch._inductor.compile_fx import compile_fx
 
-    _name_buffers(program)
-    compiled: Any = compile_fx(program.module, program.example_inputs, config_patches=dict(INDUCTOR_PATCHES))
+    compiled: Any = compile_fx(module, example_inputs, config_patches=dict(INDUCTOR_PATCHES))
     return cast(Callable[..., Any], compiled)
 
 

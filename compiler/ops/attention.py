@@ -37,11 +37,9 @@ def attention(
     q [..., H, S, D], k [..., Hkv, T, D], v [..., Hkv, T, E] -> [..., H, S, E]; H is a multiple of Hkv and
     query
     head h reads key head h // (H / Hkv). mask broadcasts to [..., H, S, T]: bool (True is kept) or added
-    to the
-    scores. scale None means 1/sqrt(D). causal keeps key t for query s when t <= s (top-left aligned).
+    to the scores. scale None means 1/sqrt(D). causal keeps key t for query s when t <= s (top-left aligned).
     softcap c > 0 replaces a score x by c * tanh(x / c) before the mask. sinks [H]: one more logit per head
-    that
-    takes probability and gives no value. A row with no key at all gives 0.
+    that takes probability and gives no value. A row with no key at all gives 0.
     """
     grouped = q.dim() >= 3 and q.shape[-3] != k.shape[-3]
     if softcap == 0.0 and sinks is None:

@@ -1,9 +1,8 @@
 """Semantic ops: what Tilewright matches and rewrites. One file per op family declares them here.
 
 A semantic op is a torch op in the `tilewright` namespace whose CompositeImplicit implementation is the
-obvious
-PyTorch definition. The definition *is* the meaning: eager runs it, fake tensors take their shapes from it,
-autograd differentiates it, and lowering falls back to it where no kernel fits.
+obvious PyTorch definition. The definition *is* the meaning: eager runs it, fake tensors take their shapes
+from it, autograd differentiates it, and lowering falls back to it where no kernel fits.
 """
 
 from __future__ import annotations

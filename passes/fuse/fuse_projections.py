@@ -1,8 +1,7 @@
 """Compute the linear layers that read one input together: Q, K and V; gate and up.
 
 The weights stay where the model put them, so nothing is copied: a kernel reads them in one parallel
-region. One
-fork and join instead of three is what a decode step on a CPU gains.
+region. One fork and join instead of three is what a decode step on a CPU gains.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Fold the gain of a normalisation into the linear layers that read it.
 
 W (g * n) = (W diag(g)) n, and for a layer norm W (g * n + b) = (W diag(g)) n + W b. The gain-free norm
-then commutes
-with rotations of the hidden state (QuaRot, arXiv:2404.00456), which is why weight passes want it first.
+then commutes with rotations of the hidden state (QuaRot, arXiv:2404.00456), which is why weight passes want
+it first.
 """
 
 from __future__ import annotations

@@ -226,3 +226,16 @@ def test_verify_outputs_runs_every_exact_pass_in_float64() -> None:
     with torch.no_grad():
         compiled = torch.compile(model, backend="tilewright", options=options)
         assert_same(compiled(*inputs()), model(*inputs()))
+
+
+def test_a_graph_that_is_not_understood_is_left_alone_and_said_so(caplog: pytest.LogCaptureFixture) -> None:
+    def gradient(x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return x @ x
+
+    x = torch.randn(8, 8)
+    with torch.no_grad():
+        got = torch.compile(gradient, backend="tilewright", options=EAGER)(x)
+        assert torch.equal(got, gradient(x))
+    assert "autocast" in REPORTS[-1].left_alone
+    assert "left as it was" in caplog.text

@@ -174,7 +174,8 @@ def test_one_and_two_threads_agree_bit_for_bit() -> None:
 
 def openmp_runtimes() -> set[str]:
     with open("/proc/self/maps", encoding="utf-8") as maps:
-        return {line.split()[-1] for line in maps if "libgomp" in line or "libiomp" in line or "libomp" in line}
+        names = ("libgomp", "libiomp", "libomp")
+        return {line.split()[-1] for line in maps if any(name in line for name in names)}
 
 
 def test_kernels_bring_no_openmp_runtime_of_their_own() -> None:
