@@ -1,4 +1,4 @@
-"""Attention as transformers writes it, eager and fused: every layer is recognised, through the real capture."""
+"""Attention as transformers writes it, eager and fused: recognised in every layer, by the real capture."""
 
 from __future__ import annotations
 
