@@ -86,6 +86,8 @@ class MatchRmsNorm(Rewrite):
                 return refuse(
                     f"weight is {m.shape('weight')}, the last axis has {m.shape('x')[-1]}", at=m["weight"]
                 )
+        if m["down"] == "cast" and m["dtype"] != m.dtype("x"):
+            return refuse(f"it is rounded to {m['dtype']} before the weight, x is {m.dtype('x')}", at=m.root)
         made = m.root.meta["val"].dtype
         if made != self._result(m):
             return refuse(
@@ -138,5 +140,7 @@ class MatchRmsNorm(Rewrite):
         yield {}, Example(lambda x, w: x / torch.sqrt((x * x).mean(-1, True) + 1e-6) * w, (x, w))
         yield {}, Example(lambda x: norm(x), (x,))
         yield {}, Example(lambda x: norm(x.float()), (half,))
+        # Rounded to another 16-bit dtype than that of x: matched up to the cast, which stays.
+        yield {}, Example(lambda x, w: norm(x.float()).half() * w, (half, w))
         yield {}, Example(lambda x, w: norm(x) * w, (x, Tensor(1)))
         yield {}, Example(lambda x, w: norm(x) * w, (x, Tensor(5, 1)), count=1)
