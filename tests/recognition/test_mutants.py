@@ -38,8 +38,9 @@ KNOWN_MISSES = (
     "contiguous added at expand",
     "multiplied by one at expand",
 )
-"""Respellings inside a pattern that may be left alone: no model writes them, and the canonical form keeps them
-(x + 0.0 changes -0.0; a copy of a slice or an expanded tensor changes strides). All others have to match."""
+"""Respellings inside a pattern that may be left alone: no model writes them, and the canonical form keeps
+them (x + 0.0 changes -0.0; a copy of a slice or an expanded tensor changes strides). All others have to
+match."""
 
 
 def two_tables(words, places, ids):
