@@ -47,6 +47,10 @@ def _halves(x):
     )
 
 
+def _minus(x):
+    return either("minus", neg=-x, product=x * -1)
+
+
 def _pairs(x):
     """(even channels, odd channels) of the last axis, by strided slices or a pair axis behind."""
     whole = aten.reshape(x, free("pair"))
@@ -82,10 +86,10 @@ class MatchRope(Rewrite):
         whole = either("outer", same=x, regrouped=aten.reshape(x, free("outer_sizes")))
         factor = maybe_cast("cast", whole, free("dtype")) * cos
         a, b = _halves(x)
-        yield "half", factor + maybe_cast("cast", aten.cat([-b, a], -1), free("dtype")) * sin
+        yield "half", factor + maybe_cast("cast", aten.cat([_minus(b), a], -1), free("dtype")) * sin
         yield "half-apart", aten.cat([a * cos - b * sin, b * cos + a * sin], -1)
         even, odd = _pairs(x)
-        turned = aten.reshape(aten.stack([-odd, even], -1), free("joined"))
+        turned = aten.reshape(aten.stack([_minus(odd), even], -1), free("joined"))
         yield "interleaved", factor + maybe_cast("cast", turned, free("dtype")) * sin
         rotated = aten.stack([even * cos - odd * sin, odd * cos + even * sin], -1)
         yield "interleaved-apart", aten.reshape(rotated, free("joined"))

@@ -28,15 +28,15 @@ KNOWN_MISSES = (
     "split and joined",
     "product of transposes",
     "softmax spelled out",
+    "mean as sum over count",
     "multiplication in two steps",
     "multiplication as division",
     "subtraction as reverse subtraction",
-    "clone added at slice",
-    "contiguous added at slice",
-    "multiplied by one at slice",
-    "clone added at expand",
-    "contiguous added at expand",
-    "multiplied by one at expand",
+    *(
+        f"{what} at {where}"
+        for what in ("clone added", "contiguous added", "multiplied by one")
+        for where in ("slice", "expand", "stack")
+    ),
 )
 """Respellings inside a pattern that may be left alone: no model writes them, and the canonical form keeps
 them (x + 0.0 changes -0.0; a copy of a slice or an expanded tensor changes strides). All others have to
