@@ -65,16 +65,18 @@ class Tiling:
     def table(self) -> torch.Tensor:
         """int64 [tokens]: the token at each slot, tile by tile, in grid order inside a tile."""
         tokens = torch.arange(self.tokens).reshape(self.grid)
-        columns = [torch.split(c, self.sizes[2], dim=2) for c in _rows(tokens, self.sizes)]
-        return torch.cat([part.reshape(-1) for row in columns for part in row])
+        rows = [
+            row
+            for frames in torch.split(tokens, list(self.sizes[0]), 0)
+            for row in torch.split(frames, list(self.sizes[1]), 1)
+        ]
+        return torch.cat(
+            [part.reshape(-1) for row in rows for part in torch.split(row, list(self.sizes[2]), 2)]
+        )
 
     def padded(self, block: int) -> int:
         """Slots when every tile starts at a multiple of `block`."""
         return sum(-(-n // block) * block for n in self.lengths)
-
-
-def _rows(tokens: torch.Tensor, sizes: Sequence[tuple[int, ...]]) -> list[torch.Tensor]:
-    return [row for frames in torch.split(tokens, sizes[0], 0) for row in torch.split(frames, sizes[1], 1)]
 
 
 def axis_tiles(length: int, tile: int, *, balanced: bool = False) -> tuple[int, ...]:
@@ -107,8 +109,8 @@ def tile_grid(grid: Sequence[int], tile: Sequence[int], nondivisible: Nondivisib
                 remedy="choose a divisor, or nondivisible=ceil or balanced for ragged tiles",
             )
     balanced = nondivisible == "balanced"
-    t, y, x = (axis_tiles(n, s, balanced=balanced) for n, s in zip(grid, tile, strict=True))
-    return Tiling((grid[0], grid[1], grid[2]), (t, y, x))
+    frames, rows, columns = (axis_tiles(n, t, balanced=balanced) for n, t in zip(grid, tile, strict=True))
+    return Tiling((grid[0], grid[1], grid[2]), (frames, rows, columns))
 
 
 def check_window(window: Sequence[int], counts: Sequence[int]) -> str | None:
