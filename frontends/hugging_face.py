@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import logging
 import math
 import re
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,7 @@ def load_gguf(path: Path, *, name: str | None = None) -> LoadedModel:
         "artifact": "gguf-as-safetensors-1",
         "file": _file_sha256(model_file(path)),
         "dtype": "float32",
+        "converter": _source_sha256(_dequantize, _convert),
         **{package: _version(package) for package in ("transformers", "gguf", "torch")},
     }
     folder = ArtifactStore.default().get_or_build(key, lambda target: _dequantize(path, target))
@@ -262,6 +264,10 @@ def _quiet() -> Iterator[None]:
 def _file_sha256(path: Path) -> str:
     with open_model_file(path) as (file, _):
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _source_sha256(*functions: Callable[..., Any]) -> str:
+    return hashlib.sha256("".join(map(inspect.getsource, functions)).encode()).hexdigest()
 
 
 def _version(package: str) -> str:

@@ -28,6 +28,8 @@ COMMON_FLAGS = (
     "-fno-math-errno",
     "-ffp-contract=off",
 )
+SEARCH_PATHS = ("CPATH", "CPLUS_INCLUDE_PATH", "LIBRARY_PATH", "COMPILER_PATH", "GCC_EXEC_PREFIX")
+"""Environment variables that change what the compiler reads or runs; those that are set are in the key."""
 TIMEOUT_SECONDS = 300
 
 
@@ -61,8 +63,8 @@ def compile_cpp(source: str, arch: str, headers: Mapping[str, str]) -> Path:
     """Compile one generated file for `arch` and return the folder that holds `kernel.cpp` and `kernel.so`.
 
     `headers` holds the text of the files it includes by name. The folder is content-addressed over source,
-    headers, flags, compiler and torch version, so equal source is built once per machine. CompileFailed
-    carries the compiler's first complaint.
+    headers, flags, compiler, its search paths and torch version, so equal source is built once per machine.
+    CompileFailed carries the compiler's first complaint.
     """
     compiler, version = find_compiler()
     flags = compile_flags(arch)
@@ -73,6 +75,7 @@ def compile_cpp(source: str, arch: str, headers: Mapping[str, str]) -> Path:
         "flags": " ".join(flags),
         "compiler": version,
         "torch": str(torch.__version__),
+        **{f"environment {name}": os.environ[name] for name in SEARCH_PATHS if name in os.environ},
     }
     return ArtifactStore.default().get_or_build(
         key, lambda folder: _build(folder, source, headers, compiler, flags)

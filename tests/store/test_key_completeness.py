@@ -1,0 +1,447 @@
+"""What decides an artifact is in its key: options, pass options, kernel keys, sources, versions, environment.
+
+The cases are generated over dataclass fields, parameters and template texts, so that a new one without a row
+or without an effect fails here. Stored artifacts of ours are kernels, whose key is their whole source text,
+and GGUF files turned into safetensors.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import itertools
+import types
+import typing
+
+import pytest
+import torch
+from torch import nn
+
+from tilewright.compiler import registry
+from tilewright.compiler.ops.mlp import ACTIVATIONS
+from tilewright.compiler.options import build
+from tilewright.compiler.pipeline import Pipeline
+from tilewright.frontends import hugging_face
+from tilewright.frontends.api import explain
+from tilewright.frontends.compile import CompileOptions
+from tilewright.kernels import load
+from tilewright.kernels.common import abi, cpp, triton_text
+from tilewright.kernels.common.family import ARCHS
+from tilewright.kernels.table import FAMILIES, host_target
+from tilewright.runtime import build as builder
+from tilewright.runtime import settings
+from tilewright.runtime.contracts import KernelKey, Refusal, Target
+from tilewright.runtime.store import ArtifactStore, key_digest
+
+TARGETS = [Target(kind, arch) for kind, archs in ARCHS.items() for arch in archs]
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+needs_kernels = pytest.mark.skipif(host_target().arch == "generic", reason="kernels need AVX2")
+
+
+@pytest.fixture
+def keys(monkeypatch, tmp_path):
+    """The keys that the store is asked for; nothing is built."""
+    asked = []
+
+    def get_or_build(self, key, build):
+        asked.append(dict(key))
+        return tmp_path
+
+    monkeypatch.setattr(ArtifactStore, "get_or_build", get_or_build)
+    return asked
+
+
+# Kernel keys
+
+
+def meta(*shape, dtype=torch.float32):
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+def norm_arguments(op):
+    for dtype, weight, offset, rounding in itertools.product(
+        DTYPES, (None, *DTYPES), (0.0, 1.0), ("scale_first", "scale_last")
+    ):
+        x = meta(4, 24, dtype=dtype)
+        given = (x, x) if op == "add_rms_norm" else (x,)
+        yield (*given, None if weight is None else meta(24, dtype=weight), 1e-6, offset, rounding)
+
+
+def linear_arguments(counts):
+    for dtype, rows, count, biased in itertools.product(DTYPES, (1, 2, 3, 8), counts, (False, True)):
+        weights = [meta(5 + i, 24, dtype=dtype) for i in range(count)]
+        biases = [meta(5 + i, dtype=dtype) if biased else None for i in range(count)]
+        x = meta(rows, 24, dtype=dtype)
+        yield (x, weights[0], biases[0]) if counts == (1,) else (x, weights, biases)
+
+
+ARGUMENTS = {
+    "rms_norm": lambda: norm_arguments("rms_norm"),
+    "add_rms_norm": lambda: norm_arguments("add_rms_norm"),
+    "gated_mlp": lambda: ((*[meta(4, 24, dtype=d)] * 2, a) for d in DTYPES for a in ACTIVATIONS),
+    "linear": lambda: linear_arguments((1,)),
+    "linear_multi": lambda: linear_arguments((2, 3)),
+}
+"""Arguments that between them give every option of a family's kernels each of its values."""
+
+CONSTANT = {
+    "residual": "the op says it",
+    "count": "linear has one weight",
+    "streams": "a constant of the generator",
+}
+"""Options of kernels that may have one value only within a family."""
+
+
+def kernel_keys(op, extra=()):
+    """Every key of a family: key -> arguments that lead to it."""
+    found = {}
+    for args, target in itertools.product([*ARGUMENTS[op](), *FAMILIES[op].examples(), *extra], TARGETS):
+        key = FAMILIES[op].configure(args, target)
+        if not isinstance(key, Refusal):
+            found.setdefault(key, args)
+    return found
+
+
+class Context:
+    """The `ctx` of an autograd formula."""
+
+    def save_for_backward(self, *tensors):
+        self.saved_tensors = tensors
+
+
+def filled(value, generator):
+    """Real values in place of meta tensors."""
+    if isinstance(value, torch.Tensor):
+        return torch.randn(value.shape, generator=generator).to(value.dtype)
+    return [filled(v, generator) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+def described(value):
+    """A result as something that compares: tensors by dtype and bits."""
+    leaves = torch.utils._pytree.tree_leaves(value)
+    return [(v.dtype, v.tolist()) if isinstance(v, torch.Tensor) else v for v in leaves]
+
+
+def registration(family, key, args):
+    """What an op is registered with beside its text: schema, shapes, gradients, launch arguments."""
+    generator = torch.Generator().manual_seed(0)
+    given = filled(list(family.rewrite_args(key, args)), generator)
+    outputs = family.fake(key)(*given)
+    outputs = filled(outputs, generator)
+    context = Context()
+    family.save(key)(context, tuple(given), outputs)
+    grads = outputs if isinstance(outputs, (list, tuple)) else (outputs,)
+    row = [
+        family.schema(key),
+        described([torch.empty_like(o).zero_() for o in grads]),
+        described(family.backward(key)(context, *grads)),
+    ]
+    if key.target.kind != "cpu":
+        row.append(family.triton.constants(key, 24))  # the types of arguments are Triton's to specialise by
+    return row
+
+
+def collisions(family, found):
+    """Pairs of keys that share a name, hence an op in the process, but would register different ones."""
+    by_name, wrong = {}, []
+    for key, args in found.items():
+        name, _ = family.source(key)
+        other = by_name.setdefault(name, key)
+        if other is not key and registration(family, other, args) != registration(family, key, args):
+            wrong.append((other, key))
+    return wrong
+
+
+@pytest.mark.parametrize("op", sorted(FAMILIES))
+def test_equal_kernel_names_mean_equal_kernels(op):
+    found = kernel_keys(op)
+    assert len(found) >= len(TARGETS) * len(DTYPES)
+    assert not collisions(FAMILIES[op], found)
+
+
+def test_a_kernel_option_that_is_not_in_the_text_is_noticed():
+    family = FAMILIES["gated_mlp"]
+    careless = dataclasses.replace(
+        family, generate=dict.fromkeys(ARCHS, lambda key, op: f"// {op} {key.target}")
+    )
+    assert collisions(careless, kernel_keys("gated_mlp"))
+
+
+@pytest.mark.parametrize("op", sorted(FAMILIES))
+def test_every_option_of_a_kernel_is_tried_with_two_values(op):
+    seen = {}
+    for key in kernel_keys(op):
+        for name, value in key.config:
+            seen.setdefault(name, set()).add(value)
+    for name, values in seen.items():
+        assert len(values) > 1 or name in CONSTANT, f"{op}: give ARGUMENTS with another value of {name}"
+
+
+CHANGES = {
+    "op": lambda key: dataclasses.replace(key, op="other"),
+    "target": lambda key: dataclasses.replace(key, target=Target("cpu", "avx512")),
+    "dtype": lambda key: dataclasses.replace(key, dtype="float16"),
+    "config": lambda key: dataclasses.replace(key, config=(("activation", "relu"),)),
+}
+
+
+def test_every_field_of_a_kernel_key_reaches_the_store(keys, monkeypatch):
+    """op is in the name of the family; the others change the text or the compiler's flags."""
+    assert set(CHANGES) == {f.name for f in dataclasses.fields(KernelKey)}
+    assert {f.name for f in dataclasses.fields(Target)} == {"kind", "arch"}
+    monkeypatch.setattr(torch.ops, "load_library", lambda path: None)
+    family = FAMILIES["gated_mlp"]
+    key = family.configure((meta(4, 24), meta(4, 24), "silu"), Target("cpu", "avx2"))
+    digests = []
+    for changed in (key, *(CHANGES[name](key) for name in ("target", "dtype", "config"))):
+        name, text = family.source(changed)
+        load._load_cpp(name, text, changed)
+        digests.append(key_digest(keys[-1]))
+        assert keys[-1]["source"] == text
+        assert keys[-1][f"header {abi.HEADER}"] == abi.TORCH_ABI
+    assert len(set(digests)) == len(digests)
+    other = dataclasses.replace(family, op="other")
+    assert other.source(key)[0] != family.source(key)[0]
+
+
+def test_a_stored_triton_file_is_keyed_by_its_text(keys):
+    load.store_triton_source("a", "text of a")
+    load.store_triton_source("a", "text of b")
+    assert [k["source"] for k in keys] == ["text of a", "text of b"]
+
+
+# Sources of the generators
+
+
+def all_texts():
+    return {(op, key): family.source(key) for op, family in FAMILIES.items() for key in kernel_keys(op)}
+
+
+def test_every_template_of_the_generators_is_in_some_name(monkeypatch):
+    """A changed snippet or frame changes the name of each kernel whose text holds it, and of one at least."""
+    before = all_texts()
+    for snippet in sorted(cpp._TEXTS):
+        changed = {isa: f"{text}\n// changed" for isa, text in cpp._TEXTS[snippet].items()}
+        with monkeypatch.context() as patch:
+            patch.setitem(cpp._TEXTS, snippet, changed)
+            after = all_texts()
+        moved = [k for k in before if before[k][0] != after[k][0]]
+        holds = [
+            k
+            for k in before
+            if k[1].target.kind == "cpu" and cpp._TEXTS[snippet][k[1].target.arch] in before[k][1]
+        ]
+        assert moved, snippet
+        assert set(moved) == set(holds), snippet
+    for module in (cpp, triton_text):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "_FILE", module._FILE + "\n# changed\n")
+            after = all_texts()
+        kind = "cpu" if module is cpp else "gpu"
+        for (op, key), (name, _) in before.items():
+            ours = (key.target.kind == "cpu") == (kind == "cpu")
+            assert (after[op, key][0] != name) == ours
+
+
+# Inputs of the C++ build
+
+
+def changed_flags(monkeypatch):
+    monkeypatch.setattr(builder, "COMMON_FLAGS", (*builder.COMMON_FLAGS, "-g"))
+    return {}
+
+
+def changed_compiler(monkeypatch):
+    monkeypatch.setattr(builder, "find_compiler", lambda: ("/usr/bin/g++", "g++ 99.1"))
+    return {}
+
+
+def changed_torch(monkeypatch):
+    monkeypatch.setattr(torch, "__version__", "9.9")
+    return {}
+
+
+INGREDIENTS = {
+    "source": lambda monkeypatch: {"source": "int y;"},
+    "arch": lambda monkeypatch: {"arch": "avx512"},
+    "headers": lambda monkeypatch: {"headers": {"a.h": "#define A 2"}},
+    "flags": changed_flags,
+    "compiler": changed_compiler,
+    "torch": changed_torch,
+}
+
+
+@pytest.mark.parametrize("name", INGREDIENTS)
+def test_every_input_of_the_build_is_in_the_key(name, keys, monkeypatch):
+    given = {"source": "int x;", "arch": "avx2", "headers": {"a.h": "#define A 1"}}
+    assert set(given) == set(inspect.signature(builder.compile_cpp).parameters)
+    assert set(given) < set(INGREDIENTS)
+    monkeypatch.setattr(builder, "find_compiler", lambda: ("/usr/bin/g++", "g++ 1.0"))
+    builder.compile_cpp(**given)
+    builder.compile_cpp(**{**given, **INGREDIENTS[name](monkeypatch)})
+    assert key_digest(keys[0]) != key_digest(keys[1])
+
+
+@pytest.mark.parametrize("name", builder.SEARCH_PATHS)
+def test_the_search_paths_of_the_compiler_are_in_the_key(name, keys, monkeypatch):
+    monkeypatch.setattr(builder, "find_compiler", lambda: ("/usr/bin/g++", "g++ 1.0"))
+    for value in (None, "/one", "/two"):
+        monkeypatch.delenv(name, raising=False)
+        if value is not None:
+            monkeypatch.setenv(name, value)
+        builder.compile_cpp("int x;", "avx2", {})
+    assert len({key_digest(k) for k in keys}) == 3
+
+
+VARIABLES = {
+    "TILEWRIGHT_CACHE": "chooses the store, not what is in it",
+    "TILEWRIGHT_DUMP": "writes graphs beside the compilation",
+    "TILEWRIGHT_FUEL": "is CompileOptions.fuel, below",
+    "TILEWRIGHT_WHY": "logs refusals",
+}
+
+
+def test_every_environment_variable_is_in_a_key_or_has_a_reason():
+    assert {v.name for v in settings.VARIABLES} == set(VARIABLES)
+
+
+# GGUF files turned into safetensors
+
+
+def test_a_converted_gguf_file_is_keyed_by_file_versions_and_converter(keys, monkeypatch, tmp_path):
+    path = tmp_path / "model.gguf"
+
+    def asked():
+        with monkeypatch.context() as patch:
+            patch.setattr(hugging_face, "load_folder", lambda folder, name: None)
+            hugging_face.load_gguf(path)
+        return key_digest(keys[-1])
+
+    def convert(path, alone, info, target):
+        return None
+
+    path.write_bytes(b"GGUF one")
+    seen = [asked()]
+    path.write_bytes(b"GGUF two")
+    seen.append(asked())
+    for package in ("transformers", "gguf", "torch"):
+        known = hugging_face._version
+        monkeypatch.setattr(hugging_face, "_version", lambda p, k=known, c=package: "9" if p == c else k(p))
+        seen.append(asked())
+    monkeypatch.setattr(hugging_face, "_convert", convert)
+    seen.append(asked())
+    assert len(set(seen)) == len(seen)
+
+
+# Options of the compilation
+
+
+class Small(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.norm, self.a, self.b = nn.RMSNorm(24), nn.Linear(24, 8), nn.Linear(24, 8)
+
+    def forward(self, x, y):
+        h = self.norm(x + y)
+        return self.a(h) * torch.sigmoid(self.b(h))
+
+
+PLAIN = {"pipeline": "exact", "lower": "eager"}
+CHANGES_WHAT_RUNS = {
+    "pipeline": "gqa-unrepeat",
+    "fuel": 0,
+    "kernels": False,
+    "lower": "inductor",
+}
+"""Another value of an option that decides what is compiled: it must show in the chosen kernels."""
+
+CHANGES_NOTHING = {
+    "facts": (
+        {"video_grid": (1, 2, 2)},
+        "read by passes; what they rewrite because of it is the program itself",
+    ),
+    "verify": ("shapes", "checks the program"),
+    "replay": (False, "checks the rewrites"),
+    "on_pass_error": ("skip", "no pass fails here; a skipped one changes the program itself"),
+    "costs": (True, "describes the program in the report"),
+    "keep_graphs": (True, "prints the program into the report"),
+    "require": ({"rms_norm": 1}, "an error or nothing"),
+}
+"""Another value of an option that must not reach a key, and why."""
+
+
+def chosen(**options):
+    torch._dynamo.reset()
+    report = explain(Small(), (torch.randn(2, 24), torch.randn(2, 24)), **{**PLAIN, **options})
+    return [(row["op"], row["kernel"]) for row in report.kernels]
+
+
+def test_every_option_of_the_compilation_has_a_row():
+    names = {f.name for f in dataclasses.fields(CompileOptions)}
+    assert names == {*CHANGES_WHAT_RUNS, *CHANGES_NOTHING}
+
+
+@pytest.fixture(scope="module")
+def plain():
+    return chosen()
+
+
+@needs_kernels
+@pytest.mark.parametrize("name", [f.name for f in dataclasses.fields(CompileOptions)])
+def test_options_change_the_kernels_or_nothing(name, plain):
+    assert any(kernel.startswith("add_rms_norm_") for _, kernel in plain)
+    if name in CHANGES_WHAT_RUNS:
+        assert chosen(**{name: CHANGES_WHAT_RUNS[name]}) != plain
+    else:
+        assert chosen(**{name: CHANGES_NOTHING[name][0]}) == plain
+
+
+# Options of the passes
+
+
+def other_values(cls, field, hint):
+    """Values of an option beside its default: from the examples of the pass, else by type."""
+    found = [options[field.name] for options, _ in cls.examples() if field.name in options]
+    if typing.get_origin(hint) is typing.Literal:
+        found += typing.get_args(hint)
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        found += [None]
+        hint = next(a for a in typing.get_args(hint) if a is not type(None))
+    start = field.default if field.default not in (dataclasses.MISSING, None) else 1
+    if hint is bool:
+        found += [True, False]
+    elif hint in (int, float):
+        found += [start + 1, start * 2, start / 2 if hint is float else start // 2]
+    return [v for v in found if v != field.default or type(v) is not type(field.default)]
+
+
+def option_fields():
+    for name, cls in registry.load_all().items():
+        for field in dataclasses.fields(cls):
+            yield pytest.param(cls, field, id=f"{name}-{field.name}")
+
+
+@pytest.mark.parametrize(("cls", "field"), option_fields())
+def test_every_option_of_a_pass_is_in_the_pipeline_text(cls, field):
+    """The text is what names a pipeline: it changes with each option and parses back to the same pass."""
+    required = {
+        f.name for f in dataclasses.fields(cls)
+        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    }  # fmt: skip
+    bases = [{}] if not required else [o for o, _ in cls.examples() if required <= o.keys()]
+    base, tried = bases[0], 0
+    first = build(cls, cls.name, dict(base))
+    for value in other_values(cls, field, typing.get_type_hints(cls)[field.name]):
+        try:
+            second = build(cls, cls.name, {**base, field.name: value})
+        except Exception:  # noqa: BLE001, S112  (not legal together with the other options)
+            continue
+        if getattr(second, field.name) == getattr(first, field.name):
+            continue
+        tried += 1
+        assert (first.text(), first) != (second.text(), second)
+        assert first.text() != second.text()
+        assert first != second
+        assert Pipeline.parse(second.text()).passes == (second,)
+    assert tried, f"{cls.name}: an example needs another value of {field.name}"
