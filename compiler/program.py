@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
+from functools import partial
 from typing import Any
 
 import torch
@@ -133,8 +134,27 @@ class Program:
         spec = self.spec(node) if isinstance(node, fx.Node) else None
         return spec is not None and spec.kind is InputKind.WEIGHT and not spec.mutated
 
+    def derived_of(self, node: Any) -> Derived | None:
+        """The derived buffer that a get_attr node reads, None for any other node."""
+        if not isinstance(node, fx.Node) or node.op != "get_attr":
+            return None
+        return next((d for d in self.derived if d.name == node.target), None)
+
+    def is_constant(self, node: Any) -> bool:
+        """True for a weight and for what was derived from weights: what a weight pass may edit."""
+        return self.is_weight(node) or self.derived_of(node) is not None
+
+    def path_of(self, node: fx.Node) -> str:
+        """The dotted path of a weight, what a derived buffer was named after, else the node's name."""
+        spec = self.spec(node)
+        if spec is not None:
+            return spec.source or node.name
+        return str(node.meta.get("derived", node.name))
+
     def tensor_of(self, node: fx.Node) -> torch.Tensor:
-        """The real tensor behind a weight placeholder."""
+        """The real tensor behind a weight placeholder or a derived buffer."""
+        if self.derived_of(node) is not None:
+            return self.module.get_buffer(str(node.target))
         for i, spec in enumerate(self.inputs):
             if spec.name == node.name:
                 value = self.example_inputs[i]
@@ -167,16 +187,17 @@ class Program:
         """Register a buffer computed from weights and return the get_attr node that reads it.
 
         The node is inserted right after the placeholders. The executable re-computes the buffer whenever a
-        source tensor is another object or has another version than at the last call.
+        source tensor is another object or has another version than at the last call. A source may itself be
+        derived: the computations are chained in float64 and the last result is rounded once.
         """
         if self.training:
             raise ValueError(
                 f"derived buffer {name!r}: weights are inputs in training and may not be derived from"
             )
-        unique = f"tw_derived_{len(self.derived)}"
-        value = compute(*[self.tensor_of(s) for s in sources])
-        self.module.register_buffer(unique, value, persistent=False)
-        self.derived.append(Derived(unique, tuple(s.name for s in sources), compute))
+        names, whole = self._from_weights(sources, compute)
+        value = whole(*[self._input_named(n) for n in names])
+        unique = self.hold("tw_derived_", value)
+        self.derived.append(Derived(unique, names, whole))
         last = [n for n in self.graph.nodes if n.op == "placeholder"][-1]
         with self.graph.inserting_after(last):
             node = self.graph.get_attr(unique)
@@ -185,6 +206,72 @@ class Program:
         mode = getattr(sample, "fake_mode", None)
         node.meta["val"] = mode.from_tensor(value, static_shapes=True) if mode is not None else value
         return node
+
+    def hold(self, prefix: str, value: torch.Tensor) -> str:
+        """Register a buffer under a free name `prefix<number>`; returns the name."""
+        number = sum(1 for name in self.module._buffers if name.startswith(prefix))
+        while f"{prefix}{number}" in self.module._buffers:
+            number += 1
+        self.module.register_buffer(f"{prefix}{number}", value, persistent=False)
+        return f"{prefix}{number}"
+
+    def drop_unread(self) -> None:
+        """Forget derived buffers that no node reads any more, and their nodes."""
+        read: set[str] = set()
+        for node in [n for n in self.graph.nodes if n.op == "get_attr"]:
+            if node.users or self.derived_of(node) is None:
+                read.add(str(node.target))
+            else:
+                self.graph.erase_node(node)
+        for derived in [d for d in self.derived if d.name not in read]:
+            self.derived.remove(derived)
+            del self.module._buffers[derived.name]
+
+    def _from_weights(
+        self, sources: Sequence[fx.Node], compute: Callable[..., torch.Tensor]
+    ) -> tuple[tuple[str, ...], Callable[..., torch.Tensor]]:
+        """(names of the weights that sources go back to, computation from those weights)."""
+        parts = [self.derived_of(s) for s in sources]
+        names = tuple(
+            n
+            for s, part in zip(sources, parts, strict=True)
+            for n in ((s.name,) if part is None else part.sources)
+        )
+        if all(part is None for part in parts):
+            return names, compute
+        narrow = next(self.tensor_of(s).dtype for s, part in zip(sources, parts, strict=True) if part)
+        return names, partial(_chained, tuple(parts), compute, narrow)
+
+    def _input_named(self, name: str) -> torch.Tensor:
+        value = self.example_inputs[[spec.name for spec in self.inputs].index(name)]
+        assert isinstance(value, torch.Tensor), f"{name} is a weight"
+        return value
+
+
+def _chained(
+    parts: Sequence[Derived | None],
+    compute: Callable[..., torch.Tensor],
+    narrow: torch.dtype,
+    *weights: torch.Tensor,
+) -> torch.Tensor:
+    """Compute a derived buffer whose sources are derived; what comes out in float64 is rounded to `narrow`.
+
+    Weights that are float64 already (a program that runs in float64) give a float64 result.
+    """
+    left, given = list(weights), list[torch.Tensor]()
+    for part in parts:
+        if part is None:
+            given.append(left.pop(0))
+            continue
+        taken, left = left[: len(part.sources)], left[len(part.sources) :]
+        given.append(part.compute(*[_double(w) for w in taken]))
+    result = compute(*given)
+    is_double = any(w.dtype == torch.float64 for w in weights)
+    return result if is_double or result.dtype != torch.float64 else result.to(narrow)
+
+
+def _double(weight: torch.Tensor) -> torch.Tensor:
+    return weight.double() if weight.is_floating_point() else weight
 
 
 class DerivedCheck:

@@ -89,9 +89,7 @@ def inline(
 
 
 def _constant(program: Program, value: torch.Tensor, node: fx.Node) -> fx.Node:
-    name = f"tw_constant_{sum(1 for _ in program.module.buffers())}"
-    program.module.register_buffer(name, value, persistent=False)
-    new = program.graph.get_attr(name)
+    new = program.graph.get_attr(program.hold("tw_constant_", value))
     new.meta = dict(node.meta)
     return new
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from tilewright.compiler.ops import attention as _attention
+from tilewright.compiler.ops import block_sparse_attention as _block_sparse
 from tilewright.compiler.ops import cache as _cache
+from tilewright.compiler.ops import hadamard as _hadamard
 from tilewright.compiler.ops import linear as _linear
 from tilewright.compiler.ops import mlp as _mlp
 from tilewright.compiler.ops import norm as _norm
@@ -11,6 +13,9 @@ from tilewright.compiler.ops import rope as _rope
 from tilewright.compiler.ops.registry import SemanticOp, all_ops, semantic_op
 
 attention = _attention.attention.overload
+block_sparse_attention = _block_sparse.block_sparse_attention.overload
+block_sparse_attention_backward = _block_sparse.block_sparse_attention_backward.overload
+merge_attention = _block_sparse.merge_attention.overload
 linear = _linear.linear.overload
 linear_multi = _linear.linear_multi.overload
 embedding = _linear.embedding.overload
@@ -19,6 +24,7 @@ add_rms_norm = _norm.add_rms_norm.overload
 layer_norm = _norm.layer_norm.overload
 rope = _rope.rope.overload
 gated_mlp = _mlp.gated_mlp.overload
+hadamard = _hadamard.hadamard.overload
 kv_update = _cache.kv_update.overload
 
 __all__ = [
@@ -26,12 +32,16 @@ __all__ = [
     "add_rms_norm",
     "all_ops",
     "attention",
+    "block_sparse_attention",
+    "block_sparse_attention_backward",
     "embedding",
     "gated_mlp",
+    "hadamard",
     "kv_update",
     "layer_norm",
     "linear",
     "linear_multi",
+    "merge_attention",
     "rms_norm",
     "rope",
     "semantic_op",

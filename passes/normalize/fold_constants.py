@@ -62,8 +62,7 @@ class FoldConstants(GraphPass):
         values: dict[fx.Node, torch.Tensor] = {}
         with torch.no_grad():
             result = _evaluate(program, node, values)
-        name = f"tw_constant_{sum(1 for _ in program.module.buffers())}"
-        program.module.register_buffer(name, result.clone(), persistent=False)
+        name = program.hold("tw_constant_", result.clone())
         with program.graph.inserting_before(node):
             new = program.graph.get_attr(name)
         new.meta = {k: node.meta[k] for k in ("val", "stack_trace", "nn_module_stack") if k in node.meta}
