@@ -1,0 +1,217 @@
+"""State between the denoising steps of a request, and the phase a layer is in at a step.
+
+Everything here runs outside compiled code: the caller asks for the phase of a step, calls the program
+compiled for it, and hands state in and out as plain tensors. State is keyed by (request, branch, layer), so
+two requests that take turns never see each other's, nor do the two branches of classifier-free guidance.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+
+Key = tuple[str, str, int]
+"""(request, guidance branch, layer)."""
+
+
+class StepStateError(Exception):
+    """State was asked for that does not exist, or a step that the request's schedule does not hold."""
+
+
+class Phase(Enum):
+    """What a layer does at one step."""
+
+    DENSE = "dense"
+    SEARCH = "search"
+    """Dense, and collects what later steps attend."""
+    SPARSE = "sparse"
+    REFRESH = "refresh"
+    """Dense and sparse, and collects the difference."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The phase of every step of a request: `dense` steps first, then by the kind of system."""
+
+    dense: int = 0
+    searches: tuple[int, ...] = ()
+    """Steps that search; every one is at or after the dense prefix."""
+    period: int = 0
+    """The first step after the prefix refreshes, and those that are multiples of it; 0 never, 1 always."""
+
+    def __post_init__(self) -> None:
+        if self.dense < 0 or self.period < 0:
+            raise StepStateError(f"dense = {self.dense}, period = {self.period}: expected 0 or more")
+        if self.searches and self.period:
+            raise StepStateError("a schedule either searches or refreshes")
+        if list(self.searches) != sorted(set(self.searches)) or any(s < self.dense for s in self.searches):
+            raise StepStateError(
+                f"searches = {self.searches}: expected ascending steps from {self.dense}, the dense prefix"
+            )
+        if self.searches and self.searches[0] != self.dense:
+            raise StepStateError(
+                f"searches = {self.searches}: steps {self.dense} to {self.searches[0] - 1} would attend "
+                "a layout that is not found yet"
+            )
+
+    def phase(self, step: int) -> Phase:
+        """The phase at a step, counted from 0."""
+        if step < 0:
+            raise StepStateError(f"step = {step}: expected 0 or more")
+        if step < self.dense:
+            return Phase.DENSE
+        if step in self.searches:
+            return Phase.SEARCH
+        if self.period and (step == self.dense or step % self.period == 0):
+            return Phase.REFRESH
+        return Phase.SPARSE
+
+    def since_collected(self, step: int) -> int:
+        """Steps since the last search or refresh at or before `step`; -1 where there was none."""
+        for back in range(step + 1):
+            if self.phase(step - back) in (Phase.SEARCH, Phase.REFRESH):
+                return back
+        return -1
+
+
+def prefix_steps(fraction: float, steps: int) -> int:
+    """How many steps a dense share of a request is: floored, as the published scripts do."""
+    if not 0.0 <= fraction <= 1.0 or steps < 1:
+        raise StepStateError(f"fraction = {fraction}, steps = {steps}: expected 0..1 and at least 1")
+    return int(fraction * steps)
+
+
+class StepClock:
+    """Which step of a request a call belongs to, by its timestep value: robust against two calls a step."""
+
+    def __init__(self, timesteps: Sequence[float]) -> None:
+        values = [float(t) for t in timesteps]
+        if not values or any(a <= b for a, b in zip(values, values[1:], strict=False)):
+            raise StepStateError(f"timesteps = {values[:4]}...: expected at least one, falling")
+        self.timesteps = values
+
+    def step(self, timestep: float) -> int:
+        """The last step whose timestep is at least the given one (within half a unit).
+
+        A second-order scheduler evaluates between two timesteps of its list: that belongs to the earlier one.
+        """
+        at = sum(t >= timestep - 0.5 for t in self.timesteps) - 1
+        if at < 0:
+            raise StepStateError(
+                f"timestep {timestep} lies before the first of this request, {self.timesteps[0]}"
+            )
+        return at
+
+
+@dataclass
+class _Request:
+    clock: StepClock
+    slots: dict[tuple[str, int, str], torch.Tensor]
+    collected: dict[tuple[str, int], int]
+    """(branch, layer) -> the step at which its slots were filled."""
+
+
+class StepState:
+    """Tensors by (request, branch, layer, slot name), from `begin` to `end` of a request."""
+
+    def __init__(self, capacity: int | None = None) -> None:
+        self._capacity = capacity
+        """Bytes that all requests together may hold; None for no limit."""
+        self._requests: dict[str, _Request] = {}
+        self._lock = threading.Lock()
+
+    def begin(self, request: str, timesteps: Sequence[float]) -> None:
+        """Start a request with the timesteps it will run; StepStateError when it runs already."""
+        with self._lock:
+            if request in self._requests:
+                raise StepStateError(f"request {request!r} runs already; end it first")
+            self._requests[request] = _Request(StepClock(timesteps), {}, {})
+
+    def end(self, request: str) -> None:
+        """Drop everything a request holds."""
+        with self._lock:
+            self._running(request)
+            del self._requests[request]
+
+    def step(self, request: str, timestep: float) -> int:
+        """The step that a timestep value belongs to."""
+        with self._lock:
+            return self._running(request).clock.step(timestep)
+
+    def phase(self, schedule: Schedule, key: Key, step: int) -> Phase:
+        """The schedule's phase, or SEARCH / REFRESH where a step that should have collected was skipped.
+
+        A cached step that jumps over a refresh thus postpones it instead of losing it.
+        """
+        phase = schedule.phase(step)
+        if phase is not Phase.SPARSE:
+            return phase
+        back = schedule.since_collected(step)
+        if back < 0:
+            return phase
+        request, branch, layer = key
+        with self._lock:
+            filled = self._running(request).collected.get((branch, layer), -1)
+        return phase if filled >= step - back else schedule.phase(step - back)
+
+    def put(self, key: Key, step: int, values: Mapping[str, torch.Tensor]) -> None:
+        """Replace all slots of a key with those collected at a step; StepStateError beyond the capacity."""
+        request, branch, layer = key
+        with self._lock:
+            held = self._running(request)
+            kept = {k: v for k, v in held.slots.items() if k[:2] != (branch, layer)}
+            kept.update({(branch, layer, name): value.detach() for name, value in values.items()})
+            others = sum(_bytes(r.slots) for name, r in self._requests.items() if name != request)
+            if self._capacity is not None and others + _bytes(kept) > self._capacity:
+                raise StepStateError(
+                    f"state of {others + _bytes(kept)} bytes, the capacity is {self._capacity}: "
+                    "run fewer requests at once, or fewer layers with state"
+                )
+            held.slots, held.collected[branch, layer] = kept, step
+
+    def get(self, key: Key, slot: str) -> torch.Tensor:
+        """A slot's tensor; StepStateError where nothing was collected for it."""
+        request, branch, layer = key
+        with self._lock:
+            slots = self._running(request).slots
+            if (branch, layer, slot) not in slots:
+                raise StepStateError(
+                    f"request {request!r}, branch {branch!r}, layer {layer} holds no {slot!r}: "
+                    "no search or refresh step ran for it"
+                )
+            return slots[branch, layer, slot]
+
+    def bytes(self) -> int:
+        """What all running requests hold."""
+        with self._lock:
+            return sum(_bytes(r.slots) for r in self._requests.values())
+
+    def running(self) -> list[str]:
+        """The requests that have begun and not ended, oldest first."""
+        with self._lock:
+            return list(self._requests)
+
+    def _running(self, request: str) -> _Request:
+        if request not in self._requests:
+            raise StepStateError(f"request {request!r} has not begun, or has ended")
+        return self._requests[request]
+
+
+def _bytes(slots: Mapping[tuple[str, int, str], torch.Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in slots.values())
+
+
+PRESETS: dict[str, Callable[[int], Schedule]] = {
+    "sta": lambda steps: Schedule(dense=prefix_steps(12 / 50, steps)),
+    "svg1": lambda steps: Schedule(dense=prefix_steps(0.2, steps)),
+    "rettention": lambda steps: Schedule(dense=prefix_steps(0.3, steps), period=5),
+    "adaspa": lambda steps: Schedule(
+        dense=prefix_steps(0.2, steps), searches=(prefix_steps(0.2, steps), prefix_steps(0.6, steps))
+    ),
+    "sla": lambda steps: Schedule(),
+}
+"""Published schedules as functions of the number of steps (counted for 50)."""
