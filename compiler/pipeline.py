@@ -71,18 +71,21 @@ class Pipeline:
             )
         items = [source] if isinstance(source, (str, Pass)) else list(source)
         passes: list[Pass] = []
+        by_preset: list[Pass] = []
         for item in items:
             if isinstance(item, Pass):
                 passes.append(item)
             elif isinstance(item, str):
                 for name, texts in option_text.split_pipeline(item):
-                    passes.extend(_resolve(name, texts))
+                    resolved = _resolve(name, texts)
+                    passes.extend(resolved)
+                    by_preset.extend(resolved if name in registry.presets() else ())
             else:
                 raise PipelineError(
                     f"a pipeline holds pass names and pass values, not {type(item).__name__}",
                     remedy="write 'name{option=value}' or passes.Name(option=value)",
                 )
-        return cls(passes)
+        return cls(_at_their_stages(passes, by_preset))
 
     def text(self) -> str:
         """The pipeline as text that parses back to an equal pipeline."""
@@ -116,6 +119,14 @@ class Pipeline:
         options = options or RunOptions()
         fuel = fuel or Fuel(options.fuel)
         return [run_pass(p, program, options, fuel) for p in self.passes]
+
+
+def _at_their_stages(passes: list[Pass], by_preset: list[Pass]) -> list[Pass]:
+    """Passes that a preset brought stand at their stage among the others, which keep the order they were
+    written in: `exact,quantize-linear` quantizes before the fusions of `exact`."""
+    ours = {id(p) for p in by_preset}
+    stages = [p.stage for p in passes if id(p) not in ours]
+    return sorted(passes, key=lambda p: p.stage) if ours and stages == sorted(stages) else passes
 
 
 def _resolve(name: str, texts: dict[str, str]) -> list[Pass]:

@@ -9,6 +9,7 @@ from tilewright.compiler.ops import hadamard as _hadamard
 from tilewright.compiler.ops import linear as _linear
 from tilewright.compiler.ops import mlp as _mlp
 from tilewright.compiler.ops import norm as _norm
+from tilewright.compiler.ops import quantized_linear as _quantized_linear
 from tilewright.compiler.ops import rope as _rope
 from tilewright.compiler.ops.registry import SemanticOp, all_ops, semantic_op
 
@@ -19,6 +20,8 @@ merge_attention = _block_sparse.merge_attention.overload
 linear = _linear.linear.overload
 linear_multi = _linear.linear_multi.overload
 embedding = _linear.embedding.overload
+quantized_linear = _quantized_linear.quantized_linear.overload
+quantized_linear_multi = _quantized_linear.quantized_linear_multi.overload
 rms_norm = _norm.rms_norm.overload
 add_rms_norm = _norm.add_rms_norm.overload
 layer_norm = _norm.layer_norm.overload
@@ -42,6 +45,8 @@ __all__ = [
     "linear",
     "linear_multi",
     "merge_attention",
+    "quantized_linear",
+    "quantized_linear_multi",
     "rms_norm",
     "rope",
     "semantic_op",

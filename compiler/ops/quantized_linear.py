@@ -1,0 +1,50 @@
+"""Linear layers whose weights are small integers, and whose activations may be."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tilewright.compiler.ops.registry import define
+from tilewright.compiler.quantizers import fake_activation
+from tilewright.compiler.weight_format import WeightFormat
+
+
+@define(
+    "quantized_linear(Tensor x, Tensor packed, Tensor? bias, int rows, str format) -> Tensor",
+    flops=lambda x, packed, bias, rows, format, *, out: 2 * math.prod(x.shape) * rows,
+)
+def quantized_linear(x: Tensor, packed: Tensor, bias: Tensor | None, rows: int, format: str) -> Tensor:
+    """x W^T + b: x [..., K], W [rows, K] packed as the WeightFormat text `format` says, bias [rows].
+
+    With quantized activations x is replaced by scale * integer first; the products of integers are then
+    exact, and what is left to rounding is the sum over groups in float32.
+    """
+    form = WeightFormat.parse(format)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    weight = form.dequantize(packed, rows, x.shape[-1]).to(wide)
+    if form.activation != "none":
+        given = fake_activation(x, form.activation, form.group).to(wide)
+    else:
+        given = x.to(wide)
+    return F.linear(given, weight, None if bias is None else bias.to(wide)).to(x.dtype)
+
+
+@define(
+    "quantized_linear_multi(Tensor x, Tensor[] packed, Tensor?[] biases, int[] rows, str format) -> Tensor[]",
+    flops=lambda x, packed, biases, rows, format, *, out: 2 * math.prod(x.shape) * sum(rows),
+)
+def quantized_linear_multi(
+    x: Tensor, packed: list[Tensor], biases: list[Tensor | None], rows: list[int], format: str
+) -> list[Tensor]:
+    """Several quantized linear layers of one format that read one input: x [..., K] -> [..., rows[i]] each.
+
+    A kernel quantizes the activations once and reads all weights in one parallel region.
+    """
+    return [
+        quantized_linear.definition(x, weight, bias, count, format)
+        for weight, bias, count in zip(packed, biases, rows, strict=True)
+    ]

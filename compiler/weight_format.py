@@ -1,0 +1,244 @@
+"""How a quantized weight lies in memory: one frozen descriptor, packing and its inverse.
+
+A packed weight is one uint8 matrix that holds codes, scales and offsets together.
+
+`blocks8` (CPU): 8 rows side by side, so that a vector holds one value of each and scales apply without a sum
+across lanes. A row of the matrix is a block of 8 weight rows; group by group it holds chunks of 32 columns,
+then the 8 scales, then the 8 offsets. Byte r*4 + b of vector j of a chunk belongs to row r and column 4j + b.
+Codes of less than 8 bits share the bytes of a stored vector: int4 two vectors (low, high nibble), int2 four,
+int3 as int2 and a further vector with the third bit of vector j in bit j. 8-bit codes are stored as signed.
+
+`rows` (GPU): a row of the matrix is a weight row: its codes in column order, low bits first, then its scales,
+then its offsets. int3 has the low two bits of all columns, then the third bits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tilewright.compiler.diagnostics import OptionError
+from tilewright.compiler.quantizers import (
+    ACTIVATIONS,
+    WHOLE_ROW,
+    Activation,
+    Quantized,
+    Quantizer,
+    groups,
+)
+
+Mode = Literal["symmetric", "float-zero"]
+Packing = Literal["blocks8", "rows"]
+BITS = (2, 3, 4, 8)
+CHUNK = 32
+"""Columns that are packed together; groups are whole numbers of them."""
+BLOCK_ROWS = 8
+_CHOICES = {"mode": get_args(Mode), "activation": ACTIVATIONS, "packing": get_args(Packing)}
+
+
+@dataclass(frozen=True)
+class WeightFormat:
+    """One format of a quantized weight and of the activations it meets. OptionError for an impossible one."""
+
+    bits: int = 4
+    group: int = 32
+    """Columns per scale, a multiple of 32; 0: one scale per row."""
+    mode: Mode = "symmetric"
+    activation: Activation = "none"
+    packing: Packing = "blocks8"
+
+    def __post_init__(self) -> None:
+        if self.bits not in BITS:
+            raise OptionError(f"bits = {self.bits}: expected one of {', '.join(map(str, BITS))}")
+        if self.group < 0 or self.group % CHUNK:
+            raise OptionError(f"group = {self.group}: expected a multiple of {CHUNK}, or 0 for a whole row")
+        for name, known in _CHOICES.items():
+            if getattr(self, name) not in known:
+                raise OptionError(f"{name} = {getattr(self, name)!r}: expected one of {', '.join(known)}")
+        if self.activation == "int8-group" and self.group == WHOLE_ROW:
+            raise OptionError("activation = 'int8-group': the weight has no groups", remedy="use int8-token")
+
+    @property
+    def text(self) -> str:
+        """`int4.32.float-zero.int8-group.blocks8`: what the semantic op carries; `parse` reads it."""
+        return f"int{self.bits}.{self.group}.{self.mode}.{self.activation}.{self.packing}"
+
+    @classmethod
+    def parse(cls, text: str) -> WeightFormat:
+        """The format of a text; OptionError for any other text."""
+        parts = text.split(".")
+        if len(parts) != len(fields(cls)) or not parts[0].startswith("int"):
+            raise OptionError(f"weight format {text!r}: expected int4.32.symmetric.none.blocks8 or the like")
+        try:
+            bits, group = int(parts[0][3:]), int(parts[1])
+        except ValueError:
+            raise OptionError(f"weight format {text!r}: bits and group must be whole numbers") from None
+        return cls(bits, group, *parts[2:])  # type: ignore[arg-type]
+
+    @property
+    def scale_dtype(self) -> torch.dtype:
+        """float16 for groups, as GGUF has it; float32 for one scale per row."""
+        return torch.float32 if self.group == WHOLE_ROW else torch.float16
+
+    @property
+    def has_offset(self) -> bool:
+        return self.mode == "float-zero"
+
+    @property
+    def middle(self) -> int:
+        """The code of zero in the symmetric mode."""
+        return 1 << (self.bits - 1)
+
+    def quantizer(self) -> Quantizer:
+        """Rounding to nearest onto this format's grids."""
+        narrow = self.bits == 8 and self.mode == "symmetric"
+        return Quantizer(self.bits, self.mode, self.group, narrow=narrow, storage=self.scale_dtype)
+
+    def chunks(self, columns: int) -> list[int]:
+        """Chunks of 32 columns in each group of a row."""
+        if self.group == WHOLE_ROW:
+            return [-(-columns // CHUNK)]
+        whole, rest = divmod(columns, self.group)
+        return [self.group // CHUNK] * whole + ([-(-rest // CHUNK)] if rest else [])
+
+    def shape(self, rows: int, columns: int) -> tuple[int, int]:
+        """Shape of the packed uint8 matrix of a weight [rows, columns]."""
+        per_row: int = CHUNK * self.bits // 8 * sum(self.chunks(columns))
+        per_row += groups(columns, self.group) * self.scale_dtype.itemsize * (2 if self.has_offset else 1)
+        if self.packing == "rows":
+            return rows, -(-per_row // 4) * 4
+        return -(-rows // BLOCK_ROWS), BLOCK_ROWS * per_row
+
+    def pack(self, weight: Quantized) -> Tensor:
+        """Pack codes [N, K] with scale and offset [N, G] of this format's grid -> uint8 of `shape(N, K)`."""
+        rows, columns = weight.codes.shape
+        if weight.group != self.group:
+            raise OptionError(f"group = {weight.group}: the format has {self.group}")
+        parameters = [weight.scale] + ([weight.offset] if self.has_offset else [])
+        for part in parameters:
+            if not torch.equal(part.to(self.scale_dtype).float(), part.float()):
+                raise OptionError(f"scales or offsets do not fit {self.scale_dtype}")
+        if self.packing == "rows":
+            return self._pack_rows(weight.codes, parameters)
+        pad = -rows % BLOCK_ROWS
+        blocks, at, parts = self.shape(rows, columns)[0], 0, []
+        codes = F.pad(weight.codes, (0, 0, 0, pad))
+        for index, chunks in enumerate(self.chunks(columns)):
+            wide = chunks * CHUNK
+            part = codes[:, at : at + wide]
+            empty = self.middle if self.bits == 8 else 0  # stored as zero
+            part = F.pad(part, (0, wide - part.shape[1]), value=empty)
+            # [block, 8 rows, chunk, vector, 4 columns] -> [block, chunk, vector, row and column]
+            part = part.reshape(blocks, BLOCK_ROWS, chunks, 8, 4).permute(0, 2, 3, 1, 4).flatten(3)
+            parts.append(_join_codes(part, self.bits).reshape(blocks, -1))
+            for parameter in parameters:
+                column = F.pad(parameter[:, index], (0, pad)).to(self.scale_dtype).reshape(blocks, BLOCK_ROWS)
+                parts.append(column.contiguous().view(torch.uint8))
+            at += wide
+        return torch.cat(parts, 1).contiguous()
+
+    def unpack(self, packed: Tensor, rows: int, columns: int) -> Quantized:
+        """The inverse of `pack`."""
+        if self.packing == "rows":
+            return self._unpack_rows(packed, rows, columns)
+        blocks, at = packed.shape[0], 0
+        codes, found = list[Tensor](), list[list[Tensor]]()
+        size = BLOCK_ROWS * self.scale_dtype.itemsize
+        for chunks in self.chunks(columns):
+            width = chunks * CHUNK * self.bits
+            part = _split_codes(
+                packed[:, at : at + width].reshape(blocks, chunks, self.bits, CHUNK), self.bits
+            )
+            part = part.unflatten(-1, (BLOCK_ROWS, 4)).permute(0, 3, 1, 2, 4)
+            codes.append(part.reshape(blocks * BLOCK_ROWS, chunks * CHUNK))
+            at += width
+            found.append([])
+            for _ in range(2 if self.has_offset else 1):
+                column = packed[:, at : at + size].contiguous().view(self.scale_dtype)
+                found[-1].append(column.reshape(-1)[:rows].float())
+                at += size
+        kept = [part[:rows, :width] for part, width in zip(codes, self._widths(columns), strict=True)]
+        return self._quantized(torch.cat(kept, 1), found)
+
+    def dequantize(self, packed: Tensor, rows: int, columns: int) -> Tensor:
+        """float32 [rows, columns]: the meaning of a packed weight."""
+        return self.unpack(packed, rows, columns).dequantize()
+
+    def _widths(self, columns: int) -> list[int]:
+        if self.group == WHOLE_ROW:
+            return [columns]
+        return [min(self.group, columns - at) for at in range(0, columns, self.group)]
+
+    def _quantized(self, codes: Tensor, found: list[list[Tensor]]) -> Quantized:
+        scale = torch.stack([f[0] for f in found], 1)
+        offset = torch.stack([f[1] for f in found], 1) if self.has_offset else -self.middle * scale
+        return Quantized(codes, scale, offset, self.group)
+
+    def _pack_rows(self, codes: Tensor, parameters: list[Tensor]) -> Tensor:
+        rows, columns = codes.shape
+        padded = F.pad(codes, (0, sum(self.chunks(columns)) * CHUNK - columns))
+        planes = [(padded & 3, 2), (padded >> 2, 1)] if self.bits == 3 else [(padded, self.bits)]
+        parts = []
+        for plane, bits in planes:
+            fields_ = plane.unflatten(1, (-1, 8 // bits))
+            shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=codes.device)
+            parts.append((fields_ << shifts).sum(-1, dtype=torch.uint8))
+        parts += [p.to(self.scale_dtype).contiguous().view(torch.uint8) for p in parameters]
+        packed = torch.cat(parts, 1)
+        return F.pad(packed, (0, self.shape(rows, columns)[1] - packed.shape[1])).contiguous()
+
+    def _unpack_rows(self, packed: Tensor, rows: int, columns: int) -> Quantized:
+        wide, at, codes = sum(self.chunks(columns)) * CHUNK, 0, None
+        for bits, shift in [(2, 0), (1, 2)] if self.bits == 3 else [(self.bits, 0)]:
+            part = packed[:, at : at + wide * bits // 8]
+            shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
+            plane = ((part.unsqueeze(-1) >> shifts) & (2**bits - 1)).flatten(1) << shift
+            codes = plane if codes is None else codes | plane
+            at += wide * bits // 8
+        count, size = groups(columns, self.group), self.scale_dtype.itemsize
+        found = []
+        for _ in range(2 if self.has_offset else 1):
+            part = packed[:, at : at + count * size].contiguous()
+            found.append(part.view(self.scale_dtype).float())
+            at += count * size
+        assert codes is not None, "there is at least one plane"
+        offset = found[1] if self.has_offset else -self.middle * found[0]
+        return Quantized(codes[:, :columns], found[0], offset, self.group)
+
+
+def _join_codes(codes: Tensor, bits: int) -> Tensor:
+    """[..., 8 vectors, 32] codes -> [..., `bits` stored vectors, 32]."""
+    if bits == 8:
+        return codes ^ 128
+    if bits == 4:
+        return codes[..., 0::2, :] | codes[..., 1::2, :] << 4
+    low = codes & 3
+    pairs = torch.stack([low[..., i : i + 4, :] for i in (0, 4)], -3)  # [..., 2, 4 of them, 32]
+    shifts = torch.arange(0, 8, 2, dtype=torch.uint8, device=codes.device)[:, None]
+    stored = (pairs << shifts).sum(-2, dtype=torch.uint8)
+    if bits == 2:
+        return stored
+    shifts = torch.arange(8, dtype=torch.uint8, device=codes.device)[:, None]
+    high = ((codes >> 2) << shifts).sum(-2, dtype=torch.uint8)
+    return torch.cat((stored, high[..., None, :]), -2)
+
+
+def _split_codes(stored: Tensor, bits: int) -> Tensor:
+    """The inverse of `_join_codes`."""
+    if bits == 8:
+        return stored ^ 128
+    if bits == 4:
+        return torch.stack((stored & 15, stored >> 4), -2).flatten(-3, -2)
+    shifts = torch.arange(0, 8, 2, dtype=torch.uint8, device=stored.device)[:, None]
+    codes = ((stored[..., :2, None, :] >> shifts) & 3).flatten(-3, -2)
+    if bits == 2:
+        return codes
+    shifts = torch.arange(8, dtype=torch.uint8, device=stored.device)[:, None]
+    return codes | ((stored[..., 2:3, :] >> shifts) & 1) << 2
+
+
+__all__ = ["BITS", "BLOCK_ROWS", "CHUNK", "Mode", "Packing", "WeightFormat"]

@@ -1,0 +1,1 @@
+"""Passes that replace numbers by small integers."""

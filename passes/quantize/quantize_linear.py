@@ -1,0 +1,246 @@
+"""Weights of linear layers as 2 to 8-bit integers, activations as 8-bit ones where wanted.
+
+paper: arXiv:2208.07339 (per-row int8), arXiv:2210.17323 (groups), HQQ (half-quadratic offsets). A weight
+becomes w ~ s q + m with one scale (and offset) per row or group of columns, packed as the kernels read it.
+The packed form is derived from the weight and made anew when the weight changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import fx
+
+from tilewright.compiler import (
+    Exactness,
+    Example,
+    GraphPass,
+    PassLog,
+    Program,
+    Stage,
+    Tensor,
+    graph_pass,
+    ops,
+)
+from tilewright.compiler.graph import insert_like
+from tilewright.compiler.quantizers import (
+    Activation,
+    Quantized,
+    fake_activation,
+    half_quadratic,
+    weight_problem,
+)
+from tilewright.compiler.schema import arguments
+from tilewright.compiler.weight_format import CHUNK, Mode, WeightFormat
+
+_BITS = {"int8": 8, "int4": 4, "int3": 3, "int2": 2}
+_LOOK_THROUGH = frozenset(
+    {
+        "view",
+        "reshape",
+        "slice",
+        "select",
+        "unsqueeze",
+        "squeeze",
+        "to",
+        "_to_copy",
+        "alias",
+        "clone",
+        "transpose",
+    }
+)
+"""Ops between an output head and the program's output."""
+
+
+@graph_pass(
+    "quantize-linear",
+    stage=Stage.WEIGHTS,
+    exactness=Exactness.APPROXIMATE,
+    paper="arXiv:2210.17323",
+    owns=("linear.weight_format", "linear.activation_format"),
+)
+class QuantizeLinear(GraphPass):
+    """Quantize the weights of linear layers, and their activations at run time.
+
+    rewrite:
+        linear(x, weight, bias)
+     -> quantized_linear(x, pack(round(weight)), bias)
+    """
+
+    weight: Literal["int8", "int4", "int3", "int2", "int16"] = "int8"
+    """Integers for the weights; int16 stands for the exact limit, which changes nothing."""
+    group: int = 0
+    """Columns that share a scale: a multiple of 32, or 0 for one scale per row."""
+    mode: Mode = "symmetric"
+    """`float-zero` adds a float offset to each scale."""
+    activation: Activation = "none"
+    """int8 activations with one scale per token, or per token and group of columns."""
+    rounding: Literal["rtn", "hqq"] = "rtn"
+    """To the nearest code, or half-quadratic offsets (float-zero only)."""
+    head: bool = False
+    """Also the layer that makes the program's output, or whose weight is the embedding's."""
+
+    def validate(self) -> None:
+        if self.group < 0 or self.group % CHUNK:
+            raise self.option_error("group", f"expected a multiple of {CHUNK}, or 0 for one scale per row")
+        if self.activation == "int8-group" and self.group == 0:
+            raise self.option_error("activation", "the weight has no groups: give group, or take int8-token")
+        if self.rounding == "hqq" and self.mode != "float-zero":
+            raise self.option_error("rounding", "half-quadratic rounding needs mode=float-zero")
+
+    def format_for(self, weight: torch.Tensor) -> WeightFormat:
+        """The format of a weight, packed for the device it is on."""
+        packing: Literal["blocks8", "rows"] = "blocks8" if weight.device.type == "cpu" else "rows"
+        return WeightFormat(_BITS[self.weight], self.group, self.mode, self.activation, packing)
+
+    def apply(self, program: Program, log: PassLog) -> None:
+        if self.weight == "int16":
+            log.note("16 bits: every weight stays as it is")
+            return
+        problems: dict[fx.Node, str | None] = {}
+        for node in list(program.graph.nodes):
+            if node.target in (ops.quantized_linear, ops.quantized_linear_multi):
+                log.refused(node, f"it is quantized already: {arguments(node)['format']}")
+            if node.op != "call_function" or node.target is not ops.linear:
+                continue
+            problem = self._problem(program, node, problems)
+            if problem is not None:
+                log.refused(node, problem)
+            elif log.take(node):
+                self._quantize(program, node, log)
+        log.finish(("tilewright::linear",))
+
+    def _problem(self, program: Program, node: fx.Node, known: dict[fx.Node, str | None]) -> str | None:
+        weight = arguments(node)["weight"]
+        if not program.is_constant(weight):
+            return f"its weight {weight} is computed, not a weight"
+        if not self.head and _is_head(node):
+            return "it makes the program's output: a head stays as it is, unless head=true"
+        if weight not in known:  # a weight that several layers read is looked at once
+            known[weight] = self._weight_problem(program.tensor_of(weight))
+        return None if known[weight] is None else f"its weight {weight.name} {known[weight]}"
+
+    def _weight_problem(self, weight: torch.Tensor) -> str | None:
+        problem = weight_problem(weight)
+        if problem is None and self.group > weight.shape[1]:
+            return f"has {weight.shape[1]} columns, fewer than a group of {self.group}"
+        if problem is None and self.format_for(weight).scale_dtype is torch.float16:
+            largest = float(weight.abs().max())
+            return f"reaches {largest:.3g}: float16 scales end at 65504" if largest > 65504 else None
+        return problem
+
+    def _quantize(self, program: Program, node: fx.Node, log: PassLog) -> None:
+        given = arguments(node)
+        tensor = program.tensor_of(given["weight"])
+        form = self.format_for(tensor)
+        name = f"{given['weight'].name} as {form.text}"
+        packed = program.derive(
+            name, [given["weight"]], partial(pack_weight, form=form, rounding=self.rounding)
+        )
+        args = (given["x"], packed, given["bias"], tensor.shape[0], form.text)
+        new = insert_like(program.graph, node, ops.quantized_linear, args, node)
+        new.meta["rewritten_by"] = (*node.meta.get("rewritten_by", ()), self.name)
+        log.claim_slots([node], {new: new})
+        log.applied(node, rule=form.text, inserted=[new], removed=[node])
+        node.replace_all_uses_with(new)
+        program.graph.erase_node(node)
+
+    def reference(self, x: torch.Tensor, *parameters: torch.Tensor) -> list[torch.Tensor]:
+        """Dequantized weights under (de)quantized activations: one result per matrix in `parameters`; a
+        vector is the bias of the matrix before it."""
+        outputs = list[torch.Tensor]()
+        for i, weight in enumerate(parameters):
+            if weight.dim() == 2:
+                bias = parameters[i + 1] if i + 1 < len(parameters) else None
+                form = self.format_for(weight)
+                rounded = round_weight(weight, form, self.rounding).dequantize()
+                seen = x if self.activation == "none" else fake_activation(x, self.activation, self.group)
+                outputs.append(
+                    F.relu(F.linear(seen, rounded, bias if bias is None or bias.dim() == 1 else None))
+                )
+        return outputs
+
+    def exact_limit(self) -> QuantizeLinear:
+        return replace(self, weight="int16")
+
+    @classmethod
+    def examples(cls) -> Iterator[tuple[dict, Example]]:
+        x, w = Tensor(2, 5, 70), Tensor(13, 70, weight=True)
+        b, v = Tensor(13, weight=True), Tensor(6, 70, weight=True)
+
+        def two(x, w, b, v):
+            return ops.linear(x, w, b).relu(), ops.linear(x, v).relu()
+
+        yield {}, Example(two, (x, w, b, v), count=2)
+        yield {"weight": "int4", "group": 32, "mode": "float-zero"}, Example(two, (x, w, b, v), count=2)
+        yield {"weight": "int3", "group": 64}, Example(two, (x, w, b, v), count=2)
+        yield (
+            {"weight": "int2", "group": 32, "mode": "float-zero", "rounding": "hqq"},
+            Example(two, (x, w, b, v), count=2),
+        )
+        for weight, group, activation in (("int8", 0, "int8-token"), ("int4", 32, "int8-group")):
+            options = {"weight": weight, "group": group, "activation": activation}
+            yield options, Example(two, (x, w, b, v), count=2)
+        one = Example(lambda x, w: ops.linear(x, w).relu(), (x, w))
+        yield {"head": True}, one
+        yield {}, Example(lambda x, w: ops.linear(x, w)[:, -1:], (x, w), refusal="a head stays")
+        yield {}, Example(lambda x, w: ops.linear(x, w * 2).relu(), (x, w), refusal="is computed")
+        yield (
+            {"weight": "int4", "group": 96},
+            Example(one.model, one.inputs, refusal="fewer than a group of 96"),
+        )
+        yield {}, Example(one.model, (x, _NotFinite(13, 70, weight=True)), refusal="holds 1 NaN")
+        huge = Tensor(13, 70, gain=1e5, weight=True)
+        yield {"weight": "int4", "group": 32}, Example(one.model, (x, huge), refusal="float16 scales")
+        packed = torch.zeros(2, 1216, dtype=torch.uint8)
+        form = WeightFormat(4, 32).text
+        yield (
+            {},
+            Example(
+                lambda x, p: ops.quantized_linear(x, p, None, 13, form),
+                (x, packed),
+                refusal="quantized already",
+            ),
+        )
+
+
+class _NotFinite(Tensor):
+    """An example weight with one NaN."""
+
+    def make(self, generator: torch.Generator) -> torch.Tensor:
+        made = super().make(generator)
+        made[0, 0] = float("nan")
+        return made
+
+
+def _is_head(node: fx.Node) -> bool:
+    """True when the weight is the embedding's too, or the result reaches the output without arithmetic."""
+    weight = arguments(node)["weight"]
+    if any(user.target is ops.embedding for user in weight.users):
+        return True
+    pending, seen = [node], set[fx.Node]()
+    while pending:
+        for user in pending.pop().users:
+            if user.op == "output":
+                return True
+            name = str(user.target).split(".")[1] if isinstance(user.target, torch._ops.OpOverload) else ""
+            if name in _LOOK_THROUGH and user not in seen:
+                seen.add(user)
+                pending.append(user)
+    return False
+
+
+def round_weight(weight: torch.Tensor, form: WeightFormat, rounding: str) -> Quantized:
+    """Codes and grid of a weight [N, K] in a format."""
+    quantizer = form.quantizer()
+    return half_quadratic(quantizer, weight) if rounding == "hqq" else quantizer.quantize(weight)
+
+
+def pack_weight(weight: torch.Tensor, *, form: WeightFormat, rounding: str) -> torch.Tensor:
+    """The packed uint8 matrix of a weight [N, K] of any floating dtype."""
+    return form.pack(round_weight(weight.float(), form, rounding))
