@@ -21,9 +21,9 @@ class TilewrightError(Exception):
         return type(self).__name__
 
     def line(self) -> str:
-        """The whole error as one line of text."""
+        """The whole error as one line of text that a terminal can be given."""
         text = f"{self.where}: {self.message}" if self.where else self.message
-        return " ".join((f"{text} ({self.remedy})" if self.remedy else text).split())
+        return printable(" ".join((f"{text} ({self.remedy})" if self.remedy else text).split()))
 
 
 class PassDefinitionError(TilewrightError):
@@ -66,8 +66,24 @@ class LoadError(TilewrightError):
     """A model or artifact file cannot be read: truncated, foreign, malicious or absent."""
 
 
-class StoreError(TilewrightError):
-    """The artifact store is unusable: wrong owner, permissions, or location."""
+def printable(text: str) -> str:
+    """The text with control, direction and surrogate characters written as escapes.
+
+    Names come from models and from command lines: neither may steer a terminal or add a line to a graph.
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+SHOWN = 80
+"""Characters of a value or name that an error repeats."""
+
+
+def shown(value: object) -> str:
+    """A value as an error shows it: its `repr`, cut in the middle when it is long."""
+    text = repr(value)
+    return text if len(text) <= SHOWN else f"{text[: SHOWN - 8]} ... {text[-3:]}"
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

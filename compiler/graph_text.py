@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from tilewright.compiler.diagnostics import printable
 from tilewright.compiler.module_paths import module_path
 
 
@@ -18,7 +19,7 @@ def op_name(target: Any) -> str:
         name = target._schema.name.split("::")[1]
         return f"{space}{name}" + ("" if target._overloadname == "default" else f".{target._overloadname}")
     if isinstance(target, str):
-        return target
+        return printable(target)
     return getattr(target, "__name__", type(target).__name__)
 
 
@@ -33,7 +34,7 @@ def print_graph(graph: fx.Graph) -> str:
         if node.op == "output":
             lines.append(f"return {_text(node.args[0], number)}")
             continue
-        where = module_path(node)
+        where = printable(module_path(node))
         kind = describe(node.meta.get("val"))
         left = f"{number[node]} {kind}".rstrip()
         lines.append(f"{left} = {call_text(node, number)}" + (f"  # {where}" if where else ""))

@@ -7,7 +7,7 @@ import re
 import types
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from tilewright.compiler.diagnostics import OptionError, PipelineError, nearest
+from tilewright.compiler.diagnostics import OptionError, PipelineError, nearest, shown
 
 _NAME = re.compile(r"[a-z][a-z0-9]*(?:-[a-z0-9]+)*")
 _SIZES = {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
@@ -53,9 +53,9 @@ def _split_options(name: str, body: str) -> dict[str, str]:
     for part in filter(None, (p.strip() for p in body.split(","))):
         key, equals, value = (p.strip() for p in part.partition("="))
         if not equals or not key or not value:
-            raise PipelineError(f"{name}: expected option=value, found {part!r}")
+            raise PipelineError(f"{name}: expected option=value, found {shown(part)}")
         if key in options:
-            raise PipelineError(f"{name}: option {key!r} is given twice")
+            raise PipelineError(f"{name}: option {shown(key)} is given twice")
         options[key] = value
     return options
 
@@ -68,7 +68,7 @@ def build(cls: type, name: str, texts: dict[str, Any]) -> Any:
     values: dict[str, Any] = {}
     for key, value in texts.items():
         if key not in fields:
-            raise OptionError(f"{name} has no option {key!r}", remedy=nearest(key, fields))
+            raise OptionError(f"{name} has no option {shown(key)}", remedy=nearest(key, fields))
         values[key] = parse_value(name, key, value, hints[key]) if isinstance(value, str) else value
     for key, f in fields.items():
         if (
@@ -104,13 +104,13 @@ def parse_value(name: str, key: str, text: str, kind: Any) -> Any:
             return int(text)
         return float(text) if kind is float else text
     except (ValueError, KeyError, StopIteration):
-        raise OptionError(f"{name}: option {key!r} = {text!r}: expected {describe(kind)}") from None
+        raise OptionError(f"{name}: option {key!r} = {shown(text)}: expected {describe(kind)}") from None
 
 
 def check_type(name: str, key: str, value: Any, kind: Any) -> None:
     """OptionError unless the value is of the annotated type."""
     if not _fits(value, kind):
-        raise OptionError(f"{name}: option {key!r} = {value!r}: expected {describe(kind)}")
+        raise OptionError(f"{name}: option {key!r} = {shown(value)}: expected {describe(kind)}")
 
 
 def _fits(value: Any, kind: Any) -> bool:

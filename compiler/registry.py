@@ -9,7 +9,7 @@ import importlib.util
 import pkgutil
 from typing import Any
 
-from tilewright.compiler.diagnostics import PassDefinitionError, PipelineError, nearest
+from tilewright.compiler.diagnostics import PassDefinitionError, PipelineError, nearest, shown
 
 ROOT_PACKAGE = "tilewright.passes"
 ENTRY_POINT_GROUP = "tilewright.passes"
@@ -53,7 +53,7 @@ def find(name: str) -> Any:
     if name not in _CLASSES:
         module = _files().get(name)
         if module is None:
-            raise PipelineError(f"unknown pass {name!r}", remedy=nearest(name, [*names(), *presets()]))
+            raise PipelineError(f"unknown pass {shown(name)}", remedy=nearest(name, [*names(), *presets()]))
         importlib.import_module(module)
         if name not in _CLASSES:
             raise PassDefinitionError(

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import re
-import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from tilewright.compiler.diagnostics import printable
 from tilewright.compiler.report import Refused
 
 _PREFIXES = ("", "k", "M", "G", "T", "P", "E")
@@ -48,14 +48,7 @@ def clean(text: object) -> str:
 
     Names come from models, so a terminal must not obey what they hold.
     """
-    shown = []
-    for char in str(text):
-        kind = unicodedata.category(char)
-        if kind in ("Cc", "Cf", "Cs", "Zl", "Zp", "Co", "Cn"):
-            shown.append(char.encode("unicode_escape", "surrogatepass").decode("ascii"))
-        else:
-            shown.append(char)
-    return "".join(shown)
+    return printable(str(text))
 
 
 def short_source(source: str) -> str:

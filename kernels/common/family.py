@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tilewright.compiler.diagnostics import LoweringError, shown
 from tilewright.runtime.contracts import KernelKey, Refusal, Target
 
 DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
@@ -63,11 +65,30 @@ class KernelFamily:
     """Arguments on the meta device whose configurations are the defaults that resource tables show."""
 
     def source(self, key: KernelKey) -> tuple[str, str]:
-        """(op name, source text); the name is the semantic op and a digest of the text."""
+        """(op name, source text); the name is the semantic op and a digest of the text. LoweringError for a
+        key whose words are not from our own tables."""
+        _check_words(self.op, key)
         emit = self.generate[key.target.kind]
         digest = hashlib.sha256(emit(key, PLACEHOLDER_NAME).encode()).hexdigest()[:10]
         name = f"{self.op}_{digest}"
         return name, emit(key, name)
+
+
+_WORD = re.compile(r"[a-z][a-z0-9_]*")
+
+
+def _check_words(op: str, key: KernelKey) -> None:
+    """Nothing but numbers, names of targets and dtypes, and plain words may reach generated text."""
+    if key.target.arch not in ARCHS.get(key.target.kind, ()):
+        raise LoweringError(f"{op}: no kernel for target {shown(str(key.target))}")
+    if key.dtype not in DTYPE_NAMES.values():
+        raise LoweringError(f"{op}: no kernel for dtype {shown(key.dtype)}")
+    for name, value in key.config:
+        word = isinstance(value, str) and _WORD.fullmatch(value)
+        if not (_WORD.fullmatch(name) and (word or type(value) in (int, bool))):
+            raise LoweringError(
+                f"{op}: kernel option {shown(name)} = {shown(value)}: expected a word or number"
+            )
 
 
 def config_of(key: KernelKey) -> dict[str, Any]:

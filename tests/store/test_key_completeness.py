@@ -82,7 +82,7 @@ ARGUMENTS = {
     "linear": lambda: linear_arguments((1,)),
     "linear_multi": lambda: linear_arguments((2, 3)),
 }
-"""Arguments that between them give every option of a family's kernels each of its values."""
+"""Arguments that, with a family's examples, give every option of its kernels each of its values."""
 
 CONSTANT = {
     "residual": "the op says it",
@@ -92,10 +92,10 @@ CONSTANT = {
 """Options of kernels that may have one value only within a family."""
 
 
-def kernel_keys(op, extra=()):
+def kernel_keys(op):
     """Every key of a family: key -> arguments that lead to it."""
     found = {}
-    for args, target in itertools.product([*ARGUMENTS[op](), *FAMILIES[op].examples(), *extra], TARGETS):
+    for args, target in itertools.product([*ARGUMENTS.get(op, tuple)(), *FAMILIES[op].examples()], TARGETS):
         key = FAMILIES[op].configure(args, target)
         if not isinstance(key, Refusal):
             found.setdefault(key, args)
