@@ -4,8 +4,8 @@ order."""
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, dataclass_transform
 
 import torch
@@ -50,6 +50,8 @@ class Example:
     """Gradients of the program are wanted."""
     raw: bool = False
     """Shown to the pass as traced, not brought into normal form first."""
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    """Facts of the program, as a user would give them."""
 
 
 class Pass:
@@ -66,6 +68,9 @@ class Pass:
 
     def __post_init__(self) -> None:
         self.validate()
+        from tilewright.compiler.admission import admit
+
+        admit(type(self))
 
     def validate(self) -> None:
         """Check options against each other; raise `self.option_error(option, problem)`."""

@@ -16,7 +16,8 @@ class GraphPass(Pass):
     """Subclass under `@graph_pass` and give `apply` and `examples`.
 
     `apply` edits `program.graph` in place, asks `log.take(node)` before each edit, and records each with
-    `log.applied` or `log.refused`. An exception rolls the program back.
+    `log.applied` or `log.refused`. An exception rolls the program back. An APPROXIMATE one also defines
+    `reference(program)`, which edits a program into the obvious one that means the same, and `exact_limit()`.
     """
 
     def apply(self, program: Program, log: PassLog) -> None:

@@ -1,0 +1,1 @@
+"""Attention: token orders, block layouts, corrections, precision."""

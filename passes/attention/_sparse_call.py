@@ -1,0 +1,113 @@
+"""Putting a block-sparse attention where a video self-attention stood."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from tilewright.compiler import Program, ops
+from tilewright.compiler.block_layout import BlockLayout, Predicate
+from tilewright.compiler.dataflow import tensor_of
+from tilewright.compiler.graph import fake_mode_of, insert_like
+from tilewright.passes.attention._sites import VideoAttention
+
+aten = torch.ops.aten
+
+
+class Constants:
+    """Buffers of a program, one for each distinct tensor, so that layers with one layout share it."""
+
+    def __init__(self, program: Program) -> None:
+        self._program = program
+        self._held: dict[tuple[Any, ...], fx.Node] = {}
+
+    def node(self, value: torch.Tensor, like: fx.Node) -> fx.Node:
+        """The get_attr node of a constant, put after the placeholders."""
+        key = (value.dtype, tuple(value.shape), value.cpu().numpy().tobytes())
+        if key not in self._held:
+            graph = self._program.graph
+            name = self._program.hold("tw_layout_", value)
+            last = next(n for n in reversed(graph.nodes) if n.op == "placeholder")
+            with graph.inserting_after(last):
+                made = graph.get_attr(name)
+            mode = fake_mode_of(like)
+            made.meta["val"] = mode.from_tensor(value, static_shapes=True) if mode is not None else value
+            self._held[key] = made
+        return self._held[key]
+
+
+def with_key_mask(layout: BlockLayout, site: VideoAttention, text_blocks: torch.Tensor) -> BlockLayout:
+    """The layout with its text blocks (all blocks where video may be masked) under the site's key mask.
+
+    text_blocks: bool [key blocks]. Whole blocks only: a block has room for one predicate.
+    """
+    if site.keys.kind != "columns":
+        return layout
+    if layout.predicates:
+        raise ValueError("blocks of this layout carry a predicate already")
+    marked = text_blocks if site.keys.keeps_video else torch.ones_like(text_blocks)
+    flag = marked.to(torch.int32)[layout.col.long()]
+    return replace(layout, flag=flag, predicates=(Predicate.user(),))
+
+
+def insert_sparse(
+    program: Program, site: VideoAttention, layout: BlockLayout, constants: Constants
+) -> tuple[fx.Node, fx.Node, list[fx.Node]]:
+    """Insert the block-sparse attention before the site's node: (out, lse, all nodes made)."""
+    made: list[fx.Node] = []
+
+    def call(target: Any, *args: Any) -> fx.Node:
+        node = insert_like(program.graph, site.node, target, args, site.node)
+        made.append(node)
+        return node
+
+    values = dict(zip(LAYOUT_NAMES, layout.arguments(), strict=True))
+    given: dict[str, Any] = {
+        n: constants.node(v, site.query) if isinstance(v, torch.Tensor) else v for n, v in values.items()
+    }
+    if site.keys.kind == "prefix":
+        given["k_valid"] = _limits(site, call)
+    elif site.keys.kind == "columns":
+        given["mask"] = _columns(site, layout, given["src_k"], call)
+    pair = call(ops.block_sparse_attention, site.query, site.key, site.value, *given.values(), site.scale)
+    out, lse = call(operator.getitem, pair, 0), call(operator.getitem, pair, 1)
+    return out, lse, made
+
+
+LAYOUT_NAMES = (
+    "row_ptr", "col", "q_off", "k_off", "head_group", "flag", "predicates", "k_valid", "q_valid", "limit",
+    "src_q", "src_k", "mask",
+)  # fmt: skip
+"""`BlockLayout.arguments()` by name."""
+
+
+def _limits(site: VideoAttention, call: Any) -> fx.Node:
+    """int32 [B]: the first masked key of each batch entry."""
+    node = site.keys.node
+    assert node is not None, "a prefix mask has its limit"
+    value = tensor_of(node)
+    assert value is not None, "a limit is a tensor"
+    if value.dtype != torch.int32:
+        node = call(aten.to.dtype, node, torch.int32)
+    return node if value.shape[0] == site.batch else call(aten.expand.default, node, [site.batch])
+
+
+def _columns(site: VideoAttention, layout: BlockLayout, src_k: fx.Node | None, call: Any) -> fx.Node:
+    """bool [1 or B, 1 or H, 1, key slots] of the site's mask, in slot order."""
+    node = site.keys.node
+    assert node is not None, "a column mask has its tensor"
+    value = tensor_of(node)
+    assert value is not None, "a mask is a tensor"
+    if value.dim() != 4:
+        node = call(aten.reshape.default, node, [*(1,) * (4 - value.dim()), *value.shape])
+    if layout.src_k is None or src_k is None:
+        return node
+    if layout.src_k.shape[0] != 1:
+        raise ValueError("a column mask needs one key order for all heads")
+    row = call(aten.select.int, src_k, 0, 0)
+    picked: fx.Node = call(aten.index_select.default, node, 3, row)
+    return picked
