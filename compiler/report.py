@@ -133,6 +133,8 @@ class Report:
     costs_after: list[NodeCost] = field(default_factory=list)
     totals_before: Totals = field(default_factory=Totals)
     totals_after: Totals = field(default_factory=Totals)
+    pieces: list[int] = field(default_factory=list)
+    """How often each compiled piece is called, where repeated blocks share one; empty when compiled whole."""
     errors: dict[str, float] = field(default_factory=dict)
     """Errors against a float64 run: `eager`, `tilewright`, by output."""
     seconds: dict[str, float] = field(default_factory=dict)
