@@ -94,7 +94,7 @@ def sylvester_matrix(order: int) -> Tensor:
 def dense(plan: HadamardPlan, signs: Tensor | None = None) -> Tensor:
     """The orthogonal matrix [size, size] in float64 that `transform` applies to rows."""
     block = torch.kron(base_matrix(plan.base), sylvester_matrix(plan.sylvester)).double()
-    whole = torch.block_diag(*[block] * (plan.size // plan.block)) * plan.scale
+    whole: Tensor = torch.block_diag(*[block] * (plan.size // plan.block)) * plan.scale
     return whole if signs is None else signs.double()[:, None] * whole
 
 

@@ -196,14 +196,20 @@ class Program:
             )
         names, whole = self._from_weights(sources, compute)
         value = whole(*[self._input_named(n) for n in names])
-        unique = self.hold("tw_derived_", value)
-        self.derived.append(Derived(unique, names, whole))
+        node = self.constant(value, sources[0], prefix="tw_derived_")
+        node.meta["derived"] = name
+        self.derived.append(Derived(str(node.target), names, whole))
+        return node
+
+    def constant(self, value: torch.Tensor, like: fx.Node, *, prefix: str = "tw_constant_") -> fx.Node:
+        """Register a buffer and return the get_attr node that reads it, right after the placeholders.
+
+        `like` is any node whose value lives in the program's fake tensor mode.
+        """
         last = [n for n in self.graph.nodes if n.op == "placeholder"][-1]
         with self.graph.inserting_after(last):
-            node = self.graph.get_attr(unique)
-        node.meta["derived"] = name
-        sample = next((s.meta["val"] for s in sources if "val" in s.meta), None)
-        mode = getattr(sample, "fake_mode", None)
+            node = self.graph.get_attr(self.hold(prefix, value))
+        mode = getattr(like.meta.get("val"), "fake_mode", None)
         node.meta["val"] = mode.from_tensor(value, static_shapes=True) if mode is not None else value
         return node
 

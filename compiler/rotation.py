@@ -1,0 +1,160 @@
+"""Applying a rotation: weights get it offline as derived buffers, what is left gets it online as ops."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, fx
+
+from tilewright.compiler import ops
+from tilewright.compiler.basis import Basis
+from tilewright.compiler.graph import insert_like
+from tilewright.compiler.hadamard import HadamardPlan, base_matrix, random_signs, transform
+from tilewright.compiler.program import Program
+from tilewright.compiler.schema import arguments
+
+ROTATED = "tw_rotated"
+"""Node metadata: which rotations a node has taken part in."""
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """x -> x diag(signs) H / sqrt(block) along the last axis, in blocks."""
+
+    block: int
+    base: int
+    seed: int | None = None
+    """Seed of the random signs; None for no signs."""
+
+    @classmethod
+    def of(cls, plan: HadamardPlan, seed: int | None = None) -> Rotation:
+        return cls(plan.block, plan.base, seed)
+
+    def __call__(self, x: Tensor, *, inverse: bool = False) -> Tensor:
+        """The rotation of x [..., D], or its inverse, in the dtype of x."""
+        base = base_matrix(self.base) if self.base > 1 else None
+        signs = None if self.seed is None else random_signs(x.shape[-1], self.seed)
+        return transform(x, self.block, base, signs, inverse)
+
+
+class Rotator:
+    """Rotates bases of one program; constants and derived weights are made once and shared."""
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.edited: list[fx.Node] = []
+        """Nodes whose weights or inputs were changed, or that were inserted, since the last `take_edited`."""
+        self._constants: dict[tuple[str, int, int], fx.Node] = {}
+        self._derived: dict[tuple[fx.Node, str, Rotation, bool], fx.Node] = {}
+
+    def take_edited(self) -> list[fx.Node]:
+        """The nodes edited since the last call."""
+        edited, self.edited = list(dict.fromkeys(self.edited)), []
+        return edited
+
+    def rotate(self, basis: Basis, rotation: Rotation, mark: str) -> None:
+        """Rotate every value of a basis; `mark` is noted on the nodes that take part."""
+        centre = bool(basis.centred)
+        for reader in basis.readers:
+            self.read_rotated(reader, rotation, mark)
+        for writer in basis.writers:
+            given = arguments(writer)
+            weight = self._weight(given["weight"], "rows", rotation, centre)
+            bias = given["bias"]
+            if bias is not None:
+                bias = self._weight(bias, "vector", rotation, centre)
+            self._set(writer, given["x"], weight, bias, mark)
+        for table in basis.tables:
+            given = arguments(table)
+            table.args = (self._weight(given["weight"], "columns", rotation, centre), given["indices"])
+            self._note(table, mark)
+        for entry in basis.entries:
+            self._enter(basis, entry, rotation, centre, mark)
+        for value, user in basis.exits:
+            user.replace_input_with(value, self.online(value, rotation, mark, inverse=True))
+        for norm in basis.centred:
+            given = arguments(norm)
+            norm.target, norm.args, norm.kwargs = ops.rms_norm, (given["x"], None, given["eps"]), {}
+            self._note(norm, mark)
+        for member in basis.members:
+            member.meta[ROTATED] = frozenset({mark, *member.meta.get(ROTATED, ())})
+
+    def read_rotated(self, linear: fx.Node, rotation: Rotation, mark: str) -> None:
+        """Let a linear layer take its input rotated: W -> W R."""
+        given = arguments(linear)
+        weight = self._weight(given["weight"], "columns", rotation, False)
+        self._set(linear, given["x"], weight, given["bias"], mark)
+
+    def online(self, value: fx.Node, rotation: Rotation, mark: str, *, inverse: bool = False) -> fx.Node:
+        """A node right behind a value that holds it rotated, or rotated back; one per value and direction."""
+        for user in value.users:
+            if user.meta.get("tw_online") == (mark, inverse):
+                return user
+        base = self._constant("base", rotation.base, 0, value) if rotation.base > 1 else None
+        width = int(value.meta["val"].shape[-1])
+        signs = None if rotation.seed is None else self._constant("signs", width, rotation.seed, value)
+        graph, place = self.program.graph, value.next
+        while place.op in ("placeholder", "get_attr"):
+            place = place.next
+        node = insert_like(graph, place, ops.hadamard, (value, rotation.block, base, signs, inverse), value)
+        node.meta["tw_online"] = (mark, inverse)
+        self._note(node, mark)
+        return node
+
+    def _enter(self, basis: Basis, entry: fx.Node, rotation: Rotation, centre: bool, mark: str) -> None:
+        """Rotate a value of the original basis where it comes in: offline when it is a weight."""
+        users = [u for u in entry.users if u in basis.members or u in basis.readers]
+        users += [u for v, u in basis.exits if v is entry]
+        if self.program.is_constant(entry):
+            inside = self._weight(entry, "columns", rotation, centre)
+        else:
+            inside = self.online(self._centred(entry) if centre else entry, rotation, mark)
+        for user in users:
+            user.replace_input_with(entry, inside)
+        basis.exits = [(inside if v is entry else v, u) for v, u in basis.exits]
+        inside.meta[ROTATED] = frozenset({mark})
+
+    def _centred(self, value: fx.Node) -> fx.Node:
+        """value - mean(value) over the channels."""
+        aten, graph = torch.ops.aten, self.program.graph
+        mean = insert_like(graph, value.next, aten.mean.dim, (value, [-1], True), value)
+        return insert_like(graph, mean.next, aten.sub.Tensor, (value, mean), value)
+
+    def _weight(self, weight: fx.Node, form: str, rotation: Rotation, centre: bool) -> fx.Node:
+        key = (weight, form, rotation, centre)
+        if key not in self._derived:
+            name = f"{self.program.path_of(weight)} rotated"
+            compute = partial(rotated, form=form, rotation=rotation, centre=centre)
+            self._derived[key] = self.program.derive(name, (weight,), compute)
+        return self._derived[key]
+
+    def _set(self, linear: fx.Node, x: fx.Node, weight: fx.Node, bias: fx.Node | None, mark: str) -> None:
+        linear.args, linear.kwargs = (x, weight, bias), {}
+        self._note(linear, mark)
+
+    def _note(self, node: fx.Node, mark: str) -> None:
+        node.meta[ROTATED] = frozenset({mark, *node.meta.get(ROTATED, ())})
+        node.meta["rewritten_by"] = (*node.meta.get("rewritten_by", ()), "rotate-hadamard")
+        self.edited.append(node)
+
+    def _constant(self, what: str, size: int, seed: int, like: fx.Node) -> fx.Node:
+        key = (what, size, seed)
+        if key not in self._constants:
+            value = base_matrix(size).clone() if what == "base" else random_signs(size, seed)
+            self._constants[key] = self.program.constant(value, like)
+        return self._constants[key]
+
+
+def rotated(weight: Tensor, *, form: str, rotation: Rotation, centre: bool) -> Tensor:
+    """A weight with one of its axes rotated, computed in float64 and rounded once.
+
+    form: `columns` W [N, D] -> W R; `rows` W [D, K] -> R^T W; `vector` b [D] -> b R. centre: take the mean
+    over the rotated axis out first.
+    """
+    wide = weight.double().t() if form == "rows" else weight.double()
+    if centre:
+        wide = wide - wide.mean(-1, keepdim=True)
+    wide = rotation(wide)
+    return (wide.t().contiguous() if form == "rows" else wide).to(weight.dtype)
