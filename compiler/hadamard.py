@@ -133,6 +133,19 @@ def transform(
     return y * signs.to(y.dtype) if signs is not None and inverse else y
 
 
+def transform_rows(x: Tensor, block: int, base: Tensor | None, signs: Tensor | None) -> Tensor:
+    """What `transform` computes, by two matrix products: faster on the large matrices of offline rotation."""
+    order = 1 if base is None else base.shape[0]
+    power = block // order
+    y = x if signs is None else x * signs.to(x.dtype)
+    if power > 1:
+        y = torch.matmul(y.reshape(-1, power), sylvester_matrix(power).to(x.dtype))
+    if base is not None:
+        across = y.reshape(-1, order, power).transpose(1, 2).reshape(-1, order)
+        y = torch.matmul(across, base.to(x.dtype)).reshape(-1, power, order).transpose(1, 2)
+    return y.reshape(x.shape) * (1.0 / math.sqrt(block))
+
+
 def _paley_field(order: int) -> tuple[int, int, int] | None:
     """(construction, prime, degree) of the field GF(q) behind an order: q = order - 1 or order/2 - 1."""
     if order % 4:

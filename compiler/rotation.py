@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from tilewright.compiler import ops
 from tilewright.compiler.basis import Basis
 from tilewright.compiler.graph import insert_like
-from tilewright.compiler.hadamard import HadamardPlan, base_matrix, random_signs, transform
+from tilewright.compiler.hadamard import HadamardPlan, base_matrix, random_signs, transform_rows
 from tilewright.compiler.program import Program
 from tilewright.compiler.schema import arguments
 
@@ -32,44 +32,48 @@ class Rotation:
     def of(cls, plan: HadamardPlan, seed: int | None = None) -> Rotation:
         return cls(plan.block, plan.base, seed)
 
-    def __call__(self, x: Tensor, *, inverse: bool = False) -> Tensor:
-        """The rotation of x [..., D], or its inverse, in the dtype of x."""
+    def __call__(self, x: Tensor) -> Tensor:
+        """The rotation of x [..., D] in the dtype of x."""
         base = base_matrix(self.base) if self.base > 1 else None
         signs = None if self.seed is None else random_signs(x.shape[-1], self.seed)
-        return transform(x, self.block, base, signs, inverse)
+        return transform_rows(x, self.block, base, signs)
+
+
+@dataclass(frozen=True)
+class Edit:
+    """One rotation of a weight: `columns` W [N, D] -> W R, `rows` W [D, K] -> R^T W, `vector` b -> b R."""
+
+    form: str
+    rotation: Rotation
+    centre: bool = False
+    """Take the mean over the rotated axis out first."""
 
 
 class Rotator:
-    """Rotates bases of one program; constants and derived weights are made once and shared."""
+    """Rotates bases of one program. Weights are edited by `finish`, once for all that was asked of them."""
 
     def __init__(self, program: Program) -> None:
         self.program = program
-        self.edited: list[fx.Node] = []
-        """Nodes whose weights or inputs were changed, or that were inserted, since the last `take_edited`."""
+        self._touched: list[fx.Node] = []
         self._constants: dict[tuple[str, int, int], fx.Node] = {}
-        self._derived: dict[tuple[fx.Node, str, Rotation, bool], fx.Node] = {}
+        self._edits: dict[tuple[fx.Node, str], tuple[Edit, ...]] = {}
+        self._derived: dict[tuple[fx.Node, tuple[Edit, ...]], fx.Node] = {}
 
-    def take_edited(self) -> list[fx.Node]:
-        """The nodes edited since the last call."""
-        edited, self.edited = list(dict.fromkeys(self.edited)), []
-        return edited
+    def take_touched(self) -> list[fx.Node]:
+        """The nodes edited or inserted since the last call."""
+        touched, self._touched = list(dict.fromkeys(self._touched)), []
+        return touched
 
     def rotate(self, basis: Basis, rotation: Rotation, mark: str) -> None:
         """Rotate every value of a basis; `mark` is noted on the nodes that take part."""
         centre = bool(basis.centred)
-        for reader in basis.readers:
-            self.read_rotated(reader, rotation, mark)
+        for node in (*basis.readers, *basis.tables):
+            edit = Edit("columns", rotation, centre and node.target is ops.embedding)
+            self._edit(node, "weight", edit, mark)
         for writer in basis.writers:
-            given = arguments(writer)
-            weight = self._weight(given["weight"], "rows", rotation, centre)
-            bias = given["bias"]
-            if bias is not None:
-                bias = self._weight(bias, "vector", rotation, centre)
-            self._set(writer, given["x"], weight, bias, mark)
-        for table in basis.tables:
-            given = arguments(table)
-            table.args = (self._weight(given["weight"], "columns", rotation, centre), given["indices"])
-            self._note(table, mark)
+            self._edit(writer, "weight", Edit("rows", rotation, centre), mark)
+            if arguments(writer)["bias"] is not None:
+                self._edit(writer, "bias", Edit("vector", rotation, centre), mark)
         for entry in basis.entries:
             self._enter(basis, entry, rotation, centre, mark)
         for value, user in basis.exits:
@@ -83,9 +87,16 @@ class Rotator:
 
     def read_rotated(self, linear: fx.Node, rotation: Rotation, mark: str) -> None:
         """Let a linear layer take its input rotated: W -> W R."""
-        given = arguments(linear)
-        weight = self._weight(given["weight"], "columns", rotation, False)
-        self._set(linear, given["x"], weight, given["bias"], mark)
+        self._edit(linear, "weight", Edit("columns", rotation), mark)
+
+    def finish(self) -> None:
+        """Derive the edited weights and forget those that nothing reads any more."""
+        for (node, name), edits in self._edits.items():
+            given = arguments(node)
+            given[name] = self._derive(given[name], edits)
+            node.args, node.kwargs = tuple(given.values()), {}
+        self._edits.clear()
+        self.program.drop_unread()
 
     def online(self, value: fx.Node, rotation: Rotation, mark: str, *, inverse: bool = False) -> fx.Node:
         """A node right behind a value that holds it rotated, or rotated back; one per value and direction."""
@@ -108,7 +119,7 @@ class Rotator:
         users = [u for u in entry.users if u in basis.members or u in basis.readers]
         users += [u for v, u in basis.exits if v is entry]
         if self.program.is_constant(entry):
-            inside = self._weight(entry, "columns", rotation, centre)
+            inside = self._derive(entry, (Edit("columns", rotation, centre),))
         else:
             inside = self.online(self._centred(entry) if centre else entry, rotation, mark)
         for user in users:
@@ -122,22 +133,21 @@ class Rotator:
         mean = insert_like(graph, value.next, aten.mean.dim, (value, [-1], True), value)
         return insert_like(graph, mean.next, aten.sub.Tensor, (value, mean), value)
 
-    def _weight(self, weight: fx.Node, form: str, rotation: Rotation, centre: bool) -> fx.Node:
-        key = (weight, form, rotation, centre)
+    def _edit(self, node: fx.Node, name: str, edit: Edit, mark: str) -> None:
+        self._edits[node, name] = (*self._edits.get((node, name), ()), edit)
+        self._note(node, mark)
+
+    def _derive(self, weight: fx.Node, edits: tuple[Edit, ...]) -> fx.Node:
+        key = (weight, edits)
         if key not in self._derived:
             name = f"{self.program.path_of(weight)} rotated"
-            compute = partial(rotated, form=form, rotation=rotation, centre=centre)
-            self._derived[key] = self.program.derive(name, (weight,), compute)
+            self._derived[key] = self.program.derive(name, (weight,), partial(rotated, edits=edits))
         return self._derived[key]
-
-    def _set(self, linear: fx.Node, x: fx.Node, weight: fx.Node, bias: fx.Node | None, mark: str) -> None:
-        linear.args, linear.kwargs = (x, weight, bias), {}
-        self._note(linear, mark)
 
     def _note(self, node: fx.Node, mark: str) -> None:
         node.meta[ROTATED] = frozenset({mark, *node.meta.get(ROTATED, ())})
         node.meta["rewritten_by"] = (*node.meta.get("rewritten_by", ()), "rotate-hadamard")
-        self.edited.append(node)
+        self._touched.append(node)
 
     def _constant(self, what: str, size: int, seed: int, like: fx.Node) -> fx.Node:
         key = (what, size, seed)
@@ -147,14 +157,13 @@ class Rotator:
         return self._constants[key]
 
 
-def rotated(weight: Tensor, *, form: str, rotation: Rotation, centre: bool) -> Tensor:
-    """A weight with one of its axes rotated, computed in float64 and rounded once.
-
-    form: `columns` W [N, D] -> W R; `rows` W [D, K] -> R^T W; `vector` b [D] -> b R. centre: take the mean
-    over the rotated axis out first.
-    """
-    wide = weight.double().t() if form == "rows" else weight.double()
-    if centre:
-        wide = wide - wide.mean(-1, keepdim=True)
-    wide = rotation(wide)
-    return (wide.t().contiguous() if form == "rows" else wide).to(weight.dtype)
+def rotated(weight: Tensor, *, edits: tuple[Edit, ...]) -> Tensor:
+    """A weight after its edits, computed in float64 and rounded once."""
+    wide = weight.double()
+    for edit in edits:
+        turned = wide.t() if edit.form == "rows" else wide
+        if edit.centre:
+            turned = turned - turned.mean(-1, keepdim=True)
+        turned = edit.rotation(turned)
+        wide = turned.t() if edit.form == "rows" else turned
+    return wide.to(weight.dtype).contiguous()

@@ -77,7 +77,7 @@ class RotateHadamard(GraphPass):
             self._rotate_hidden(program, rotator, log)
         if self.r3:
             self._rotate_scores(program, rotator, log)
-        program.drop_unread()
+        rotator.finish()
         log.finish(("residual stream", "tilewright::attention", "tilewright::linear"))
 
     @staticmethod
@@ -169,7 +169,7 @@ def _plan(node: fx.Node, width: Any) -> HadamardPlan | Blocked:
 
 
 def _record(node: fx.Node, rotator: Rotator, log: PassLog, rule: str) -> None:
-    edited = rotator.take_edited()
-    linears = [n for n in edited if n.target is ops.linear]
+    touched = rotator.take_touched()
+    linears = [n for n in touched if n.target is ops.linear]
     log.claim_slots(linears, {n: n for n in linears})
-    log.applied(node, rule=rule, inserted=edited)
+    log.applied(node, rule=rule, inserted=touched)
