@@ -44,7 +44,9 @@ def lower(
             else Refusal("generated kernels are off")
         )
         row = {"node": node.name, "op": op.name, "kernel": "", "why": "", "source": ""}
-        if isinstance(choice, Refusal):
+        if isinstance(choice, Refusal) and op.opaque:
+            row.update(kernel="definition", why=choice.reason)
+        elif isinstance(choice, Refusal):
             _inline_definition(program, op, node, traces)
             row.update(kernel=rest, why=choice.reason)
         else:
@@ -111,8 +113,9 @@ def _trace_definition(definition: Callable[..., Any], values: Any, inputs: list[
 
 
 def is_lowered(module: fx.GraphModule) -> bool:
-    """True when no semantic op is left."""
-    return not any(semantic_op(n.target) for n in module.graph.nodes if n.op == "call_function")
+    """True when no semantic op is left but those whose definition runs as a call."""
+    found = [semantic_op(n.target) for n in module.graph.nodes if n.op == "call_function"]
+    return all(op is None or op.opaque for op in found)
 
 
 def where_of(report: Report) -> Callable[[fx.Node], str]:

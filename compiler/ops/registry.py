@@ -31,6 +31,8 @@ class SemanticOp:
     """flops(*args, out): args hold fake tensors or constants; sizes may be SymInt. Multiply-add counts 2."""
     lowers_to: str = ""
     """Name of the one aten overload that means the same (`linear.default`), empty when there is none."""
+    opaque: bool = False
+    """The call itself is the fallback of lowering: the definition reads data and is never traced through."""
 
     @property
     def overload(self) -> torch._ops.OpOverload:
@@ -41,14 +43,34 @@ class SemanticOp:
 _OPS: dict[str, SemanticOp] = {}
 
 
-def define(schema: str, *, flops: Flops, lowers_to: str = "") -> Callable[[Callable[..., Any]], SemanticOp]:
-    """Declare a semantic op from its torch schema and its definition; returns the `SemanticOp`."""
+def define(
+    schema: str,
+    *,
+    flops: Flops,
+    lowers_to: str = "",
+    fake: Callable[..., Any] | None = None,
+    backward: tuple[Callable[..., None], Callable[..., Any]] | None = None,
+) -> Callable[[Callable[..., Any]], SemanticOp]:
+    """Declare a semantic op from its torch schema and its definition; returns the `SemanticOp`.
+
+    With `fake` the op is opaque: fake tensors take their shapes from that function, autograd from `backward`
+    (setup_context, formula; None: not differentiable), and tracing never looks inside.
+    """
 
     def declare(definition: Callable[..., Any]) -> SemanticOp:
         name = schema.split("(", 1)[0]
         _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-        _LIBRARY.impl(name, definition, "CompositeImplicitAutograd")
-        op = SemanticOp(name, schema, definition, flops, lowers_to)
+        if fake is None:
+            _LIBRARY.impl(name, definition, "CompositeImplicitAutograd")
+        else:
+            _LIBRARY.impl(name, definition, "CompositeExplicitAutograd")
+            torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
+        if backward is not None:
+            setup, formula = backward
+            torch.library.register_autograd(
+                f"{NAMESPACE}::{name}", formula, setup_context=setup, lib=_LIBRARY
+            )
+        op = SemanticOp(name, schema, definition, flops, lowers_to, fake is not None)
         _OPS[name] = op
         return op
 
