@@ -212,6 +212,8 @@ class _Growth:
                 return Blocked(node, f"{node.name} keeps values that other programs may read")
             self.basis.caches.append(node)
             return None
+        if op_name(node) == "attention":
+            return Blocked(node, f"the values of {node.name} are its keys or queries too, or change size")
         source = _cut_into_heads(node, self.basis.width)
         if source is None:
             return Blocked(node, f"{node.name} ({op_name(node) or node.op}) is no projection cut into heads")

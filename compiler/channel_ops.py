@@ -44,7 +44,8 @@ def same_basis(node: fx.Node) -> tuple[fx.Node, ...]:
     if name == "neg":
         return _all_wide((given["self"],), result)
     if name == "attention":
-        return (given["v"],) if given["v"].meta["val"].shape[-1] == result.shape[-1] else ()
+        alone = [n for name, n in given.items() if name != "v"].count(given["v"]) == 0
+        return _all_wide((given["v"],), result) if alone else ()
     if name == "kv_update":
         return (given["cache"], given["new"]) if _not_last([given["dim"]], result.dim()) else ()
     return _moved(node, name, given, result)
