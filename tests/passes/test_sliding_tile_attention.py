@@ -23,6 +23,8 @@ from tilewright.passes.attention.sliding_tile_attention import SlidingTileAttent
 RAGGED = SlidingTileAttention(tile=(2, 3, 2), window=(1, 1, 1), nondivisible="ceil")
 MODELS = {"wan": 2, "hunyuan-video": 2, "cogvideox": 2, "ltx": 2}
 """Video self-attentions by model; grid 3 x 4 x 5."""
+QUICK = ("wan", "cogvideox")
+NAMES = [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in MODELS]
 
 
 def applied(value, program):
@@ -35,7 +37,7 @@ def worst(got, want) -> float:
     return max(relative_rms(g, w) for g, w in zip(got, want, strict=True))
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", NAMES)
 def test_models_equal_the_masked_dense_program(name, video_program, float64_outputs) -> None:
     original, sparse, reference = (video_program(name) for _ in range(3))
     report = applied(RAGGED, sparse)
@@ -46,14 +48,21 @@ def test_models_equal_the_masked_dense_program(name, video_program, float64_outp
     assert worst(want, float64_outputs(original)) > 1e-6, "the window must matter"
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", NAMES)
 def test_the_whole_window_is_the_original(name, video_program, float64_outputs) -> None:
     original, sparse = video_program(name), video_program(name)
     assert len(applied(RAGGED.exact_limit(), sparse).applied) == MODELS[name]
     assert worst(float64_outputs(sparse), float64_outputs(original)) < 1e-12
 
 
-@pytest.mark.parametrize(("name", "left"), [("wan", 2), ("ltx", 2), ("hunyuan-video", 1)])
+@pytest.mark.parametrize(
+    ("name", "left"),
+    [
+        ("wan", 2),
+        pytest.param("ltx", 2, marks=pytest.mark.slow),
+        pytest.param("hunyuan-video", 1, marks=pytest.mark.slow),
+    ],
+)
 def test_other_attentions_stay_byte_for_byte(name, left, video_program) -> None:
     program = video_program(name)
     video = {a.node for a in applied(RAGGED, video_program(name)).applied}
@@ -64,9 +73,13 @@ def test_other_attentions_stay_byte_for_byte(name, left, video_program) -> None:
     assert len(after) == left == len(report.refused)
 
 
-def test_reasons_name_what_does_not_fit(video_program) -> None:
+def test_cross_attention_says_so(video_program) -> None:
     wan = applied(RAGGED, video_program("wan"))
     assert {r.reason for r in wan.refused} == {"60 queries attend 7 keys: no self-attention"}
+
+
+@pytest.mark.slow
+def test_a_text_refiner_says_so(video_program) -> None:
     hunyuan = applied(RAGGED, video_program("hunyuan-video"))
     assert [r.reason for r in hunyuan.refused] == ["its 7 tokens are not the 60 of the grid 3x4x5"]
 
