@@ -1,4 +1,4 @@
-"""Hoisting a tile order out of captured video transformers: exact, at their ends only, refused where it is not."""
+"""Hoisting a tile order out of captured video transformers: exact, at their ends only, else refused."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from tilewright.passes.attention.hoist_token_permutation import HoistTokenPermut
 from tilewright.passes.attention.sliding_tile_attention import SlidingTileAttention
 
 TILES = SlidingTileAttention(tile=(2, 3, 2), window=(1, 1, 1), nondivisible="ceil")
-PERMUTED = {"wan": 3, "cogvideox": 3, "ltx": 3, "hunyuan-video": 3}
-"""Values permuted on entry: the video tokens, and the tables of cosines and sines."""
+PERMUTED = {"wan": 3, "cogvideox": 3, "ltx": 2, "hunyuan-video": 4}
+"""Values permuted on entry: video tokens with cosines and sines, or with the positions (all, or by axis)."""
 NAMES = [n if n == "wan" else pytest.param(n, marks=pytest.mark.slow) for n in PERMUTED]
 
 
@@ -81,6 +81,18 @@ def with_node(program, at, target, *args):
     return new
 
 
+def replace_first_frame(program, at):
+    """The tokens of the first frame are scaled by their place (image to video models replace them)."""
+    from tilewright.compiler.graph import insert_like
+
+    other = insert_like(program.graph, at.next, torch.ops.aten.zeros_like.default, (at,), at)
+    frame = insert_like(program.graph, other.next, torch.ops.aten.slice.Tensor, (other, 1, 0, 20), at)
+    new = insert_like(
+        program.graph, frame.next, torch.ops.aten.slice_scatter.default, (at, frame, 1, 0, 20), at
+    )
+    at.replace_all_uses_with(new, delete_user_cb=lambda user: user not in (new, other))
+
+
 def stream_between(program):
     """The residual value between the two layers."""
     first, second = [n for n in program.graph.nodes if n.target is ops.block_sparse_attention]
@@ -97,11 +109,7 @@ def stream_between(program):
     [
         (lambda p, x: with_node(p, x, torch.ops.aten.cumsum.default, 1), "cumsum"),
         (lambda p, x: with_node(p, x, torch.ops.aten.roll.default, [1], [1]), "roll"),
-        (
-            lambda p, x: with_node(p, with_node(p, x, torch.ops.aten.slice.Tensor, 1, 0, 20),
-                                   torch.ops.aten.constant_pad_nd.default, [0, 0, 0, 40]),
-            "reads some of the tokens by their position",
-        ),
+        (lambda p, x: replace_first_frame(p, x), "writes some of the tokens by their position"),
         (
             lambda p, x: with_node(p, with_node(p, x, torch.ops.aten.reshape.default, [2, 3, 20, 48]),
                                    torch.ops.aten.reshape.default, [2, 60, 48]),
