@@ -30,6 +30,10 @@ class PassDefinitionError(TilewrightError):
     """A pass file is wrong; raised when the pass is imported, for its author."""
 
 
+class ProofError(TilewrightError):
+    """A pass that claims to be exact is not: names the example, the rule and a counterexample."""
+
+
 class OptionError(TilewrightError):
     """An option of a pass, of the backend or of the command line has no legal value."""
 

@@ -62,6 +62,12 @@ def find(name: str) -> Any:
     return _CLASSES[name]
 
 
+def is_foreign(cls: type) -> bool:
+    """True for a registered pass that does not live below our `passes/`."""
+    ours = cls.__module__.startswith(f"{ROOT_PACKAGE}.")
+    return not ours and _CLASSES.get(getattr(cls, "name", "")) is cls
+
+
 def presets() -> dict[str, str]:
     """Named pipelines: preset name -> pipeline text."""
     return dict(importlib.import_module(f"{ROOT_PACKAGE}.presets").PRESETS)
