@@ -49,6 +49,7 @@ def page_data(report: Report) -> dict[str, Any]:
             "origin": report.origin,
             "training": report.training,
             "target": report.target,
+            "left_alone": report.left_alone,
             "device": report.device,
             "sizes": report.sizes,
             "totals": [asdict(report.totals_before), asdict(report.totals_after)],

@@ -78,6 +78,8 @@ def show(report: Report, console: Console, top: int = 10) -> None:
             console.print(Text(line), soft_wrap=True)
         return
     console.print(Text(heading, style="bold"))
+    for line in _left_alone(report):
+        console.print(Text(line))
     for section in sections(report, top):
         table = Table(title=Text(section.title, style="bold"), title_justify="left", expand=False)
         for name in section.columns:
@@ -103,7 +105,7 @@ def lines_for(report: Report, stream: TextIO, top: int = 10) -> list[str]:
 
 def plain_lines(report: Report, top: int = 10) -> list[str]:
     """The report as lines: a title, then `column=value` rows under it; made for grep and for logs."""
-    lines = [_heading(report)]
+    lines = [_heading(report), *_left_alone(report)]
     for section in sections(report, top):
         lines.append("")
         lines.append(f"{section.title}:")
@@ -120,6 +122,11 @@ def _heading(report: Report) -> str:
     parts.append("training" if report.training else "")
     text = " | ".join(clean(p) for p in parts if p)
     return f"{text} | pipeline: {clean(report.pipeline) or '(empty)'}"
+
+
+def _left_alone(report: Report) -> list[str]:
+    """One line when the graph was handed on unchanged."""
+    return [f"left as it was: {clean(report.left_alone)}"] if report.left_alone else []
 
 
 def _summary(report: Report) -> Section:

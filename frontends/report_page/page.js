@@ -8,6 +8,7 @@ function header() {
     el("h1", null, data.model || "Program"), el("p", {class: "soft"}, facts),
     el("div", {class: "pipeline"}, el("span", {class: "soft small"}, "pipeline"), chips.length ? chips : el("span", {class: "soft small"}, "(empty)")),
   ]);
+  if (data.left_alone) add(document.getElementById("top"), [el("p", {class: "left-alone wrap", role: "note"}, `Left as it was: ${data.left_alone}`)]);
   document.title = `${clean(data.model || "Program")} \u2013 Tilewright report`;
 }
 

@@ -187,6 +187,15 @@ def test_an_empty_report_opens(chromium, tmp_path):
     assert "The pipeline is empty." in dom
 
 
+def test_a_graph_that_was_left_alone_is_said(make_report, chromium, tmp_path):
+    report = Report(model="m", left_alone="CaptureError: <b>autocast</b> inside the graph")
+    assert json.loads(report.to_json())["left_alone"] == report.left_alone
+    dom = chromium(write_html(report, tmp_path / "r.html"))
+    assert "Left as it was: CaptureError: &lt;b&gt;autocast&lt;/b&gt; inside the graph" in dom
+    other = chromium(write_html(make_report(2), tmp_path / "s.html"))
+    assert "Left as it was" not in re.sub(r"<script.*?</script>", "", other, flags=re.DOTALL)
+
+
 def test_a_browser_shows_the_figures(make_report, chromium, tmp_path):
     dom = chromium(write_html(make_report(30), tmp_path / "r.html"))
     assert 'data-ready="1"' in dom

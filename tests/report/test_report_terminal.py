@@ -92,6 +92,14 @@ def test_an_empty_report_is_only_a_heading():
     assert plain_lines(Report(model="m")) == ["m | pipeline: (empty)"]
 
 
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_graph_that_was_left_alone_is_said(make_report, terminal):
+    why_not = "CaptureError: autocast inside the graph\x1b[2J"
+    text = shown(Report(model="m", left_alone=why_not), terminal=terminal)
+    assert r"left as it was: CaptureError: autocast inside the graph\x1b[2J" in text
+    assert "left as it was" not in shown(make_report(2), terminal=terminal)
+
+
 def test_unknown_sizes_are_said(make_report):
     report = make_report(2)
     report.totals_after = Totals(1.0, 1.0, 1, 1.0, unknown=3)
