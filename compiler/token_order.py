@@ -8,7 +8,7 @@ says which operands must be permuted for an op's result to come out permuted. Th
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,9 +51,10 @@ _SAME = frozenset(
 )
 _BROADCAST = frozenset({"gated_mlp", "where", "masked_fill"})
 _ROWS = frozenset(
-    {"linear", "linear_multi", "quantized_linear", "quantized_linear_multi", "rms_norm", "hadamard"}
+    {"linear", "linear_multi", "quantized_linear", "quantized_linear_multi", "hadamard"}
+    | {"rms_norm", "add_rms_norm", "layer_norm"}
 )
-"""Ops that treat every row of their first operand alike, and read no other operand by row."""
+"""Ops that treat every row of their first operand alike; of the others only `residual` is read by row."""
 _CUTS = frozenset({"chunk", "split", "split_with_sizes", "tensor_split"})
 _FILLS = frozenset({"ones", "zeros", "full", "ones_like", "zeros_like", "full_like", "new_zeros", "new_ones"})
 
@@ -93,7 +94,7 @@ def _candidates(node: fx.Node, value: torch.Tensor, given: Placed) -> list[Place
     starts = {given.start}
     name = op_name(node)
     if name == "cat":
-        lengths = [_size(p, given.axis) for p in _list(node.args[0])]
+        lengths = [_size(p, given.axis) for p in _many(node, 0)]
         starts |= {given.start + sum(lengths[:i]) for i in range(len(lengths))}
     elif name == "slice":
         starts.add(given.start - _span(node)[1])
@@ -136,23 +137,10 @@ def _same(node: fx.Node, want: Placed, moved: Moved) -> Wanted | str:
 
 
 def _rows(node: fx.Node, want: Placed, moved: Moved) -> Wanted | str:
-    source = _operand(node)
-    if want.axis >= _rank(source) - 1:
+    source, given = _operand(node), arguments(node)
+    if want.axis >= _rank(source) - len(given.get("normalized_shape", [0])):
         return f"{op_name(node)} {node.name} works along that axis"
-    return [(source, want)]
-
-
-def _layer_norm(node: fx.Node, want: Placed, moved: Moved) -> Wanted | str:
-    if want.axis >= _rank(_operand(node)) - len(arguments(node)["normalized_shape"]):
-        return f"layer_norm {node.name} works along that axis"
-    return [(_operand(node), want)]
-
-
-def _add_rms_norm(node: fx.Node, want: Placed, moved: Moved) -> Wanted | str:
-    given = arguments(node)
-    if want.axis >= _rank(given["x"]) - 1:
-        return f"add_rms_norm {node.name} works along that axis"
-    return [(given["x"], want), (given["residual"], want)]
+    return [(source, want)] + [(given[n], want) for n in ("residual",) if n in given]
 
 
 def _broadcast(node: fx.Node, want: Placed, moved: Moved) -> Wanted | str:
@@ -175,7 +163,7 @@ def _softmax(node: fx.Node, want: Placed, moved: Moved) -> Wanted | str:
 
 
 def _permute(node: fx.Node, want: Placed, moved: Moved) -> Wanted | str:
-    dims = [int(d) % _rank(_operand(node)) for d in _list(node.args[1])]
+    dims = [int(d) % _rank(_operand(node)) for d in _many(node, 1)]
     return [(_operand(node), Placed(dims[want.axis], want.start))]
 
 
@@ -210,7 +198,7 @@ def _expand(node: fx.Node, want: Placed, moved: Moved) -> Wanted | str:
 
 
 def _cat(node: fx.Node, want: Placed, moved: Moved) -> Wanted | str:
-    parts = _list(node.args[0])
+    parts = _many(node, 0)
     if _axis(node, 1, parts[0], default=0) != want.axis:
         return [(part, want) for part in dict.fromkeys(parts)]
     first = 0
@@ -223,7 +211,7 @@ def _cat(node: fx.Node, want: Placed, moved: Moved) -> Wanted | str:
 
 
 def _stack(node: fx.Node, want: Placed, moved: Moved) -> Wanted | str:
-    parts = _list(node.args[0])
+    parts = _many(node, 0)
     axis = int(arguments(node)["dim"]) % (_rank(parts[0]) + 1)
     if axis == want.axis:
         return f"stack {node.name} makes that axis"
@@ -254,10 +242,6 @@ def _slice_scatter(node: fx.Node, want: Placed, moved: Moved) -> Wanted | str:
 def _select(node: fx.Node, want: Placed, moved: Moved) -> Wanted | str:
     axis = _axis(node, 1)
     return [(_operand(node), Placed(want.axis + (want.axis >= axis), want.start))]
-
-
-def _cut(node: fx.Node, want: Placed, moved: Moved) -> Wanted | str:
-    return [(_operand(node), want)]
 
 
 def _getitem(node: fx.Node, want: Placed, moved: Moved) -> Wanted | str:
@@ -315,15 +299,13 @@ def _block_sparse(node: fx.Node, want: Placed, moved: Moved) -> Wanted | str:
 _RULES: dict[str, Callable[[fx.Node, Placed, Moved], Wanted | str]] = {
     **dict.fromkeys(_SAME, _same),
     **dict.fromkeys(_ROWS, _rows),
-    **dict.fromkeys(_CUTS, _cut),
+    **dict.fromkeys(_CUTS, _same),
     **dict.fromkeys(("reshape", "view", "flatten", "unflatten", "squeeze", "unsqueeze"), _reshape),
     **dict.fromkeys(("softmax", "_softmax"), _softmax),
     **dict.fromkeys(("transpose", "t"), _transpose),
     **dict.fromkeys(("expand", "repeat"), _expand),
     **dict.fromkeys(("repeat_interleave", "index_select"), _along),
     **dict.fromkeys(("sum", "mean", "amax", "amin"), _reduce),
-    "layer_norm": _layer_norm,
-    "add_rms_norm": _add_rms_norm,
     "permute": _permute,
     "cat": _cat,
     "stack": _stack,
@@ -346,8 +328,9 @@ def _operand(node: fx.Node) -> fx.Node:
     return source
 
 
-def _list(value: Any) -> Sequence[Any]:
-    return list(value)
+def _many(node: fx.Node, place: int) -> list[Any]:
+    values: Any = node.args[place]
+    return list(values)
 
 
 def _rank(node: fx.Node) -> int:

@@ -11,7 +11,7 @@ from tilewright.compiler import Program, ops
 from tilewright.compiler.graph import insert_like
 from tilewright.compiler.schema import arguments
 from tilewright.passes.attention._sites import VideoAttention, sites
-from tilewright.passes.attention._sparse_call import Constants
+from tilewright.passes.attention._sparse_call import Constants, insert_function
 
 
 def masked_reference(program: Program, mask: Callable[[VideoAttention], torch.Tensor | None]) -> None:
@@ -35,3 +35,39 @@ def _restrict(program: Program, node: fx.Node, kept: fx.Node) -> None:
     new = insert_like(program.graph, node, ops.attention, args, node)
     node.replace_all_uses_with(new)
     program.graph.erase_node(node)
+
+
+def chosen_reference(
+    program: Program, choose: Callable[[VideoAttention], tuple[torch.Tensor, torch.Tensor] | None]
+) -> None:
+    """Give each head the one of several masks that changes its sampled rows least.
+
+    choose(site) -> (masks [choices, tokens, tokens], sampled rows), or None to leave the attention.
+    """
+    constants = Constants(program)
+    for node, site in sites(program):
+        found = choose(site) if isinstance(site, VideoAttention) else None
+        if found is None or not isinstance(site, VideoAttention):
+            continue
+        masks, rows = found
+        kept = [constants.node(m, node) for m in masks]
+        given = [arguments(node)[name] for name in ("q", "k", "v")]
+        extra = [m for m in [arguments(node)["mask"]] if m is not None]
+
+        def best(
+            q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rows: torch.Tensor, *rest: torch.Tensor,
+            count: int = len(kept), scale: float | None = site.scale,
+        ) -> tuple[torch.Tensor]:  # fmt: skip
+            own = rest[count:]
+            full = ops.attention(q, k, v, own[0] if own else None, scale)
+            outs = torch.stack(
+                [ops.attention(q, k, v, m & own[0] if own else m, scale) for m in rest[:count]]
+            )
+            off = (outs - full).index_select(3, rows).square().mean((-1, -2))
+            index = off.argmin(0)[None, :, :, None, None].expand(1, *outs.shape[1:])
+            return (outs.gather(0, index)[0],)
+
+        inputs = [*given, constants.node(rows, node), *kept, *extra]
+        (out,), _ = insert_function(program, site, best, inputs)
+        node.replace_all_uses_with(out)
+        program.graph.erase_node(node)

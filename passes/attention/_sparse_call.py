@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +14,8 @@ from tilewright.compiler import Program, ops
 from tilewright.compiler.block_layout import BlockLayout, Predicate
 from tilewright.compiler.dataflow import tensor_of
 from tilewright.compiler.graph import fake_mode_of, insert_like
+from tilewright.compiler.regions import inline
+from tilewright.compiler.rewrite import trace, traced_outputs
 from tilewright.passes.attention._sites import VideoAttention
 
 aten = torch.ops.aten
@@ -43,21 +46,56 @@ class Constants:
 def with_key_mask(layout: BlockLayout, site: VideoAttention, text_blocks: torch.Tensor) -> BlockLayout:
     """The layout with its text blocks (all blocks where video may be masked) under the site's key mask.
 
-    text_blocks: bool [key blocks]. Whole blocks only: a block has room for one predicate.
+    text_blocks: bool [key blocks]. A block has room for one predicate, so those that get one have none yet.
     """
     if site.keys.kind != "columns":
         return layout
-    if layout.predicates:
-        raise ValueError("blocks of this layout carry a predicate already")
     marked = text_blocks if site.keys.keeps_video else torch.ones_like(text_blocks)
-    flag = marked.to(torch.int32)[layout.col.long()]
-    return replace(layout, flag=flag, predicates=(Predicate.user(),))
+    own = torch.zeros_like(layout.col) if layout.flag is None else layout.flag
+    chosen = marked[layout.col.long()]
+    predicates = (*layout.predicates, Predicate.user())
+    flag = torch.where(chosen, torch.full_like(own, len(predicates)), own)
+    return replace(layout, flag=flag, predicates=predicates)
+
+
+def insert_function(
+    program: Program, site: VideoAttention, function: Callable[..., Any], inputs: list[fx.Node]
+) -> tuple[list[fx.Node], list[fx.Node]]:
+    """Trace a function on the values of nodes and insert its calls before the site: (results, all made)."""
+    module = trace(function, [n.meta["val"] for n in inputs])
+    new = inline(program, module, inputs, before=site.node, like=site.node, origin="layout")
+    results = [new[r] if isinstance(r, fx.Node) else r for r in traced_outputs(module)]
+    return results, [n for old, n in new.items() if old.op == "call_function"]
+
+
+def widened(x: torch.Tensor) -> torch.Tensor:
+    """In float32 at least."""
+    return x if x.dtype == torch.float64 else x.to(torch.float32)
+
+
+def key_mask_inputs(site: VideoAttention) -> list[fx.Node]:
+    """What `kept_keys` needs of a site's key mask, as nodes: one or none."""
+    return [site.keys.node] if site.keys.node is not None else []
+
+
+def kept_keys(kind: str, mask: torch.Tensor, keys: int) -> torch.Tensor:
+    """bool [1 or B, 1 or H, 1, T]: the keys that a site's mask keeps, in token order."""
+    if kind == "prefix":
+        return torch.arange(keys, device=mask.device) < mask[:, None, None, None]
+    return mask.reshape(*(1,) * (4 - mask.dim()), *mask.shape)
 
 
 def insert_sparse(
-    program: Program, site: VideoAttention, layout: BlockLayout, constants: Constants
+    program: Program,
+    site: VideoAttention,
+    layout: BlockLayout,
+    constants: Constants,
+    computed: Mapping[str, fx.Node] | None = None,
 ) -> tuple[fx.Node, fx.Node, list[fx.Node]]:
-    """Insert the block-sparse attention before the site's node: (out, lse, all nodes made)."""
+    """Insert the block-sparse attention before the site's node: (out, lse, all nodes made).
+
+    computed: layout arguments that the program computes, by name; they stand for the layout's own.
+    """
     made: list[fx.Node] = []
 
     def call(target: Any, *args: Any) -> fx.Node:
@@ -69,6 +107,7 @@ def insert_sparse(
     given: dict[str, Any] = {
         n: constants.node(v, site.query) if isinstance(v, torch.Tensor) else v for n, v in values.items()
     }
+    given.update(computed or {})
     if site.keys.kind == "prefix":
         given["k_valid"] = _limits(site, call)
     elif site.keys.kind == "columns":
@@ -104,10 +143,8 @@ def _columns(site: VideoAttention, layout: BlockLayout, src_k: fx.Node | None, c
     assert value is not None, "a mask is a tensor"
     if value.dim() != 4:
         node = call(aten.reshape.default, node, [*(1,) * (4 - value.dim()), *value.shape])
-    if layout.src_k is None or src_k is None:
-        return node
-    if layout.src_k.shape[0] != 1:
-        raise ValueError("a column mask needs one key order for all heads")
+    if layout.src_k is None or src_k is None or len(layout.src_k) != 1:
+        return node  # with several orders only text is masked, and text keeps its place in all
     row = call(aten.select.int, src_k, 0, 0)
     picked: fx.Node = call(aten.index_select.default, node, 3, row)
     return picked

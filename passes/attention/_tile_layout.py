@@ -15,9 +15,11 @@ BLOCK = 128
 
 
 def cut(length: int, block: int = BLOCK) -> list[int]:
-    """Sizes of the blocks of a run of tokens, as equal as possible."""
+    """Sizes of the blocks of a run of tokens: as equal as multiples of 16 allow, the last takes the rest."""
     count = -(-length // block)
-    return [(i + 1) * length // count - i * length // count for i in range(count)]
+    size = -(-length // (16 * count)) * 16 if count else 0
+    whole, rest = divmod(length, size) if size else (0, 0)
+    return [size] * whole + [rest] * bool(rest)
 
 
 @functools.lru_cache(maxsize=32)
