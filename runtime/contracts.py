@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 
 @dataclass(frozen=True)
@@ -47,3 +49,17 @@ class KernelKey:
     config: tuple[tuple[str, Any], ...] = field(default=())
     """Sorted (name, value) pairs that specialise the source; values are ints, bools or names from our own
     tables."""
+
+
+class StateAccess(Protocol):
+    """What a program reaches its state between steps through: that of one request, branch and step."""
+
+    def get(self, layer: int, slot: str) -> Any:
+        """The tensor of a slot."""
+
+    def put(self, layer: int, values: Mapping[str, Any]) -> None:
+        """Replace the slots of a layer."""
+
+
+STATE: ContextVar[StateAccess | None] = ContextVar("tilewright_state", default=None)
+"""The state of the call that is running, None outside of any request."""

@@ -8,11 +8,14 @@ two requests that take turns never see each other's, nor do the two branches of 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
 
 import torch
+
+from tilewright.runtime.contracts import STATE
 
 Key = tuple[str, str, int]
 """(request, guidance branch, layer)."""
@@ -142,21 +145,29 @@ class StepState:
         with self._lock:
             return self._running(request).clock.step(timestep)
 
-    def phase(self, schedule: Schedule, key: Key, step: int) -> Phase:
+    def phase(self, schedule: Schedule, request: str, branch: str, step: int) -> Phase:
         """The schedule's phase, or SEARCH / REFRESH where a step that should have collected was skipped.
 
         A cached step that jumps over a refresh thus postpones it instead of losing it.
         """
         phase = schedule.phase(step)
-        if phase is not Phase.SPARSE:
-            return phase
-        back = schedule.since_collected(step)
+        back = schedule.since_collected(step) if phase is Phase.SPARSE else -1
         if back < 0:
             return phase
-        request, branch, layer = key
         with self._lock:
-            filled = self._running(request).collected.get((branch, layer), -1)
-        return phase if filled >= step - back else schedule.phase(step - back)
+            steps = [s for (name, _), s in self._running(request).collected.items() if name == branch]
+        return phase if max(steps, default=-1) >= step - back else schedule.phase(step - back)
+
+    @contextmanager
+    def call(self, request: str, branch: str, step: int) -> Iterator[None]:
+        """Programs that run inside reach the state of this request and branch, as of this step."""
+        with self._lock:
+            self._running(request)
+        token = STATE.set(_Access(self, request, branch, step))
+        try:
+            yield
+        finally:
+            STATE.reset(token)
 
     def put(self, key: Key, step: int, values: Mapping[str, torch.Tensor]) -> None:
         """Replace all slots of a key with those collected at a step; StepStateError beyond the capacity."""
@@ -199,6 +210,22 @@ class StepState:
         if request not in self._requests:
             raise StepStateError(f"request {request!r} has not begun, or has ended")
         return self._requests[request]
+
+
+@dataclass(frozen=True)
+class _Access:
+    """The state of one call; what `contracts.STATE` holds while it runs."""
+
+    state: StepState
+    request: str
+    branch: str
+    step: int
+
+    def get(self, layer: int, slot: str) -> torch.Tensor:
+        return self.state.get((self.request, self.branch, layer), slot)
+
+    def put(self, layer: int, values: Mapping[str, torch.Tensor]) -> None:
+        self.state.put((self.request, self.branch, layer), self.step, values)
 
 
 def _bytes(slots: Mapping[tuple[str, int, str], torch.Tensor]) -> int:

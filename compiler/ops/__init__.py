@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tilewright.compiler.ops import attention as _attention
+from tilewright.compiler.ops import block_mass as _block_mass
 from tilewright.compiler.ops import block_sparse_attention as _block_sparse
 from tilewright.compiler.ops import cache as _cache
 from tilewright.compiler.ops import hadamard as _hadamard
@@ -11,12 +12,16 @@ from tilewright.compiler.ops import mlp as _mlp
 from tilewright.compiler.ops import norm as _norm
 from tilewright.compiler.ops import quantized_linear as _quantized_linear
 from tilewright.compiler.ops import rope as _rope
+from tilewright.compiler.ops import step_state as _step_state
 from tilewright.compiler.ops.registry import SemanticOp, all_ops, semantic_op
 
 attention = _attention.attention.overload
 block_sparse_attention = _block_sparse.block_sparse_attention.overload
 block_sparse_attention_backward = _block_sparse.block_sparse_attention_backward.overload
 merge_attention = _block_sparse.merge_attention.overload
+block_mass = _block_mass.block_mass.overload
+step_state_get = _step_state.step_state_get.overload
+step_state_put = _step_state.step_state_put.overload
 linear = _linear.linear.overload
 linear_multi = _linear.linear_multi.overload
 embedding = _linear.embedding.overload
@@ -35,6 +40,7 @@ __all__ = [
     "add_rms_norm",
     "all_ops",
     "attention",
+    "block_mass",
     "block_sparse_attention",
     "block_sparse_attention_backward",
     "embedding",
@@ -50,4 +56,6 @@ __all__ = [
     "rms_norm",
     "rope",
     "semantic_op",
+    "step_state_get",
+    "step_state_put",
 ]

@@ -105,13 +105,17 @@ def test_two_interleaved_requests_and_branches_never_see_each_other() -> None:
 def test_a_skipped_refresh_is_postponed() -> None:
     state, schedule, key = StepState(), Schedule(dense=2, period=5), ("r", "c", 0)
     state.begin("r", FIFTY)
-    assert [state.phase(schedule, key, s) for s in (0, 1, 2)] == [Phase.DENSE, Phase.DENSE, Phase.REFRESH]
-    assert state.phase(schedule, key, 3) is Phase.REFRESH
+    assert [state.phase(schedule, "r", "c", s) for s in (0, 1, 2)] == [
+        Phase.DENSE,
+        Phase.DENSE,
+        Phase.REFRESH,
+    ]
+    assert state.phase(schedule, "r", "c", 3) is Phase.REFRESH
     assert trace(schedule, 12) == "DDRSSRSSSSRS"
-    assert state.phase(schedule, key, 6) is Phase.REFRESH
+    assert state.phase(schedule, "r", "c", 6) is Phase.REFRESH
     state.put(key, 6, {"rho": torch.ones(1)})
-    assert state.phase(schedule, key, 7) is Phase.SPARSE
-    assert state.phase(schedule, key, 11) is Phase.REFRESH
+    assert state.phase(schedule, "r", "c", 7) is Phase.SPARSE
+    assert state.phase(schedule, "r", "c", 11) is Phase.REFRESH
     assert schedule.since_collected(12) == 2
 
 
