@@ -57,6 +57,8 @@ class Basis:
     """Layer norms without gain; they become rms norms, and whatever is written loses its mean."""
     caches: list[fx.Node] = field(default_factory=list)
     """Placeholders that hold values of this basis from earlier calls."""
+    spans: dict[fx.Node, tuple[int, int]] = field(default_factory=dict)
+    """Writer -> the part of its outputs that is in the basis, where projections are fused."""
     heads: bool = False
     """Head values: a linear layer's last axis holds whole heads of `width` channels."""
 
@@ -68,8 +70,12 @@ def find_streams(program: Program) -> list[tuple[fx.Node, Basis | Blocked]]:
     for chain in find_chains(Flow(program.graph)):
         if known.isdisjoint(chain.points):
             basis = grow(program, chain.points[0])
-            found.append((chain.adds[0], basis))
             known.update(chain.points if isinstance(basis, Blocked) else basis.members)
+            if isinstance(basis, Basis):
+                beyond = next((p for p in chain.points[:-1] if p not in basis.members), None)
+                if beyond is not None:
+                    basis = Blocked(beyond, f"the stream goes on in the original basis at {beyond.name}")
+            found.append((chain.adds[0], basis))
     return found
 
 
@@ -196,12 +202,25 @@ class _Growth:
         if given["weight"] is None and given.get("bias") is None:
             self._join(norm)
             return None
-        if not self.basis.heads and _feeds_tied_weight(norm):
+        if not self.basis.heads and not self._foldable(norm):
             self.basis.exits.append((node, norm))
             return None
         return Blocked(
             norm,
-            f"the gain of {norm.name} is not folded: fold-norm-scale must come first, or says why it cannot",
+            f"the gain of {norm.name} is not folded: put fold-norm-scale before this pass",
+        )
+
+    def _foldable(self, norm: fx.Node) -> bool:
+        """True when the gain could be in the weights behind the norm, which nothing else reads.
+
+        A norm that is not, before a tied head or at the end of an encoder, reads the original basis instead.
+        """
+        return all(
+            user.target is ops.linear
+            and arguments(user)["x"] is norm
+            and self.program.is_constant(arguments(user)["weight"])
+            and len(arguments(user)["weight"].users) == 1
+            for user in norm.users
         )
 
     def _head_writer(self, node: fx.Node) -> Blocked | None:
@@ -217,15 +236,21 @@ class _Growth:
         source = _cut_into_heads(node, self.basis.width)
         if source is None:
             return Blocked(node, f"{node.name} ({op_name(node) or node.op}) is no projection cut into heads")
+        below = node
         while (earlier := passes_through(source)) is not None and len(source.users) == 1:
-            source = earlier
+            source, below = earlier, source
+        span = _slice_of_outputs(source)
+        if span is not None and len(source.users) == 1:
+            source, below = arguments(source)["self"], source
         if source.target is not ops.linear:
             return Blocked(
                 source, f"{source.name} ({op_name(source) or source.op}) lies between projection and heads"
             )
-        others = [u for u in source.users if not _same_cut(u, node)]
-        if others:
-            return Blocked(others[0], f"{others[0].name} reads the values of {source.name} too")
+        for other in sorted(u for u in source.users if u is not below and op_name(u) not in _IGNORED):
+            if span is None or _overlap(span, _slice_of_outputs(other)):
+                return Blocked(other, f"{other.name} reads the values of {source.name} too")
+        if span is not None:
+            self.basis.spans[source] = span
         return self._writer(source)
 
     def _head_reader(self, node: fx.Node, user: fx.Node) -> Blocked | None:
@@ -261,6 +286,12 @@ class _Growth:
                 basis.entries.append(table)
         if not basis.heads and not basis.writers:
             return Blocked(next(iter(basis.members)), "no linear layer writes to this stream")
+        online = len(basis.entries) + len(basis.exits)
+        if not basis.heads and online > len(basis.readers):
+            return Blocked(
+                next(iter(basis.members)),
+                f"{online} values would be rotated at run time for {len(basis.readers)} readers",
+            )
         return self._means_vanish() if basis.centred else None
 
     def _means_vanish(self) -> Blocked | None:
@@ -287,21 +318,6 @@ def _without_mean(basis: Basis) -> set[fx.Node]:
     return free
 
 
-def _feeds_tied_weight(norm: fx.Node) -> bool:
-    """True when a linear layer behind the norm shares its weight with another node: no gain can be folded."""
-    pending, seen = [norm], {norm}
-    while pending:
-        node = pending.pop()
-        for user in node.users:
-            if user.target is ops.linear and arguments(user)["x"] is node:
-                if len(arguments(user)["weight"].users) > 1:
-                    return True
-            elif node in same_basis(user) and user not in seen:
-                seen.add(user)
-                pending.append(user)
-    return False
-
-
 def _cut_into_heads(node: fx.Node, width: int) -> fx.Node | None:
     """The operand [..., H * width] of a reshape to [..., H, width], else None."""
     before, after = _reshaped(node)
@@ -326,8 +342,15 @@ def _reshaped(node: fx.Node) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     return tensor_of(node.args[0]), tensor_of(node)
 
 
-def _same_cut(user: fx.Node, cut: fx.Node) -> bool:
-    """The user is the cut itself, or only leads to it through casts."""
-    while user is not cut and passes_through(user) is not None and len(user.users) == 1:
-        user = next(iter(user.users))
-    return user is cut or op_name(user) in _IGNORED
+def _slice_of_outputs(node: fx.Node) -> tuple[int, int] | None:
+    """First output and the one after the last of a slice of the last axis, None for any other node."""
+    given, value = arguments(node), tensor_of(node)
+    if op_name(node) != "slice" or value is None or given["dim"] % value.dim() != value.dim() - 1:
+        return None
+    start = given["start"] or 0
+    whole = isinstance(start, int) and given["step"] == 1 and channels(value) > 0
+    return (start, start + channels(value)) if whole and start >= 0 else None
+
+
+def _overlap(span: tuple[int, int], other: tuple[int, int] | None) -> bool:
+    return other is None or (span[0] < other[1] and other[0] < span[1])

@@ -47,6 +47,8 @@ class Edit:
     rotation: Rotation
     centre: bool = False
     """Take the mean over the rotated axis out first."""
+    span: tuple[int, int] | None = None
+    """Part of the axis that is rotated; None for all of it."""
 
 
 class Rotator:
@@ -71,9 +73,10 @@ class Rotator:
             edit = Edit("columns", rotation, centre and node.target is ops.embedding)
             self._edit(node, "weight", edit, mark)
         for writer in basis.writers:
-            self._edit(writer, "weight", Edit("rows", rotation, centre), mark)
+            span = basis.spans.get(writer)
+            self._edit(writer, "weight", Edit("rows", rotation, centre, span), mark)
             if arguments(writer)["bias"] is not None:
-                self._edit(writer, "bias", Edit("vector", rotation, centre), mark)
+                self._edit(writer, "bias", Edit("vector", rotation, centre, span), mark)
         for entry in basis.entries:
             self._enter(basis, entry, rotation, centre, mark)
         for value, user in basis.exits:
@@ -164,6 +167,12 @@ def rotated(weight: Tensor, *, edits: tuple[Edit, ...]) -> Tensor:
         turned = wide.t() if edit.form == "rows" else wide
         if edit.centre:
             turned = turned - turned.mean(-1, keepdim=True)
-        turned = edit.rotation(turned)
+        if edit.span is None:
+            turned = edit.rotation(turned)
+        else:
+            low, high = edit.span
+            turned = torch.cat(
+                (turned[..., :low], edit.rotation(turned[..., low:high]), turned[..., high:]), -1
+            )
         wide = turned.t() if edit.form == "rows" else turned
     return wide.to(weight.dtype).contiguous()

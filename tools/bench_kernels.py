@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from tilewright.kernels.common.bench import BenchRow
 from tilewright.kernels.gated_mlp import bench as gated_mlp
+from tilewright.kernels.hadamard import bench as hadamard
 from tilewright.kernels.linear import bench as linear
 from tilewright.kernels.rms_norm import bench as rms_norm
 from tilewright.kernels.table import host_target
@@ -17,6 +18,7 @@ BENCHES: dict[str, Callable[[Target], list[BenchRow]]] = {
     "linear": linear.bench,
     "rms_norm": rms_norm.bench,
     "gated_mlp": gated_mlp.bench,
+    "hadamard": hadamard.bench,
 }
 
 

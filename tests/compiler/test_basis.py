@@ -157,8 +157,8 @@ def test_a_reader_of_the_mean_blocks_centring(read, name):
 
 
 ILLEGAL = {
-    "unfolded gain": (lambda x, g: x + norm(x, g) * 0.5, "not folded", "rms_norm"),
-    "post norm": (lambda x, g: norm(x, g), "not folded", "rms_norm"),
+    "gain in the stream": (lambda x, g: x + norm(x, g) * 0.5, "gain of rms_norm", "rms_norm"),
+    "post norm": (lambda x, g: norm(x, g), "goes on in the original basis", "rms_norm"),
     "channel scale": (lambda x, g: x * g, "reads single channels", "mul"),
     "channel shift": (lambda x, g: x + 1.0, "reads single channels", "add"),
     "nonlinearity": (lambda x, g: x + x.tanh(), "reads single channels", "tanh"),
@@ -182,6 +182,36 @@ def test_what_breaks_the_invariance_is_named(name):
     )  # fmt: skip
     assert reason in found.reason, found.reason
     assert found.node.name.startswith(node)
+
+
+def test_a_gain_that_could_be_folded_blocks():
+    def model(e, t, u, d, g, h):
+        return ops.linear(two_layers(e, t, u, d, end=lambda x: norm(x, g)), h)
+
+    found = blocked(model, TABLE, TOKENS, UP, DOWN, GAIN, HEAD)
+    assert "put fold-norm-scale before" in found.reason
+
+
+def test_a_gain_that_cannot_be_folded_reads_the_original_basis():
+    basis = only(
+        lambda e, t, u, d, g: two_layers(e, t, u, d, end=lambda x: norm(x, g).sigmoid()),
+        TABLE,
+        TOKENS,
+        UP,
+        DOWN,
+        GAIN,
+    )
+    assert [user.target for _, user in basis.exits] == [ops.rms_norm]
+
+
+def test_more_online_than_read_is_not_worth_it():
+    def model(e, t, u, d):
+        x = ops.embedding(e, t)
+        y = x + mlp(x, u, d)
+        return x, y, norm(y), x * 2, y + mlp(y, u, d)
+
+    found = blocked(model, TABLE, TOKENS, UP, DOWN)
+    assert "at run time" in found.reason
 
 
 def test_sandwich_norm_blocks():
@@ -293,6 +323,21 @@ def with_cache(x, q, v, o, past, share=False):
     wide, wide_keys = (z[:, :, None].expand(2, 2, 2, 8, W).reshape(2, 4, 8, W) for z in (kept, keys))
     out = ops.attention(heads_of(ops.linear(x, q), 4), wide if share else wide_keys, wide)
     return ops.linear(out.permute(0, 2, 1, 3).reshape(2, 5, 16), o), kept
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_fused_projections(overlap):
+    def model(x, qkv, o):
+        fused = ops.linear(x, qkv)
+        parts = (fused[..., :16], fused[..., 16:24], fused[..., (20 if overlap else 24) : 32])
+        q, k, v = (heads_of(p, p.shape[-1] // W) for p in (parts[0], parts[1], parts[2][..., -8:]))
+        out = ops.attention(q, repeat(k), repeat(v))
+        return ops.linear(out.permute(0, 2, 1, 3).reshape(2, 5, 16), o), parts[2].sum() if overlap else 0
+
+    (found,) = values(model, Tensor(2, 5, D), weight(32, D), OUT)
+    assert isinstance(found, Blocked) is overlap
+    if isinstance(found, Basis):
+        assert list(found.spans.values()) == [(24, 32)]
 
 
 def test_cached_values_need_leave():

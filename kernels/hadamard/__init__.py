@@ -1,0 +1,1 @@
+"""hadamard: a fast Hadamard transform per row, the power-of-two part by butterflies, the rest densely."""
