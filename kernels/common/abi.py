@@ -27,6 +27,7 @@ int32_t aoti_torch_device_type_cpu();
 int32_t aoti_torch_dtype_float32();
 int32_t aoti_torch_dtype_float16();
 int32_t aoti_torch_dtype_bfloat16();
+int32_t aoti_torch_dtype_uint8();
 int32_t aoti_torch_get_dim(AtenTensorHandle, int64_t*);
 int32_t aoti_torch_get_numel(AtenTensorHandle, int64_t*);
 int32_t aoti_torch_get_sizes(AtenTensorHandle, int64_t**);
