@@ -15,13 +15,25 @@ from tilewright.compiler.diagnostics import LoweringError, nearest
 from tilewright.compiler.ops import all_ops
 from tilewright.kernels.common.family import ARCHS, KernelFamily
 from tilewright.kernels.gated_mlp.family import GATED_MLP
+from tilewright.kernels.hadamard.family import HADAMARD
 from tilewright.kernels.linear.family import LINEAR, LINEAR_MULTI
 from tilewright.kernels.load import Built, build_kernel, built_kernels
+from tilewright.kernels.quantized_linear.family import QUANTIZED_LINEAR, QUANTIZED_LINEAR_MULTI
 from tilewright.kernels.rms_norm.family import ADD_RMS_NORM, RMS_NORM
 from tilewright.runtime.contracts import KernelKey, Refusal, Target
 
 FAMILIES: dict[str, KernelFamily] = {
-    family.op: family for family in (RMS_NORM, ADD_RMS_NORM, GATED_MLP, LINEAR, LINEAR_MULTI)
+    family.op: family
+    for family in (
+        RMS_NORM,
+        ADD_RMS_NORM,
+        GATED_MLP,
+        LINEAR,
+        LINEAR_MULTI,
+        QUANTIZED_LINEAR,
+        QUANTIZED_LINEAR_MULTI,
+        HADAMARD,
+    )
 }
 
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator
+from typing import Any
 
+import torch
 from torch import fx
 
 from tilewright.compiler import (
@@ -24,6 +26,10 @@ from tilewright.compiler import (
 )
 from tilewright.compiler.graph import insert_like
 from tilewright.compiler.schema import arguments
+from tilewright.compiler.weight_format import WeightFormat
+
+_FUSED: dict[Any, str] = {ops.linear: "weight", ops.quantized_linear: "packed"}
+"""Ops that are grouped, and what each calls its weight. Quantized ones share one quantized input, too."""
 
 
 @graph_pass("fuse-projections", stage=Stage.LOWER, exactness=Exactness.BITWISE, trains=True)
@@ -37,23 +43,26 @@ class FuseProjections(GraphPass):
 
     def apply(self, program: Program, log: PassLog) -> None:
         position = {n: i for i, n in enumerate(program.graph.nodes)}
-        groups: dict[fx.Node, list[fx.Node]] = {}
+        groups: dict[tuple[fx.Node, str], list[fx.Node]] = {}
         for node in program.graph.nodes:
-            if node.op == "call_function" and node.target is ops.linear and isinstance(node.args[0], fx.Node):
-                groups.setdefault(node.args[0], []).append(node)
+            if node.op == "call_function" and node.target in _FUSED and isinstance(node.args[0], fx.Node):
+                form = str(arguments(node).get("format", ""))  # of quantized weights: one per group
+                groups.setdefault((node.args[0], form), []).append(node)
         for members in groups.values():
             ready = [n for n in members if self._is_ready(n, members[0], position, log)]
             if len(members) < 2:
-                log.refused(members[0], f"no other linear reads {members[0].args[0]}")
+                text = arguments(members[0]).get("format")
+                like = f" of format {text}" if text is not None else ""
+                log.refused(members[0], f"no other linear{like} reads {members[0].args[0]}")
             elif len(ready) >= 2 and log.take(ready[0]):
                 self._fuse(program, ready, log)
-        log.finish(("tilewright::linear",))
+        log.finish(("tilewright::linear", "tilewright::quantized_linear"))
 
     @staticmethod
     def _is_ready(node: fx.Node, first: fx.Node, position: dict[fx.Node, int], log: PassLog) -> bool:
         given = arguments(node)
-        for name in ("weight", "bias"):
-            source = given[name]
+        for name in ("weight", "packed", "bias"):
+            source = given.get(name)
             if isinstance(source, fx.Node) and position[source] > position[first]:
                 log.refused(node, f"its {name} {source.name} is computed after {first.name}", blame=source)
                 return False
@@ -62,8 +71,13 @@ class FuseProjections(GraphPass):
     @staticmethod
     def _fuse(program: Program, members: list[fx.Node], log: PassLog) -> None:
         given = [arguments(n) for n in members]
-        args = (given[0]["x"], [g["weight"] for g in given], [g["bias"] for g in given])
-        fused = insert_like(program.graph, members[0], ops.linear_multi, args, members[0])
+        biases = [g["bias"] for g in given]
+        args: tuple[Any, ...] = (given[0]["x"], [g[_FUSED[members[0].target]] for g in given], biases)
+        target = ops.linear_multi
+        if members[0].target is ops.quantized_linear:
+            args = (*args, [g["rows"] for g in given], given[0]["format"])
+            target = ops.quantized_linear_multi
+        fused = insert_like(program.graph, members[0], target, args, members[0])
         fused.meta["rewritten_by"] = (*members[0].meta.get("rewritten_by", ()), "fuse-projections")
         after = fused
         made = [fused]
@@ -87,6 +101,16 @@ class FuseProjections(GraphPass):
 
         yield {}, Example(projections, (x, *weights))
         yield {}, Example(lambda x, w: ops.linear(x, w), (x, weights[0]), refusal="no other linear")
+        form = WeightFormat(8, 0, "symmetric", "int8-token")
+        packed = [form.pack(form.quantizer().quantize(torch.randn(n, 12) * 2)) for n in (12, 4)]
+
+        def quantized(x, p, q):
+            return (
+                ops.quantized_linear(x, p, None, 12, form.text),
+                ops.quantized_linear(x, q, None, 4, form.text),
+            )
+
+        yield {}, Example(quantized, (x, *packed))
         late = Example(
             lambda x, w: (lambda a: (a, ops.linear(x, w * a.mean())))(ops.linear(x, w)), (x, weights[0])
         )

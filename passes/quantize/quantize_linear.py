@@ -13,7 +13,6 @@ from functools import partial
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import fx
 
 from tilewright.compiler import (
@@ -23,38 +22,17 @@ from tilewright.compiler import (
     PassLog,
     Program,
     Stage,
-    Tensor,
     graph_pass,
     ops,
 )
 from tilewright.compiler.graph import insert_like
-from tilewright.compiler.quantizers import (
-    Activation,
-    Quantized,
-    fake_activation,
-    half_quadratic,
-    weight_problem,
-)
+from tilewright.compiler.quantizers import Activation, fake_activation, weight_problem
 from tilewright.compiler.schema import arguments
 from tilewright.compiler.weight_format import CHUNK, Mode, WeightFormat
+from tilewright.passes.quantize._linear_examples import examples
+from tilewright.passes.quantize._linear_weights import dequantized, is_head, pack_weight
 
 _BITS = {"int8": 8, "int4": 4, "int3": 3, "int2": 2}
-_LOOK_THROUGH = frozenset(
-    {
-        "view",
-        "reshape",
-        "slice",
-        "select",
-        "unsqueeze",
-        "squeeze",
-        "to",
-        "_to_copy",
-        "alias",
-        "clone",
-        "transpose",
-    }
-)
-"""Ops between an output head and the program's output."""
 
 
 @graph_pass(
@@ -119,7 +97,7 @@ class QuantizeLinear(GraphPass):
         weight = arguments(node)["weight"]
         if not program.is_constant(weight):
             return f"its weight {weight} is computed, not a weight"
-        if not self.head and _is_head(node):
+        if not self.head and is_head(node):
             return "it makes the program's output: a head stays as it is, unless head=true"
         if weight not in known:  # a weight that several layers read is looked at once
             known[weight] = self._weight_problem(program.tensor_of(weight))
@@ -150,97 +128,22 @@ class QuantizeLinear(GraphPass):
         node.replace_all_uses_with(new)
         program.graph.erase_node(node)
 
-    def reference(self, x: torch.Tensor, *parameters: torch.Tensor) -> list[torch.Tensor]:
-        """Dequantized weights under (de)quantized activations: one result per matrix in `parameters`; a
-        vector is the bias of the matrix before it."""
-        outputs = list[torch.Tensor]()
-        for i, weight in enumerate(parameters):
-            if weight.dim() == 2:
-                bias = parameters[i + 1] if i + 1 < len(parameters) else None
-                form = self.format_for(weight)
-                rounded = round_weight(weight, form, self.rounding).dequantize()
-                seen = x if self.activation == "none" else fake_activation(x, self.activation, self.group)
-                outputs.append(
-                    F.relu(F.linear(seen, rounded, bias if bias is None or bias.dim() == 1 else None))
-                )
-        return outputs
+    def reference(self, program: Program) -> None:
+        """The same layers with dequantized weights, under activations quantized and back."""
+        for node in [n for n in program.graph.nodes if n.target is ops.linear]:
+            if self._problem(program, node, {}) is None:
+                given = arguments(node)
+                x, form = given["x"], self.format_for(program.tensor_of(given["weight"]))
+                rounded = partial(dequantized, form=form, rounding=self.rounding)
+                weight = program.derive("rounded", [given["weight"]], rounded)
+                if self.activation != "none":
+                    with program.graph.inserting_before(node):
+                        x = program.graph.call_function(fake_activation, (x, self.activation, self.group))
+                node.args, node.kwargs = (x, weight, given["bias"]), {}
 
     def exact_limit(self) -> QuantizeLinear:
         return replace(self, weight="int16")
 
     @classmethod
     def examples(cls) -> Iterator[tuple[dict, Example]]:
-        x, w = Tensor(2, 5, 70), Tensor(13, 70, weight=True)
-        b, v = Tensor(13, weight=True), Tensor(6, 70, weight=True)
-
-        def two(x, w, b, v):
-            return ops.linear(x, w, b).relu(), ops.linear(x, v).relu()
-
-        yield {}, Example(two, (x, w, b, v), count=2)
-        yield {"weight": "int4", "group": 32, "mode": "float-zero"}, Example(two, (x, w, b, v), count=2)
-        yield {"weight": "int3", "group": 64}, Example(two, (x, w, b, v), count=2)
-        yield (
-            {"weight": "int2", "group": 32, "mode": "float-zero", "rounding": "hqq"},
-            Example(two, (x, w, b, v), count=2),
-        )
-        for weight, group, activation in (("int8", 0, "int8-token"), ("int4", 32, "int8-group")):
-            options = {"weight": weight, "group": group, "activation": activation}
-            yield options, Example(two, (x, w, b, v), count=2)
-        one = Example(lambda x, w: ops.linear(x, w).relu(), (x, w))
-        yield {"head": True}, one
-        yield {}, Example(lambda x, w: ops.linear(x, w)[:, -1:], (x, w), refusal="a head stays")
-        yield {}, Example(lambda x, w: ops.linear(x, w * 2).relu(), (x, w), refusal="is computed")
-        yield (
-            {"weight": "int4", "group": 96},
-            Example(one.model, one.inputs, refusal="fewer than a group of 96"),
-        )
-        yield {}, Example(one.model, (x, _NotFinite(13, 70, weight=True)), refusal="holds 1 NaN")
-        huge = Tensor(13, 70, gain=1e5, weight=True)
-        yield {"weight": "int4", "group": 32}, Example(one.model, (x, huge), refusal="float16 scales")
-        packed = torch.zeros(2, 1216, dtype=torch.uint8)
-        form = WeightFormat(4, 32).text
-        yield (
-            {},
-            Example(
-                lambda x, p: ops.quantized_linear(x, p, None, 13, form),
-                (x, packed),
-                refusal="quantized already",
-            ),
-        )
-
-
-class _NotFinite(Tensor):
-    """An example weight with one NaN."""
-
-    def make(self, generator: torch.Generator) -> torch.Tensor:
-        made = super().make(generator)
-        made[0, 0] = float("nan")
-        return made
-
-
-def _is_head(node: fx.Node) -> bool:
-    """True when the weight is the embedding's too, or the result reaches the output without arithmetic."""
-    weight = arguments(node)["weight"]
-    if any(user.target is ops.embedding for user in weight.users):
-        return True
-    pending, seen = [node], set[fx.Node]()
-    while pending:
-        for user in pending.pop().users:
-            if user.op == "output":
-                return True
-            name = str(user.target).split(".")[1] if isinstance(user.target, torch._ops.OpOverload) else ""
-            if name in _LOOK_THROUGH and user not in seen:
-                seen.add(user)
-                pending.append(user)
-    return False
-
-
-def round_weight(weight: torch.Tensor, form: WeightFormat, rounding: str) -> Quantized:
-    """Codes and grid of a weight [N, K] in a format."""
-    quantizer = form.quantizer()
-    return half_quadratic(quantizer, weight) if rounding == "hqq" else quantizer.quantize(weight)
-
-
-def pack_weight(weight: torch.Tensor, *, form: WeightFormat, rounding: str) -> torch.Tensor:
-    """The packed uint8 matrix of a weight [N, K] of any floating dtype."""
-    return form.pack(round_weight(weight.float(), form, rounding))
+        yield from examples()
