@@ -6,9 +6,10 @@ weights they read. Compiling every copy is most of what a whole-graph compiler d
 
 from __future__ import annotations
 
+import operator
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -32,6 +33,8 @@ class Piece:
     outputs: tuple[fx.Node, ...]
     instance_of: int
     """Position of the first piece with the same code: its own position, unless it is a repetition."""
+    alone: bool = False
+    """One call that needs no compilation, and the getitems of its results."""
 
 
 @dataclass(frozen=True)
@@ -77,36 +80,52 @@ def is_write(node: fx.Node) -> bool:
     return node.target is torch.ops.aten.copy_.default and _is_input(node.args[0])
 
 
-def cut(graph: fx.Graph) -> list[Piece]:
+def cut(graph: fx.Graph, is_alone: Callable[[fx.Node], bool] = lambda _: False) -> list[Piece]:
     """The graph as pieces in order, repeated stretches as instances of one; empty when nothing repeats.
 
-    Also empty when a node writes to anything but declared state, or when a view of state would have to pass
-    from one piece to another: such graphs are compiled whole.
+    A call for which `is_alone` holds is a piece of its own; it may write to its arguments. Also empty when
+    any other node writes to anything but declared state, or when a view of state would have to pass from one
+    piece to another: such graphs are compiled whole.
     """
     calls = [n for n in graph.nodes if n.op == "call_function"]
     if any(n.op not in ("placeholder", "get_attr", "call_function", "output") for n in graph.nodes):
         return []
-    if any(mutates(n) and not is_write(n) for n in calls):
+    if any(mutates(n) and not is_write(n) and not is_alone(n) for n in calls):
         return []
-    runs = _find_runs(calls)
-    if not runs:
+    single = [i for i, n in enumerate(calls) if is_alone(n)]
+    runs = _find_runs(calls, _gaps(calls, single))
+    if not runs and not single:
         return []
-    pieces = list(_pieces(graph, calls, runs))
+    runs += [_Run(i, _results_end(calls, i) - i, 1) for i in single]
+    pieces = list(_pieces(calls, sorted(runs, key=lambda r: r.start), set(single)))
     return [] if _leaks(graph, pieces) else pieces
 
 
-def _find_runs(calls: Sequence[fx.Node]) -> list[_Run]:
+def _results_end(calls: Sequence[fx.Node], at: int) -> int:
+    """Position behind a call and the getitems of its results, which follow it."""
+    end = at + 1
+    while end < len(calls) and calls[end].target is operator.getitem and calls[end].args[0] is calls[at]:
+        end += 1
+    return end
+
+
+def _gaps(calls: Sequence[fx.Node], single: Sequence[int]) -> list[tuple[int, int]]:
+    """The stretches between calls that stand alone."""
+    ends = [0, *(_results_end(calls, i) for i in single)]
+    return list(zip(ends, [*single, len(calls)], strict=True))
+
+
+def _find_runs(calls: Sequence[fx.Node], pending: list[tuple[int, int]]) -> list[_Run]:
     keys = _keys(calls)
     last = _last_uses(calls)
     found: list[_Run] = []
-    pending = [(0, len(calls))]
     while pending:
         low, high = pending.pop()
         run = _best_run(calls, keys, last, low, high)
         if run is not None:
             found.append(run)
             pending += [(low, run.start), (run.end, high)]
-    return sorted(found, key=lambda r: r.start)
+    return found
 
 
 def _keys(calls: Sequence[fx.Node]) -> list[int]:
@@ -232,16 +251,20 @@ def _arguments(node: fx.Node) -> list[fx.Node]:
     return found
 
 
-def _pieces(graph: fx.Graph, calls: Sequence[fx.Node], runs: Sequence[_Run]) -> Iterator[Piece]:
+def _pieces(calls: Sequence[fx.Node], runs: Sequence[_Run], single: set[int]) -> Iterator[Piece]:
     number, at = 0, 0
     for run in [*runs, _Run(len(calls), 0, 0)]:
         if run.start > at:
             yield _piece(calls[at : run.start], number)
             number += 1
         windows = [calls[run.start + k * run.period :][: run.period] for k in range(run.count)]
-        for piece in _instances(windows, number):
-            yield piece
+        if run.start in single:
+            yield replace(_piece(windows[0], number), alone=True)
             number += 1
+        else:
+            for piece in _instances(windows, number):
+                yield piece
+                number += 1
         at = run.end
 
 

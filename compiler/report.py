@@ -133,6 +133,8 @@ class Report:
     costs_after: list[NodeCost] = field(default_factory=list)
     totals_before: Totals = field(default_factory=Totals)
     totals_after: Totals = field(default_factory=Totals)
+    chains: list[str] = field(default_factory=list)
+    """Why stretches of a decode graph did not become one generated function each, one line per stretch."""
     pieces: list[int] = field(default_factory=list)
     """How often each compiled piece is called, where repeated blocks share one; empty when compiled whole."""
     errors: dict[str, float] = field(default_factory=dict)

@@ -20,8 +20,10 @@ from tilewright.compiler.pipeline import Pipeline, RunOptions
 from tilewright.compiler.program import DerivedCheck, Program
 from tilewright.compiler.report import Report
 from tilewright.frontends.capture import normalize
+from tilewright.frontends.chains import raise_chains
 from tilewright.frontends.instances import compile_pieces
 from tilewright.frontends.lowering import lower, where_of
+from tilewright.kernels.table import host_target
 
 DEFAULT_PIPELINE = "exact"
 INDUCTOR_PATCHES = {"disabled_passes": "pass_pattern_0", "size_asserts": False}
@@ -140,6 +142,8 @@ def lower_program(program: Program, options: CompileOptions, report: Report) -> 
     before = {n.name: n for n in program.graph.nodes} if options.costs else {}
     costs = node_costs(program, measure_host()) if options.costs else []
     started = time.perf_counter()
+    if options.kernels:
+        raise_chains(program, host_target(), report)
     lower(program, report, rest=options.lower, use_kernels=options.kernels)
     report.seconds["lower"] = time.perf_counter() - started
     if options.costs:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from tilewright.compiler.graph import fake_mode_of, output_node
 from tilewright.compiler.program import Program
 from tilewright.compiler.repeats import Piece, cut, layout_of, sink_writes
+from tilewright.frontends.chains import is_chain
 
 Compiled = Callable[..., Any]
 CompileOne = Callable[[fx.GraphModule, Sequence[Any]], Compiled]
@@ -40,7 +41,7 @@ def compile_pieces(program: Program, compile_one: CompileOne) -> tuple[Compiled,
     if program.training or fake_mode_of(*program.graph.nodes) is None:
         return None
     sink_writes(program.graph)
-    pieces = cut(program.graph)
+    pieces = cut(program.graph, is_chain)
     if not pieces:
         return None
     mode = fake_mode_of(*program.graph.nodes)
@@ -49,6 +50,11 @@ def compile_pieces(program: Program, compile_one: CompileOne) -> tuple[Compiled,
     runs, calls = [], dict[Any, int]()
     with tracing(TracingContext(mode)):
         for piece in pieces:
+            if piece.alone:
+                values.update((n, n.meta["val"]) for n in piece.outputs)
+                runs.append(_direct(piece))
+                calls[piece.nodes[0].target] = calls.get(piece.nodes[0].target, 0) + 1
+                continue
             fakes = [values[n] for n in piece.inputs]
             module = _module_of(program, pieces[piece.instance_of])
             with mode, torch.no_grad():
@@ -59,6 +65,16 @@ def compile_pieces(program: Program, compile_one: CompileOne) -> tuple[Compiled,
             calls[key] = calls.get(key, 0) + 1
             runs.append(code[key])
     return _chain(program, pieces, runs), list(calls.values())
+
+
+def _direct(piece: Piece) -> Compiled:
+    """A call that stands alone, without anything around it."""
+    op: Any = piece.nodes[0].target
+    arguments = piece.nodes[0].args
+    if len(piece.nodes) == 1:
+        return lambda *given: (op(*given),)
+    assert tuple(arguments) == piece.inputs, "a chain reads each input once"
+    return cast(Compiled, op)
 
 
 _GIVEN = ("placeholder", "get_attr")

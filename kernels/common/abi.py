@@ -27,6 +27,9 @@ int32_t aoti_torch_device_type_cpu();
 int32_t aoti_torch_dtype_float32();
 int32_t aoti_torch_dtype_float16();
 int32_t aoti_torch_dtype_bfloat16();
+int32_t aoti_torch_dtype_int64();
+int32_t aoti_torch_dtype_bool();
+int32_t aoti_torch_dtype_uint8();
 int32_t aoti_torch_dtype_uint8();
 int32_t aoti_torch_get_dim(AtenTensorHandle, int64_t*);
 int32_t aoti_torch_get_numel(AtenTensorHandle, int64_t*);
@@ -105,6 +108,11 @@ class Tensor {
     checked(aoti_torch_get_device_type(handle_, &device));
     checked(aoti_torch_get_dtype(handle_, &found));
     return device == aoti_torch_device_type_cpu() && found == dtype;
+  }
+  void require_flat(int32_t dtype, int64_t count) const {  // so many elements in order
+    bool flat;
+    checked(aoti_torch_is_contiguous(handle_, &flat));
+    require(flat && is_cpu(dtype) && numel() == count, "an input has another dtype, size or layout");
   }
   bool has_shape_of(const Tensor& other) const {
     return dim() == other.dim() && std::memcmp(sizes(), other.sizes(), dim() * sizeof(int64_t)) == 0;

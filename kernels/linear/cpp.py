@@ -35,9 +35,10 @@ def schema(key: KernelKey) -> str:
     return f"({', '.join(f'Tensor {name}' for name in ['x', *given])}) -> {result}"
 
 
-def _dot(key: KernelKey) -> str:
-    size = 4 if key.dtype == "float32" else 2
-    per_line = 64 // size // LANES[key.target.arch]
+def dot_text(dtype: str, arch: str) -> str:
+    """`dot_rows<M, S>`: M rows of x times S rows of the weights, prefetching `kAhead` bytes ahead."""
+    size = 4 if dtype == "float32" else 2
+    per_line = 64 // size // LANES[arch]
     step = f"{per_line} * kLanes" if per_line > 1 else "kLanes"
     return f"""// M rows of x times S rows of the weights; the rows of x are ldx apart.
 template <int M, int S>
@@ -242,7 +243,7 @@ constexpr int64_t kAhead = {AHEAD_BYTES};  // bytes"""
         note="Weights are read once, row-major, in place.",
         target=str(key.target),
         vector=vector_text(key.target.arch, {"sum", "partial", key.dtype}),
-        body="\n\n".join((head, _dot(key), _store(key), _walk(key), _run(key))),
+        body="\n\n".join((head, dot_text(key.dtype, key.target.arch), _store(key), _walk(key), _run(key))),
         op=op,
         schema=schema(key),
     )

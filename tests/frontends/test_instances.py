@@ -60,7 +60,8 @@ def test_decode_with_state_compiles_one_block(compiled_sizes: list[int]) -> None
         torch.testing.assert_close(a.values, b.values, rtol=1e-4, atol=1e-5)
     pieces = REPORTS[-1].pieces
     assert max(pieces) >= LAYERS - 1, pieces
-    assert len(compiled_sizes) == len(pieces) <= 4
+    chains = {row["kernel"] for row in REPORTS[-1].kernels if row["kernel"].startswith("chain_")}
+    assert len(compiled_sizes) + max(1, len(chains)) == len(pieces) <= 4
 
 
 @torch.no_grad()
