@@ -9,6 +9,7 @@ import torch
 
 from tilewright.compiler.diagnostics import LoweringError
 from tilewright.compiler.ops import all_ops
+from tilewright.compiler.weight_format import WeightFormat
 from tilewright.kernels.common.abi import HEADER, TORCH_ABI
 from tilewright.kernels.table import (
     FAMILIES,
@@ -25,18 +26,22 @@ from tilewright.runtime.contracts import Refusal, Target
 
 TARGET = host_target()
 AVX2 = Target("cpu", "avx2")
+INT4 = WeightFormat(4, 32, "float-zero")
 needs_kernels = pytest.mark.skipif(TARGET.arch == "generic", reason="kernels need AVX2")
 
 
 def _cases() -> dict[str, tuple[Any, ...]]:
     torch.manual_seed(3)
     x, weights = torch.randn(1, 67), [torch.randn(n, 67) for n in (5, 3)]
+    packed = [INT4.pack(INT4.quantizer().quantize(w)) for w in weights]
     return {
         "rms_norm": (torch.randn(5, 67), torch.randn(67), 1e-6),
         "add_rms_norm": (torch.randn(5, 67), torch.randn(5, 67), torch.randn(67), 1e-6),
         "gated_mlp": (torch.randn(5, 67), torch.randn(5, 67), "silu"),
         "linear": (x, weights[0]),
         "linear_multi": (x, weights, [None, None]),
+        "quantized_linear": (x, packed[0], torch.randn(5), 5, INT4.text),
+        "quantized_linear_multi": (x, packed, [None, torch.randn(3)], [5, 3], INT4.text),
     }
 
 
@@ -46,12 +51,13 @@ def as_list(result: Any) -> list[torch.Tensor]:
 
 def with_grad(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
-        return value.clone().requires_grad_()
+        return value.clone().requires_grad_() if value.is_floating_point() else value
     return [with_grad(v) for v in value] if isinstance(value, list) else value
 
 
 def leaves(args: Any) -> list[torch.Tensor]:
-    return [t for a in args for t in (a if isinstance(a, list) else [a]) if isinstance(t, torch.Tensor)]
+    found = [t for a in args for t in (a if isinstance(a, list) else [a]) if isinstance(t, torch.Tensor)]
+    return [t for t in found if t.is_floating_point()]
 
 
 def choose(op: str, args: tuple[Any, ...], training: bool = False) -> KernelChoice:
@@ -205,7 +211,7 @@ def test_source_is_deterministic_and_named_by_its_text(op: str, arch: str) -> No
     assert name.startswith(f"{op}_")
     assert name in text
     assert "off" not in name
-    assert ("_mm512" in text) == (arch == "avx512")
+    assert ("_mm512" in text) == (arch == "avx512" and not op.startswith("quantized"))
     assert ("bf16" in text) is False
 
 
@@ -217,7 +223,7 @@ def test_avx512_source_compiles(op: str, dtype: torch.dtype) -> None:
 
     def cast(value: Any) -> Any:
         if isinstance(value, torch.Tensor):
-            return value.to(dtype)
+            return value.to(dtype) if value.is_floating_point() else value
         return [cast(v) for v in value] if isinstance(value, list) else value
 
     args = [cast(a) for a in _cases()[op]]

@@ -15,6 +15,7 @@ import torch
 from tilewright.compiler.ops import all_ops
 from tilewright.compiler.ops.mlp import ACTIVATIONS
 from tilewright.compiler.parity import assert_parity
+from tilewright.compiler.weight_format import WeightFormat
 from tilewright.kernels.load import build_kernel
 from tilewright.kernels.table import FAMILIES, full_args
 from tilewright.runtime.contracts import KernelKey, Target
@@ -74,6 +75,33 @@ def test_norms(size: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", list(BOUNDS))
 def test_gated_mlp(activation: str, dtype: torch.dtype) -> None:
     check("gated_mlp", randn(3, 577, dtype=dtype), randn(3, 577, dtype=dtype), activation)
+
+
+@pytest.mark.parametrize("dtype", list(BOUNDS))
+@pytest.mark.parametrize(
+    "form",
+    [
+        WeightFormat(bits, group, mode, activation, "rows")
+        for bits, group, mode, activation in (
+            (4, 32, "symmetric", "int8-group"),
+            (4, 64, "float-zero", "int8-token"),
+            (4, 32, "float-zero", "none"),
+            (8, 0, "symmetric", "int8-token"),
+            (8, 96, "float-zero", "int8-group"),
+            (3, 0, "symmetric", "none"),
+            (3, 32, "float-zero", "int8-group"),
+            (2, 64, "symmetric", "int8-token"),
+        )
+    ],
+    ids=lambda form: form.text,
+)
+def test_quantized_linear(form: WeightFormat, dtype: torch.dtype) -> None:
+    rows = (13, 40)
+    packed = [form.pack(form.quantizer().quantize(torch.randn(n, 100))) for n in rows]
+    for tokens in (1, 18):
+        x, bias = randn(tokens, 100, dtype=dtype), randn(13, dtype=dtype)
+        check("quantized_linear", x, packed[0], bias, 13, form.text)
+        check("quantized_linear_multi", x, packed, [None, randn(40, dtype=dtype)], list(rows), form.text)
 
 
 @pytest.mark.parametrize("rows", [1, 3, 8])
