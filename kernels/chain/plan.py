@@ -17,6 +17,7 @@ from torch import fx
 
 from tilewright.compiler.graph import normalized_args
 from tilewright.compiler.ops import semantic_op
+from tilewright.compiler.weight_format import WeightFormat
 from tilewright.runtime.contracts import Refusal
 
 aten = torch.ops.aten
@@ -118,7 +119,7 @@ class Planner:
             raise Unsupported("an input that is not a CPU tensor")
         if not all(isinstance(s, int) for s in (*value.shape, *value.stride())):
             raise Unsupported("its size is not known when compiling")
-        if value.dtype not in (torch.float32, torch.int64, torch.bool):
+        if value.dtype not in (torch.float32, torch.int64, torch.bool, torch.uint8):
             raise Unsupported(f"it is {value.dtype}; the stretch computes in float32")
         if not value.is_contiguous():
             raise Unsupported(f"its strides {value.stride()} are not contiguous")
@@ -235,6 +236,31 @@ class Planner:
             made.append(self._new(rows))
             reads = (source, self._vector(weight), self._optional(bias))
             self.stages.append(Stage("linear", reads, (made[-1],), (rows, columns)))
+        return made
+
+    def _op_quantized_linear(
+        self, node: fx.Node, x: Any, packed: Any, bias: Any, rows: int, text: str
+    ) -> None:
+        self.number[node] = self._quantized(x, [packed], [bias], [rows], text)[0]
+
+    def _op_quantized_linear_multi(
+        self, node: fx.Node, x: Any, packed: Any, biases: Any, rows: Any, text: str
+    ) -> None:
+        self.number[node] = self._quantized(x, packed, biases, rows, text)
+
+    def _quantized(
+        self, x: Any, packed: Sequence[Any], biases: Sequence[Any], rows: Sequence[int], text: str
+    ) -> list[int]:
+        form, made = WeightFormat.parse(text), list[int]()
+        source, columns = self._vector(x), x.meta["val"].shape[-1]
+        if form.packing != "blocks8":
+            raise Unsupported(f"the weights are packed as {form.packing}")
+        for weight, bias, count in zip(packed, biases, rows, strict=True):
+            if _elements(x) != columns or tuple(weight.meta["val"].shape) != form.shape(count, columns):
+                raise Unsupported("x has several rows, or the weight is packed for another size")
+            made.append(self._new(count))
+            reads = (source, self._of(weight), self._optional(bias))
+            self.stages.append(Stage("quantized_linear", reads, (made[-1],), (count, columns, text)))
         return made
 
     def _op_rms_norm(self, node: fx.Node, x: Any, weight: Any, eps: float, offset: float, _: str) -> None:

@@ -24,7 +24,7 @@ from tilewright.runtime.contracts import KernelKey, Refusal, Target
 DTYPES = ("float32", "bfloat16", "float16")
 MAX_WEIGHTS = 8
 PACKING = {"cpu": "blocks8", "cuda": "rows", "hip": "rows"}
-_ACTIVATION = {"none": "none", "int8-token": "token", "int8-group": "group"}
+ACTIVATION_WORD = {"none": "none", "int8-token": "token", "int8-group": "group"}
 LEGALITY = (
     "x and biases have one dtype: float32, bfloat16 or float16 (accumulated in int32 and float32)",
     "any number of rows of x, symbolic too; the number of columns is known when compiling",
@@ -90,7 +90,7 @@ def _configure(
         bits=form.bits,
         group=form.group,
         offset=form.has_offset,
-        activation=_ACTIVATION[form.activation],
+        activation=ACTIVATION_WORD[form.activation],
     )
 
 
@@ -141,7 +141,7 @@ def _fake(key: KernelKey) -> Callable[..., Any]:
 def format_of(key: KernelKey) -> WeightFormat:
     """The weight format of a key."""
     config = config_of(key)
-    activation = next(name for name, word in _ACTIVATION.items() if word == config["activation"])
+    activation = next(name for name, word in ACTIVATION_WORD.items() if word == config["activation"])
     return WeightFormat(
         config["bits"],
         config["group"],

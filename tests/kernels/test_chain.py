@@ -12,6 +12,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import tilewright.compiler.ops  # noqa: F401  (registers the semantic ops)
 from tilewright.compiler.repeats import sink_writes
+from tilewright.compiler.weight_format import WeightFormat
 from tilewright.kernels.chain import cpp
 from tilewright.kernels.chain.build import build, refusal
 from tilewright.kernels.chain.plan import Plan, plan
@@ -224,3 +225,34 @@ def test_wide_registers_from_the_same_generator() -> None:
     _, text = cpp.source(made, "avx512")
     assert "_mm512_fmadd_ps" in text
     assert "__m256 " not in text
+
+
+FORMATS = (
+    "int4.32.symmetric.int8-group.blocks8",
+    "int8.0.symmetric.int8-token.blocks8",
+    "int4.32.float-zero.none.blocks8",
+    "int3.64.float-zero.int8-token.blocks8",
+)
+
+
+@needs_host
+@pytest.mark.parametrize("text", FORMATS)
+def test_quantized_linear_stages(text: str) -> None:
+    form = WeightFormat.parse(text)
+
+    def packed(rows: int, columns: int) -> Tensor:
+        return form.pack(form.quantizer().quantize(torch.randn(rows, columns)))
+
+    def f(x: Tensor, a: Tensor, b: Tensor, bias: Tensor, plain: Tensor) -> tuple[Tensor, ...]:
+        first, second = tw.quantized_linear_multi(x, [a, b], [None, bias], [45, 67], text)
+        return first, second, tw.quantized_linear(x, a, None, 45, text) + tw.linear(x, plain)
+
+    inputs = [torch.randn(1, 1, 150), packed(45, 150), packed(67, 150), torch.randn(67), torch.randn(45, 150)]
+    made = _planned(f, inputs)
+    assert isinstance(made, Plan), made
+    op, path = build(made, host_target())
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        for a, b in zip(op(*inputs), f(*inputs), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    assert path.read_text().count("prepare_row(in0") == 1
