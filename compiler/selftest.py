@@ -30,6 +30,7 @@ from tilewright.compiler.report import PassReport
 from tilewright.compiler.rewrite import Rewrite, trace
 from tilewright.compiler.stage import Exactness
 from tilewright.compiler.verify import verify
+from tilewright.runtime.contracts import STATE, ScratchState
 
 PROOF_DRAWS = 3
 GRADIENT_TOLERANCE = 64
@@ -156,10 +157,14 @@ def observable(program: Program) -> Program:
 
 
 def run(program: Program, inputs: list[Any] | None = None) -> list[torch.Tensor]:
-    """The tensors that a program returns on its example inputs, which are not changed."""
+    """The tensors that a program returns on its example inputs, which are not changed; it may keep state."""
     given = program.example_inputs if inputs is None else inputs
     copies = [v.clone() if isinstance(v, torch.Tensor) else v for v in given]
-    return tensors_in(fx.Interpreter(program.module).run(*copies))
+    token = STATE.set(ScratchState())
+    try:
+        return tensors_in(fx.Interpreter(program.module).run(*copies))
+    finally:
+        STATE.reset(token)
 
 
 def compare(label: str, exactness: Exactness, want: list[torch.Tensor], got: list[torch.Tensor]) -> float:

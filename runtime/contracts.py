@@ -61,5 +61,20 @@ class StateAccess(Protocol):
         """Replace the slots of a layer."""
 
 
+class ScratchState:
+    """State of one caller, without requests: for running a program once or twice in a test."""
+
+    def __init__(self) -> None:
+        self.slots: dict[tuple[int, str], Any] = {}
+
+    def get(self, layer: int, slot: str) -> Any:
+        """The value of a slot; KeyError where nothing was put."""
+        return self.slots[layer, slot]
+
+    def put(self, layer: int, values: Mapping[str, Any]) -> None:
+        """Replace slots of a layer."""
+        self.slots.update({(layer, slot): value for slot, value in values.items()})
+
+
 STATE: ContextVar[StateAccess | None] = ContextVar("tilewright_state", default=None)
 """The state of the call that is running, None outside of any request."""

@@ -21,6 +21,10 @@ Key = tuple[str, str, int]
 """(request, guidance branch, layer)."""
 
 
+AGE = "age"
+"""A slot that every layer has: `StepState.age` as int32 [1]."""
+
+
 class StepStateError(Exception):
     """State was asked for that does not exist, or a step that the request's schedule does not hold."""
 
@@ -116,6 +120,8 @@ class _Request:
     slots: dict[tuple[str, int, str], torch.Tensor]
     collected: dict[tuple[str, int], int]
     """(branch, layer) -> the step at which its slots were filled."""
+    ran: dict[str, list[int]]
+    """branch -> the steps that were run since its slots were filled, that one first."""
 
 
 class StepState:
@@ -132,7 +138,7 @@ class StepState:
         with self._lock:
             if request in self._requests:
                 raise StepStateError(f"request {request!r} runs already; end it first")
-            self._requests[request] = _Request(StepClock(timesteps), {}, {})
+            self._requests[request] = _Request(StepClock(timesteps), {}, {}, {})
 
     def end(self, request: str) -> None:
         """Drop everything a request holds."""
@@ -162,7 +168,9 @@ class StepState:
     def call(self, request: str, branch: str, step: int) -> Iterator[None]:
         """Programs that run inside reach the state of this request and branch, as of this step."""
         with self._lock:
-            self._running(request)
+            ran = self._running(request).ran.setdefault(branch, [])
+            if step not in ran:
+                ran.append(step)
         token = STATE.set(_Access(self, request, branch, step))
         try:
             yield
@@ -183,6 +191,7 @@ class StepState:
                     "run fewer requests at once, or fewer layers with state"
                 )
             held.slots, held.collected[branch, layer] = kept, step
+            held.ran[branch] = [step]
 
     def get(self, key: Key, slot: str) -> torch.Tensor:
         """A slot's tensor; StepStateError where nothing was collected for it."""
@@ -195,6 +204,15 @@ class StepState:
                     "no search or refresh step ran for it"
                 )
             return slots[branch, layer, slot]
+
+    def age(self, request: str, branch: str) -> int:
+        """How many steps ran between the last collection and the present one: 0 at the first sparse step.
+
+        A step that was skipped does not count, nor does a second call of one step.
+        """
+        with self._lock:
+            ran = self._running(request).ran.get(branch, [])
+            return max(0, len(ran) - 2)
 
     def bytes(self) -> int:
         """What all running requests hold."""
@@ -222,6 +240,8 @@ class _Access:
     step: int
 
     def get(self, layer: int, slot: str) -> torch.Tensor:
+        if slot == AGE:
+            return torch.tensor([self.state.age(self.request, self.branch)], dtype=torch.int32)
         return self.state.get((self.request, self.branch, layer), slot)
 
     def put(self, layer: int, values: Mapping[str, torch.Tensor]) -> None:

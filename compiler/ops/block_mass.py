@@ -31,7 +31,7 @@ def block_mass(
     mask: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """W[b, h, i, j]: exp(scores[r, t] - lse[r]) summed over the rows r of query block i, keys t of key block j.
+    """W[b, h, i, j]: exp(scores[r, t] - lse[r]) over rows r of query block i and keys t of key block j.
 
     q [B, H, S, D], k [B, H, T, D], lse [B, H, S] natural log, q_off [1, nQ + 1], k_off [1, nK + 1] int32
     borders, mask bool [1 or B, 1 or H, 1, T] of kept keys -> float32 [B, H, nQ, nK]. With the lse of the same

@@ -16,20 +16,20 @@ ORDER = [0, 1, 6, 7, 2, 3, 8, 9, 4, 5, 10, 11, 12, 13]
 """Tiles of 2 x 2 on a 2 x 6 grid, then two tokens of text."""
 
 
-def _layout(order: list[list[int]]) -> BlockLayout:
+def _layout(order: list[list[int]], whole: bool) -> BlockLayout:
     """Tiles attend themselves and their neighbours, text everything."""
     borders = [*itertools.accumulate([4, 4, 4, 2], initial=0)]
     near = torch.tensor([[1, 1, 0, 1], [1, 1, 1, 1], [0, 1, 1, 1], [1, 1, 1, 1]]).bool()
-    groups = near.expand(len(order), -1, -1)
+    groups = (near | whole).expand(len(order), -1, -1)
     heads = torch.arange(HEADS)[None] % len(order)
     layout = BlockLayout.from_block_mask(groups, borders, borders, HEADS, head_group=heads)
     source = torch.tensor(order, dtype=torch.int32)
     return layout.with_(src_q=source, src_k=source)
 
 
-def _numbers(order: list[list[int]]) -> list[tuple[list, torch.dtype] | None]:
+def _numbers(order: list[list[int]], whole: bool = False) -> list[tuple[list, torch.dtype] | None]:
     """The op's layout arguments as lists, so that a traced program can make them its constants."""
-    given = _layout(order).arguments()
+    given = _layout(order, whole).arguments()
     return [(a.tolist(), a.dtype) if isinstance(a, Tensor) else None for a in given]
 
 
@@ -80,3 +80,19 @@ def two_orders(x: Tensor, cos: Tensor, sin: Tensor, w1: Tensor, w2: Tensor) -> T
     """The second layer has an order of its own."""
     x = _attend(x, cos, sin, w1, _constants(SHARED))
     return _attend(x, cos, sin, w2, _constants(OTHER))
+
+
+DENSE = _numbers([ORDER], whole=True)
+
+
+def two_dense_layers(x: Tensor, cos: Tensor, sin: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
+    """Every block is listed, so that correcting what is missing changes nothing."""
+    layout = _constants(DENSE)
+    return _attend(_attend(x, cos, sin, w1, layout), cos, sin, w2, layout)
+
+
+def computed_groups(x: Tensor, cos: Tensor, sin: Tensor, w1: Tensor, w2: Tensor, of: Tensor) -> Tensor:
+    """The heads' groups are computed in the call."""
+    layout = _constants(PER_HEAD)
+    layout[4] = (of > 0).to(torch.int32)
+    return _attend(_attend(x, cos, sin, w1, layout), cos, sin, w2, layout)

@@ -71,3 +71,21 @@ def chosen_reference(
         (out,), _ = insert_function(program, site, best, inputs)
         node.replace_all_uses_with(out)
         program.graph.erase_node(node)
+
+
+def computed_reference(
+    program: Program, obvious: Callable[[VideoAttention], Callable[..., tuple[torch.Tensor]] | None]
+) -> None:
+    """Put a plain function of (q, k, v, own mask if any) where each video self-attention stands.
+
+    obvious(site) -> that function, or None to leave the attention.
+    """
+    for node, site in sites(program):
+        function = obvious(site) if isinstance(site, VideoAttention) else None
+        if function is None or not isinstance(site, VideoAttention):
+            continue
+        given = arguments(node)
+        inputs = [given[name] for name in ("q", "k", "v", "mask") if given[name] is not None]
+        (out,), _ = insert_function(program, site, function, inputs)
+        node.replace_all_uses_with(out)
+        program.graph.erase_node(node)

@@ -58,12 +58,43 @@ def with_key_mask(layout: BlockLayout, site: VideoAttention, text_blocks: torch.
     return replace(layout, flag=flag, predicates=predicates)
 
 
+def online_key_flags(
+    program: Program,
+    site: VideoAttention,
+    layout: BlockLayout,
+    constants: Constants,
+    text: tuple[bool, ...],
+    col: fx.Node,
+) -> tuple[BlockLayout, fx.Node, list[fx.Node]]:
+    """`with_key_mask` for lists that the program computes: (layout with the rule, flags of col, nodes)."""
+    marked = constants.node(torch.tensor(text).to(torch.int32), site.query)
+
+    def flags(marked: torch.Tensor, col: torch.Tensor) -> tuple[torch.Tensor]:
+        return (marked[col.long()],)
+
+    (flag,), made = insert_function(program, site, flags, [marked, col])
+    return replace(layout, predicates=(Predicate.user(),), flag=torch.zeros_like(layout.col)), flag, made
+
+
 def insert_function(
     program: Program, site: VideoAttention, function: Callable[..., Any], inputs: list[fx.Node]
 ) -> tuple[list[fx.Node], list[fx.Node]]:
     """Trace a function on the values of nodes and insert its calls before the site: (results, all made)."""
+    return _insert(program, site.node, site.node, function, inputs)
+
+
+def insert_after(
+    program: Program, node: fx.Node, function: Callable[..., Any], inputs: list[fx.Node]
+) -> tuple[list[fx.Node], list[fx.Node]]:
+    """The same, right after a node."""
+    return _insert(program, node.next, node, function, inputs)
+
+
+def _insert(
+    program: Program, before: fx.Node, like: fx.Node, function: Callable[..., Any], inputs: list[fx.Node]
+) -> tuple[list[fx.Node], list[fx.Node]]:
     module = trace(function, [n.meta["val"] for n in inputs])
-    new = inline(program, module, inputs, before=site.node, like=site.node, origin="layout")
+    new = inline(program, module, inputs, before=before, like=like, origin="layout")
     results = [new[r] if isinstance(r, fx.Node) else r for r in traced_outputs(module)]
     return results, [n for old, n in new.items() if old.op == "call_function"]
 
@@ -104,10 +135,12 @@ def insert_sparse(
         return node
 
     values = dict(zip(LAYOUT_NAMES, layout.arguments(), strict=True))
+    computed = computed or {}
     given: dict[str, Any] = {
-        n: constants.node(v, site.query) if isinstance(v, torch.Tensor) else v for n, v in values.items()
+        name: constants.node(v, site.query) if isinstance(v, torch.Tensor) and name not in computed else v
+        for name, v in values.items()
     }
-    given.update(computed or {})
+    given.update(computed)
     if site.keys.kind == "prefix":
         given["k_valid"] = _limits(site, call)
     elif site.keys.kind == "columns":
