@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import operator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -33,6 +34,9 @@ class Sparse:
 def static_sparse(program: Program, node: fx.Node) -> Sparse | str:
     """The block-sparse attention of a node with its layout, or why that is not static."""
     given = arguments(node)
+    for user in node.users:
+        if user.target is operator.getitem and user.args[1] == 1 and user.users:
+            return f"its log-sum-exp is read by {next(iter(user.users)).name}: it serves a search"
     held: dict[str, Any] = {}
     for name in LAYOUT:
         source = given[name]
@@ -65,9 +69,10 @@ def dense_arguments(sparse: Sparse, constants: Constants) -> list[Any]:
         layout.k_off,
         sparse.heads,
         head_group=layout.head_group,
-        flag=marked.int().expand(groups, rows, columns) if marked.any() else None,
-        predicates=tuple(rules[p - 1] for p in user[:1]) if marked.any() else (),
     )
+    if marked.any():
+        flag = marked.to(torch.int32)[whole.col.long()]
+        whole = replace(whole, flag=flag, predicates=(rules[user[0] - 1],))
     values = dict(zip(LAYOUT_NAMES, whole.arguments(), strict=True))
     for name in ("row_ptr", "col", "flag"):
         value = values[name]
