@@ -37,7 +37,7 @@ from tilewright.compiler.schema import arguments
     stage=Stage.WEIGHTS,
     exactness=Exactness.ROUNDING,
     paper="arXiv:2404.00456",
-    after=("fold-norm-scale",),
+    after=("fold-norm-scale", "smooth-scales", "smooth-rotate"),
     owns=("linear.rotation",),
 )
 class RotateHadamard(GraphPass):

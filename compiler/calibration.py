@@ -1,0 +1,228 @@
+"""What a model's linear layers read on sample data: collected once, saved, and checked before it is used.
+
+Statistics are kept by the path of the layer's weight, with the rotations, folds and scales that the layer had
+seen when they were taken: a statistic of another basis says nothing about this one. Files hold tensors and
+text only (safetensors), and carry a fingerprint of the model's weights.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, fx
+
+from tilewright.compiler import ops
+from tilewright.compiler.diagnostics import FactError, LoadError, nearest
+from tilewright.compiler.program import Program
+from tilewright.compiler.schema import arguments
+
+FORMAT = "tilewright-calibration-1"
+BASIS_PASSES = ("fold-norm-scale", "smooth-scales", "smooth-rotate", "rotate-hadamard")
+"""Passes that change what a linear layer reads."""
+LARGEST_HESSIAN = 8192
+"""Layers with more inputs than this get no Hessian: it would take over half a gigabyte."""
+_SAMPLED = 4096
+_MAX_BYTES = 16 << 30
+
+
+@dataclass
+class LayerStatistics:
+    """The input [tokens, K] of one linear layer over all samples."""
+
+    basis: str
+    """Passes that had changed the layer's input, in order, joined by commas."""
+    tokens: int = 0
+    absmax: Tensor = field(default_factory=lambda: torch.zeros(0))
+    """[K] float32: largest magnitude of each channel."""
+    upper: Tensor = field(default_factory=lambda: torch.zeros(0))
+    """[K] float32: running estimate of a high quantile of each channel's magnitude."""
+    hessian: Tensor | None = None
+    """[K, K] float64: sum of x^T x, where wanted."""
+
+    def observe(self, x: Tensor, *, quantile: float, hessian: bool) -> None:
+        """Take in x [..., K]; FactError when it is not finite."""
+        rows = x.detach().reshape(-1, x.shape[-1]).float()
+        if not bool(torch.isfinite(rows).all()):
+            raise FactError(
+                "an activation is not finite", remedy="calibrate on a model that runs without NaN"
+            )
+        size = rows.abs()
+        high = size.kthvalue(max(1, math.ceil(quantile * size.shape[0])), dim=0).values
+        if self.tokens == 0:
+            self.absmax, self.upper = size.amax(0), high
+        else:
+            self.absmax = torch.maximum(self.absmax, size.amax(0))
+            self.upper = self.upper + 0.01 * (high - self.upper)
+        if hessian and rows.shape[1] <= LARGEST_HESSIAN:
+            wide = rows.double()
+            product = wide.t() @ wide
+            self.hessian = product if self.hessian is None else self.hessian + product
+        self.tokens += rows.shape[0]
+
+
+@dataclass
+class Statistics:
+    """All layers of one model over one set of samples."""
+
+    fingerprint: str
+    """Of the weights, by `fingerprint`."""
+    vocabulary: int = 0
+    """Rows of the embedding; 0 for a model without one."""
+    samples: int = 0
+    source: str = ""
+    """Where the samples came from: a digest of the text, or the name the caller gave."""
+    quantile: float = 0.999
+    layers: dict[str, LayerStatistics] = field(default_factory=dict)
+    """By path of the weight."""
+
+    def layer(self, program: Program, linear: fx.Node) -> LayerStatistics:
+        """The statistics of a linear layer; FactError when there are none, or they are of another basis."""
+        path, basis = weight_path(program, linear), basis_of(linear)
+        found = self.layers.get(path)
+        if found is None:
+            raise FactError(f"the calibration has no layer {path!r}", remedy=nearest(path, self.layers))
+        if found.basis != basis:
+            raise FactError(
+                f"{path}: calibrated after [{found.basis}], but here its input has seen [{basis}]",
+                remedy="calibrate behind the same passes",
+            )
+        return found
+
+    def check(self, program: Program) -> None:
+        """FactError when these statistics are not of this program's model."""
+        here, vocabulary = fingerprint(program), vocabulary_of(program)
+        if self.vocabulary != vocabulary:
+            raise FactError(
+                f"the calibration is for a vocabulary of {self.vocabulary}, the model has {vocabulary}"
+            )
+        if self.fingerprint != here:
+            raise FactError(
+                f"the calibration is of another model: fingerprint {self.fingerprint[:12]}, here {here[:12]}",
+                remedy="calibrate this model",
+            )
+
+    def save(self, path: Path) -> None:
+        """Write one safetensors file, complete or not at all."""
+        tensors: dict[str, Tensor] = {}
+        rows = []
+        for name, layer in self.layers.items():
+            rows.append({"path": name, "basis": layer.basis, "tokens": layer.tokens})
+            for kind in ("absmax", "upper", "hessian"):
+                value = getattr(layer, kind)
+                if value is not None:
+                    tensors[f"{len(rows) - 1}.{kind}"] = value.contiguous()
+        head = {k: getattr(self, k) for k in ("fingerprint", "vocabulary", "samples", "source", "quantile")}
+        metadata = {"format": FORMAT, "statistics": json.dumps({**head, "layers": rows}, sort_keys=True)}
+        path = Path(path)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        os.close(handle)
+        try:
+            save_file(tensors, temporary, metadata=metadata)
+            os.replace(temporary, path)
+        finally:
+            Path(temporary).unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: Path) -> Statistics:
+        """Read a file that `save` wrote; LoadError names what is wrong with any other."""
+        where = str(path)
+        try:
+            if Path(path).stat().st_size > _MAX_BYTES:
+                raise LoadError(f"is larger than {_MAX_BYTES} bytes", where=where)
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                if metadata.get("format") != FORMAT:
+                    raise LoadError("is no calibration file", where=where, remedy="make one with `calibrate`")
+                return _parsed(json.loads(metadata["statistics"]), file.keys(), file.get_tensor)
+        except OSError as error:
+            raise LoadError(f"cannot be read: {error.strerror or error}", where=where) from error
+        except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise LoadError(f"is damaged: {error}", where=where) from error
+
+
+def _parsed(data: Any, names: Any, tensor: Callable[[str], Tensor]) -> Statistics:
+    found = Statistics(
+        str(data["fingerprint"]),
+        int(data["vocabulary"]),
+        int(data["samples"]),
+        str(data["source"]),
+        float(data["quantile"]),
+    )
+    present = set(names)
+    for i, row in enumerate(data["layers"]):
+        hessian = tensor(f"{i}.hessian") if f"{i}.hessian" in present else None
+        layer = LayerStatistics(
+            str(row["basis"]), int(row["tokens"]), tensor(f"{i}.absmax"), tensor(f"{i}.upper"), hessian
+        )
+        if layer.absmax.dim() != 1 or layer.upper.shape != layer.absmax.shape:
+            raise ValueError(f"layer {i} has shapes {list(layer.absmax.shape)}, {list(layer.upper.shape)}")
+        found.layers[str(row["path"])] = layer
+    return found
+
+
+def weight_path(program: Program, linear: fx.Node) -> str:
+    """Path of the weight that a linear layer goes back to, however it was rotated or scaled since."""
+    weight = arguments(linear)["weight"]
+    derived = program.derived_of(weight)
+    name = weight.name if derived is None else derived.sources[0]
+    spec = next((s for s in program.inputs if s.name == name), None)
+    return spec.source or name if spec is not None else name
+
+
+def basis_of(linear: fx.Node) -> str:
+    """Which passes have changed the input of a linear layer, in order."""
+    return ",".join(name for name in linear.meta.get("rewritten_by", ()) if name in BASIS_PASSES)
+
+
+def vocabulary_of(program: Program) -> int:
+    """Rows of the largest embedding that integers look up; 0 when there is none."""
+    sizes = [
+        int(arguments(n)["weight"].meta["val"].shape[0])
+        for n in program.graph.nodes
+        if n.target is ops.embedding
+    ]
+    return max(sizes, default=0)
+
+
+def fingerprint(program: Program) -> str:
+    """SHA-256 over path, shape, dtype and evenly sampled values of every weight that a linear layer reads."""
+    digest = hashlib.sha256()
+    used = {weight_path(program, n) for n in program.graph.nodes if n.target is ops.linear}
+    rows = [(s.source or s.name, v) for s, v in zip(program.inputs, program.example_inputs, strict=True)]
+    for path, value in sorted((p, v) for p, v in rows if p in used):
+        digest.update(f"{path} {tuple(value.shape)} {value.dtype}\n".encode())
+        flat = value.detach().reshape(-1)
+        step = max(1, flat.numel() // _SAMPLED)
+        digest.update(flat[::step].to(torch.float64).cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+class Observer(fx.Interpreter):
+    """Runs a program and takes in what each of its linear layers reads."""
+
+    def __init__(self, program: Program, statistics: Statistics, *, hessian: bool = False) -> None:
+        super().__init__(program.module, garbage_collect_values=True)
+        self._statistics, self._hessian = statistics, hessian
+        self._names = {
+            n: (weight_path(program, n), basis_of(n)) for n in program.graph.nodes if n.target is ops.linear
+        }
+
+    def run_node(self, n: fx.Node) -> Any:
+        if n in self._names:
+            path, basis = self._names[n]
+            layer = self._statistics.layers.setdefault(path, LayerStatistics(basis))
+            args, kwargs = self.fetch_args_kwargs_from_env(n)
+            x = args[0] if args else kwargs["x"]
+            layer.observe(x, quantile=self._statistics.quantile, hessian=self._hessian)
+        return super().run_node(n)

@@ -1,0 +1,99 @@
+"""Running a model over sample data to collect what its linear layers read."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from tilewright.compiler.calibration import Observer, Statistics, fingerprint, vocabulary_of
+from tilewright.compiler.diagnostics import CaptureError, OptionError
+from tilewright.compiler.pipeline import Pipeline, RunOptions
+from tilewright.frontends.capture import from_dynamo, normalize
+from tilewright.frontends.loaded_model import Call
+
+Progress = Callable[[int, int], None]
+"""progress(samples done, samples in all)."""
+
+
+class _Observing:
+    """A backend that runs each captured program, behind the given passes, under an observer."""
+
+    def __init__(self, pipeline: Pipeline, hessian: bool, quantile: float) -> None:
+        self.statistics: Statistics | None = None
+        self._pipeline, self._hessian, self._quantile = pipeline, hessian, quantile
+        self._sizes: list[int] = []
+
+    def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        program = from_dynamo(gm, example_inputs)
+        options = RunOptions(replay=False)
+        normalize(program, options)
+        self._pipeline.run(program, options)
+        if not any(n.op == "call_function" and "linear" in str(n.target) for n in program.graph.nodes):
+            return gm.forward
+        if self.statistics is None:
+            self.statistics = Statistics(
+                fingerprint(program), vocabulary_of(program), quantile=self._quantile
+            )
+        observer = Observer(program, self.statistics, hessian=self._hessian)
+        return lambda *args: observer.run(*args)
+
+
+def calibrate(
+    module: nn.Module,
+    calls: Iterable[Call],
+    *,
+    pipeline: Any = "",
+    source: str = "",
+    hessian: bool = False,
+    quantile: float = 0.999,
+    progress: Progress | None = None,
+) -> Statistics:
+    """Run every call through the captured model and return what its linear layers read.
+
+    calls: (args, kwargs) of the module, in a fixed order; the result depends on nothing else. pipeline:
+    passes that come before the ones that will use the statistics. hessian: also sum x^T x per layer, K^2
+    doubles each. Raises OptionError for no calls or an impossible quantile, CaptureError when no linear layer
+    ran, FactError for activations that are not finite.
+    """
+    if not 0.5 <= quantile <= 1.0:
+        raise OptionError(f"quantile = {quantile!r}: expected 0.5 to 1")
+    given = list(calls)
+    if not given:
+        raise OptionError("there are no samples to calibrate on")
+    observing = _Observing(Pipeline.parse(pipeline or []), hessian, quantile)
+    torch._dynamo.reset()
+    compiled = torch.compile(module, backend=observing, dynamic=False)
+    with torch.no_grad():
+        for done, (args, kwargs) in enumerate(given, 1):
+            compiled(*args, **kwargs)
+            if progress is not None:
+                progress(done, len(given))
+    torch._dynamo.reset()
+    found = observing.statistics
+    if found is None or not found.layers:
+        raise CaptureError("no linear layer ran, so there is nothing to calibrate")
+    found.samples, found.source = len(given), source
+    return found
+
+
+def token_windows(
+    tokenizer: Any, text: str, *, length: int = 512, samples: int = 4, first: int = 0
+) -> tuple[list[Call], str]:
+    """Calls of `length` tokens each from a text, starting at token `first`, and the text's digest.
+
+    Raises OptionError when the text is too short.
+    """
+    tokens = tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"][0]
+    last = first + length * samples
+    if length < 1 or samples < 1 or first < 0 or tokens.numel() < last:
+        raise OptionError(
+            f"{samples} samples of {length} tokens from token {first} on need {last} tokens; "
+            f"the text has {tokens.numel()}"
+        )
+    rows = tokens[first:last].view(samples, 1, length)
+    calls: list[Call] = [((), {"input_ids": row.clone(), "use_cache": False}) for row in rows]
+    return calls, f"sha256:{hashlib.sha256(text.encode()).hexdigest()[:16]} tokens {first}-{last}"
