@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
+import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, dataclass_transform
@@ -153,8 +154,6 @@ class Rewrite(Pass):
         inputs = [n for p in params for n in _nodes_in(m.bound.get(p))]
         error, note = log.replay(program, m, traced.module, inputs, key)
         new = inline(program, traced.module, inputs, before=m.root, like=m.root, origin=log.name)
-        log.claim_slots(m.nodes, new)
-        log.applied(m.root, rule=m.form, inserted=new, removed=m.nodes, error=error, note=note)
         results = traced_outputs(traced.module)
         results = tuple(new[r] if isinstance(r, fx.Node) else r for r in results)
         for old, result in zip(m.outputs, results, strict=True):
@@ -163,6 +162,13 @@ class Rewrite(Pass):
             old.replace_all_uses_with(result)
         sort_after(program.graph, [r for r in results if isinstance(r, fx.Node)])
         _erase_unused(program.graph, m.nodes, erased)
+        for traced_node, made in list(new.items()):
+            inserted = traced_node.op == "call_function" and made.target is operator.getitem
+            if inserted and not made.users:  # one of several results that nobody wants
+                program.graph.erase_node(made)
+                del new[traced_node]
+        log.claim_slots(m.nodes, new)
+        log.applied(m.root, rule=m.form, inserted=new, removed=m.nodes, error=error, note=note)
 
 
 def _erase_unused(graph: fx.Graph, nodes: tuple[fx.Node, ...], erased: set[fx.Node]) -> None:

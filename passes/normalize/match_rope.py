@@ -138,7 +138,9 @@ class MatchRope(Rewrite):
         if chosen["parts"] in ("unbind", "select"):
             pair = chosen["pair"]
             width = pair[-2] * pair[-1] if -1 not in pair[-2:] else -1
-            x = x.reshape(*pair[:-2], width)
+            sizes = [*pair[:-2], width]
+            if len(sizes) != x.dim() or any(w not in (-1, s) for w, s in zip(sizes, x.shape, strict=True)):
+                x = x.reshape(sizes)
         if form == "pairs-to-halves-apart":
             x = torch.cat((x[..., 0::2], x[..., 1::2]), -1)
         return ops.rope(x.to(chosen["dtype"]) if chosen.get("cast") == "cast" else x, cos, sin, interleaved)
@@ -223,4 +225,9 @@ def _widened(table, interleaved):
     """A table for each pair as one for each channel; one value for all channels stays."""
     if table.dim() == 0 or table.shape[-1] == 1:
         return table
-    return torch.stack((table, table), -1).flatten(-2) if interleaved else torch.cat((table, table), -1)
+    last = table.dim() - 1
+    if not interleaved:
+        return torch.cat((table, table), last)
+    pairs = torch.stack((table, table), last + 1)
+    sizes = [n if isinstance(n, int) else -1 for n in (*table.shape[:-1], 2 * table.shape[-1])]
+    return pairs.reshape(sizes) if sizes.count(-1) <= 1 else pairs.flatten(last)

@@ -24,6 +24,7 @@ from tilewright.compiler import (
     graph_pass,
     ops,
 )
+from tilewright.compiler.graph_schema import set_positional
 from tilewright.compiler.schema import arguments
 
 
@@ -86,6 +87,7 @@ class FoldNormScale(GraphPass):
                 moved = program.derive(f"{_path(program, weight)} @ norm bias", sources, _shifted)
             user.args = (norm, folded, moved)
             user.kwargs = {}
+            set_positional(user)
             user.meta["rewritten_by"] = (*user.meta.get("rewritten_by", ()), self.name)
         log.claim_slots(users, {u: u for u in users})
         if norm.target is ops.rms_norm:
@@ -93,6 +95,7 @@ class FoldNormScale(GraphPass):
         else:
             norm.args = (given["x"], given["normalized_shape"], None, None, given["eps"])
         norm.kwargs = {}
+        set_positional(norm)
 
     @classmethod
     def examples(cls) -> Iterator[tuple[dict, Example]]:
