@@ -124,59 +124,55 @@ class WeightFormat:
                 raise OptionError(f"scales or offsets do not fit {self.scale_dtype}")
         if self.packing == "rows":
             return self._pack_rows(weight.codes, parameters)
-        pad = -rows % BLOCK_ROWS
-        blocks, at, parts = self.shape(rows, columns)[0], 0, []
+        pad, parts = -rows % BLOCK_ROWS, []
         codes = F.pad(weight.codes, (0, 0, 0, pad))
-        for index, chunks in enumerate(self.chunks(columns)):
-            wide = chunks * CHUNK
-            part = codes[:, at : at + wide]
+        grids = [F.pad(p, (0, 0, 0, pad)).to(self.scale_dtype) for p in parameters]
+        at = index = 0
+        for count, chunks in self._runs(columns):
+            width = count * chunks * CHUNK
             empty = self.middle if self.bits == 8 else 0  # stored as zero
-            part = F.pad(part, (0, wide - part.shape[1]), value=empty)
-            # [block, 8 rows, chunk, vector, 4 columns] -> [block, chunk, vector, row and column]
-            part = part.reshape(blocks, BLOCK_ROWS, chunks, 8, 4).permute(0, 2, 3, 1, 4).flatten(3)
-            parts.append(_join_codes(part, self.bits).reshape(blocks, -1))
-            for parameter in parameters:
-                column = F.pad(parameter[:, index], (0, pad)).to(self.scale_dtype).reshape(blocks, BLOCK_ROWS)
-                parts.append(column.contiguous().view(torch.uint8))
-            at += wide
+            run = F.pad(codes[:, at : at + width], (0, max(0, at + width - columns)), value=empty)
+            # [block, 8 rows, group, chunk, vector, 4 columns] -> [block, group, chunk, vector, row x column]
+            run = run.reshape(-1, BLOCK_ROWS, count, chunks, 8, 4).permute(0, 2, 3, 4, 1, 5).flatten(4)
+            fields = [_join_codes(run, self.bits).flatten(2)]
+            for grid in grids:
+                column = grid[:, index : index + count].reshape(-1, BLOCK_ROWS, count).transpose(1, 2)
+                fields.append(column.contiguous().view(torch.uint8))
+            parts.append(torch.cat(fields, 2).flatten(1))
+            at, index = at + width, index + count
         return torch.cat(parts, 1).contiguous()
 
     def unpack(self, packed: Tensor, rows: int, columns: int) -> Quantized:
         """The inverse of `pack`."""
         if self.packing == "rows":
             return self._unpack_rows(packed, rows, columns)
-        blocks, at = packed.shape[0], 0
-        codes, found = list[Tensor](), list[list[Tensor]]()
-        size = BLOCK_ROWS * self.scale_dtype.itemsize
-        for chunks in self.chunks(columns):
+        codes = list[Tensor]()
+        grids: list[list[Tensor]] = [[] for _ in range(2 if self.has_offset else 1)]
+        at, size = 0, BLOCK_ROWS * self.scale_dtype.itemsize
+        for count, chunks in self._runs(columns):
             width = chunks * CHUNK * self.bits
-            part = _split_codes(
-                packed[:, at : at + width].reshape(blocks, chunks, self.bits, CHUNK), self.bits
-            )
-            part = part.unflatten(-1, (BLOCK_ROWS, 4)).permute(0, 3, 1, 2, 4)
-            codes.append(part.reshape(blocks * BLOCK_ROWS, chunks * CHUNK))
-            at += width
-            found.append([])
-            for _ in range(2 if self.has_offset else 1):
-                column = packed[:, at : at + size].contiguous().view(self.scale_dtype)
-                found[-1].append(column.reshape(-1)[:rows].float())
-                at += size
-        kept = [part[:rows, :width] for part, width in zip(codes, self._widths(columns), strict=True)]
-        return self._quantized(torch.cat(kept, 1), found)
+            run = packed[:, at : at + count * (width + size * len(grids))].unflatten(1, (count, -1))
+            stored = run[..., :width].unflatten(2, (chunks, self.bits, CHUNK))
+            # [block, group, chunk, vector, 8 rows, 4 columns] -> [rows, columns]
+            split = _split_codes(stored, self.bits).unflatten(-1, (BLOCK_ROWS, 4)).permute(0, 4, 1, 2, 3, 5)
+            codes.append(split.flatten(2).flatten(0, 1))
+            for i, grid in enumerate(grids):
+                column = run[..., width + i * size : width + (i + 1) * size].contiguous()
+                grid.append(column.view(self.scale_dtype).transpose(1, 2).flatten(0, 1))
+            at += count * (width + size * len(grids))
+        found = [torch.cat(grid, 1)[:rows].float() for grid in grids]
+        offset = found[1] if self.has_offset else -self.middle * found[0]
+        return Quantized(torch.cat(codes, 1)[:rows, :columns], found[0], offset, self.group)
 
     def dequantize(self, packed: Tensor, rows: int, columns: int) -> Tensor:
         """float32 [rows, columns]: the meaning of a packed weight."""
         return self.unpack(packed, rows, columns).dequantize()
 
-    def _widths(self, columns: int) -> list[int]:
-        if self.group == WHOLE_ROW:
-            return [columns]
-        return [min(self.group, columns - at) for at in range(0, columns, self.group)]
-
-    def _quantized(self, codes: Tensor, found: list[list[Tensor]]) -> Quantized:
-        scale = torch.stack([f[0] for f in found], 1)
-        offset = torch.stack([f[1] for f in found], 1) if self.has_offset else -self.middle * scale
-        return Quantized(codes, scale, offset, self.group)
+    def _runs(self, columns: int) -> list[tuple[int, int]]:
+        """(groups, chunks of each) in order: the whole groups of a row, then the short one."""
+        chunks = self.chunks(columns)
+        whole = chunks.count(chunks[0])
+        return [(whole, chunks[0])] + [(1, c) for c in chunks[whole:]]
 
     def _pack_rows(self, codes: Tensor, parameters: list[Tensor]) -> Tensor:
         rows, columns = codes.shape
