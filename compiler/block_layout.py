@@ -329,8 +329,8 @@ def _check_tensors(layout: BlockLayout, groups: int) -> None:
 def check_predicates(predicates: Sequence[Predicate], limit: bool, mask: bool) -> None:
     """Raise OptionError for parameters out of range or a predicate whose tensor is absent."""
     for p, rule in enumerate(predicates, 1):
-        if rule.unit < 1 or rule.sink < 0 or rule.before < -1 or rule.after < -1:
-            raise _fail(f"predicate {p} {rule}: unit >= 1, sink >= 0, before and after >= -1")
+        if min(rule.unit - 1, rule.sink, rule.shift, rule.before + 1, rule.after + 1) < 0:
+            raise _fail(f"predicate {p} {rule}: unit >= 1, sink and shift >= 0, before and after >= -1")
         if rule.kind is Kind.PAD_SELF and not limit:
             raise _fail(f"predicate {p} is PAD_SELF and there is no limit tensor")
         if rule.kind is Kind.USER and not mask:

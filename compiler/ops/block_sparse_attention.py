@@ -62,7 +62,7 @@ class _Layout:
         self.rules: list[Predicate] = unflatten(given.get("predicates") or [])
         self.k_valid, self.q_valid, self.limit = (given.get(n) for n in ("k_valid", "q_valid", "limit"))
         self.src_q, self.src_k = given.get("src_q"), given.get("src_k")
-        self.mask = given.get("mask")
+        self.mask: Tensor | None = given.get("mask")
         scale = given.get("scale")
         self.scale: float = q.shape[-1] ** -0.5 if scale is None else scale
         check_predicates(self.rules, self.limit is not None, self.mask is not None)
