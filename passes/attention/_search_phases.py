@@ -61,6 +61,20 @@ def insert_phase(
     return out, [*made, out]
 
 
+def insert_found(
+    program: Program,
+    site: VideoAttention,
+    plan: Blocks,
+    constants: Constants,
+    look: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]],
+) -> tuple[fx.Node, list[fx.Node]]:
+    """Insert a layout found in the call, by look(q, k, text blocks), and the attention that uses it."""
+    inputs = [site.query, site.key, constants.node(torch.tensor(plan.text), site.query)]
+    found, made = insert_function(program, site, look, inputs)
+    out, _, called = _sparse(program, site, plan, constants, dict(zip(SLOTS, found, strict=False)))
+    return out, made + called
+
+
 def _search(
     program: Program, site: VideoAttention, plan: Blocks, constants: Constants, choose: Choice, lse: fx.Node
 ) -> tuple[dict[str, fx.Node], list[fx.Node]]:

@@ -67,7 +67,8 @@ def online_key_flags(
     col: fx.Node,
 ) -> tuple[BlockLayout, fx.Node, list[fx.Node]]:
     """`with_key_mask` for lists that the program computes: (layout with the rule, flags of col, nodes)."""
-    marked = constants.node(torch.tensor(text).to(torch.int32), site.query)
+    hidden = torch.tensor(text) if site.keys.keeps_video else torch.ones(len(text))
+    marked = constants.node(hidden.to(torch.int32), site.query)
 
     def flags(marked: torch.Tensor, col: torch.Tensor) -> tuple[torch.Tensor]:
         return (marked[col.long()],)
