@@ -101,12 +101,12 @@ def _chain(program: Program, pieces: Sequence[Piece], runs: Sequence[Compiled]) 
             slots[node] = len(slots)
     leaves, structure = tree_flatten(output_node(graph).args[0])
     steps = _steps(graph, pieces, runs, slots)
-    size = len(slots)
+    buffers, size = module._buffers, len(slots)
 
     def run(*args: Any) -> Any:
         values: list[Any] = [*args, *[None] * (size - len(args))]
         for slot, name in held:
-            values[slot] = getattr(module, name)
+            values[slot] = buffers[name]
         for step in steps:
             results = step.run(*[values[i] for i in step.arguments])
             for i, result in zip(step.results, results, strict=True):

@@ -1,4 +1,7 @@
-"""Linear layers whose weights are small integers, and whose activations may be."""
+"""Linear layers whose weights are small integers, and whose activations may be.
+
+Opaque to tracing: unpacking takes a hundred ops a weight, which shapes do not depend on.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +16,20 @@ from tilewright.compiler.quantizers import fake_activation
 from tilewright.compiler.weight_format import WeightFormat
 
 
+def _fake(x: Tensor, packed: Tensor, bias: Tensor | None, rows: int, format: str) -> Tensor:
+    return x.new_empty((*x.shape[:-1], rows))
+
+
+def _fake_multi(
+    x: Tensor, packed: list[Tensor], biases: list[Tensor | None], rows: list[int], format: str
+) -> list[Tensor]:
+    return [x.new_empty((*x.shape[:-1], count)) for count in rows]
+
+
 @define(
     "quantized_linear(Tensor x, Tensor packed, Tensor? bias, int rows, str format) -> Tensor",
     flops=lambda x, packed, bias, rows, format, *, out: 2 * math.prod(x.shape) * rows,
+    fake=_fake,
 )
 def quantized_linear(x: Tensor, packed: Tensor, bias: Tensor | None, rows: int, format: str) -> Tensor:
     """x W^T + b: x [..., K], W [rows, K] packed as the WeightFormat text `format` says, bias [rows].
@@ -36,6 +50,7 @@ def quantized_linear(x: Tensor, packed: Tensor, bias: Tensor | None, rows: int, 
 @define(
     "quantized_linear_multi(Tensor x, Tensor[] packed, Tensor?[] biases, int[] rows, str format) -> Tensor[]",
     flops=lambda x, packed, biases, rows, format, *, out: 2 * math.prod(x.shape) * sum(rows),
+    fake=_fake_multi,
 )
 def quantized_linear_multi(
     x: Tensor, packed: list[Tensor], biases: list[Tensor | None], rows: list[int], format: str
