@@ -25,6 +25,10 @@ EPSILON = 1e-5
 """Smallest magnitude that A and Wmax count as."""
 
 
+SMOOTHED = "tw_smoothed"
+"""Node metadata: the channels of this value have been scaled."""
+
+
 @dataclass(frozen=True)
 class Site:
     """One place: `source` takes 1 / s (a norm, or an up projection), `readers` take s."""
@@ -62,6 +66,8 @@ def hidden_site(program: Program, hidden: fx.Node) -> Site | Blocked:
 
 
 def _site(program: Program, source: fx.Node, value: fx.Node) -> Site | Blocked:
+    if SMOOTHED in value.meta:
+        return Blocked(value, "its channels are smoothed already")
     for user in value.users:
         if user.target is not ops.linear or arguments(user)["x"] is not value:
             return Blocked(user, f"{user.name} reads it and is not a linear layer")
@@ -88,6 +94,7 @@ def scales(weights: tuple[Tensor, ...], largest: Tensor | None, alpha: float) ->
 def apply_site(program: Program, site: Site, largest: Tensor | None, alpha: float, name: str) -> None:
     """Put 1 / s into the source and s into the readers, as derived weights; `name` marks the nodes."""
     weights = [arguments(reader)["weight"] for reader in site.readers]
+    arguments(site.readers[0])["x"].meta[SMOOTHED] = True
     shared = partial(_edited, alpha=alpha, largest=largest)
     for reader, weight in zip(site.readers, weights, strict=True):
         given = arguments(reader)

@@ -36,7 +36,6 @@ from tilewright.compiler.smoothing import Site, apply_site, hidden_site
     stage=Stage.WEIGHTS,
     exactness=Exactness.ROUNDING,
     paper="arXiv:2506.05413",
-    after=("fold-norm-scale",),
     owns=("linear.rotation",),
 )
 class SmoothRotate(GraphPass):

@@ -70,7 +70,7 @@ class SmoothScales(GraphPass):
                 found = hidden_site(program, node)
             else:
                 continue
-            self._smooth(program, node, _fresh(found, self.name), statistics, log)
+            self._smooth(program, node, found, statistics, log)
         program.drop_unread()
         log.finish(("tilewright::rms_norm", "tilewright::layer_norm", "tilewright::gated_mlp"))
 
@@ -116,10 +116,3 @@ class SmoothScales(GraphPass):
             weights_alone,
             Example(lambda x, w: ops.linear(ops.rms_norm(x, None, 1e-6), w), (x, w), refusal="no gain"),
         )
-
-
-def _fresh(found: Site | Blocked, name: str) -> Site | Blocked:
-    """The site, unless this pass was there before."""
-    if isinstance(found, Site) and name in found.source.meta.get("rewritten_by", ()):
-        return Blocked(found.source, "its channels are smoothed already")
-    return found
