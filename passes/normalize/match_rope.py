@@ -142,7 +142,8 @@ class MatchRope(Rewrite):
             if len(sizes) != x.dim() or any(w not in (-1, s) for w, s in zip(sizes, x.shape, strict=True)):
                 x = x.reshape(sizes)
         if form == "pairs-to-halves-apart":
-            x = torch.cat((x[..., 0::2], x[..., 1::2]), -1)
+            last, width = x.dim() - 1, x.shape[-1]
+            x = torch.cat([aten.slice(x, last, i, width, 2) for i in (0, 1)], last)
         return ops.rope(x.to(chosen["dtype"]) if chosen.get("cast") == "cast" else x, cos, sin, interleaved)
 
     @classmethod

@@ -16,8 +16,6 @@ BROKEN_BY_DESIGN = {"mochi"}
 NOT_YET = {
     # Complex multiplication.
     "deepseek-v2": {"rope": (0, 4)},
-    # Channels in as pairs, out as halves.
-    "deepseek-v3": {"rope": (0, 4)},
 }
 """What is left as it was: op -> (found, expected). A better recogniser shortens this table."""
 
