@@ -35,6 +35,7 @@ setup(
         "torch>=2.13,<2.14",
         "triton>=3.4",
         "numpy>=1.26",
+        "scipy>=1.11",
         "sympy>=1.13",
         "networkx>=3.2",
         "safetensors>=0.5",
