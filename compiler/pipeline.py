@@ -16,7 +16,7 @@ from tilewright.compiler.diagnostics import OptionError, PipelineError, Tilewrig
 from tilewright.compiler.float64 import Float64
 from tilewright.compiler.log import Fuel, PassLog
 from tilewright.compiler.passes_base import Pass
-from tilewright.compiler.program import Program, copy_graph
+from tilewright.compiler.program import GraphRecord, Program
 from tilewright.compiler.replay import Replayer, relative_rms, tensors_in
 from tilewright.compiler.report import PassReport
 from tilewright.compiler.stage import Exactness
@@ -196,23 +196,23 @@ class Snapshot:
 
     def __init__(self, program: Program) -> None:
         self._program = program
-        self._graph: fx.Graph | None = None
+        self._graph: GraphRecord | None = None
 
     @property
     def taken(self) -> bool:
         return self._graph is not None
 
     def take(self) -> None:
-        """Copy the graph now, unless that was done already."""
+        """Record the graph now, unless that was done already."""
         if self._graph is None:
-            self._graph = copy_graph(self._program.graph)
+            self._graph = GraphRecord(self._program.graph)
             self._derived = list(self._program.derived)
             self._buffers = dict(self._program.module._buffers)
 
     def restore(self) -> None:
         """Put the program back as it was."""
         if self._graph is not None:
-            self._program.module.graph = self._graph
+            self._program.module.graph = self._graph.graph()
             self._program.derived[:] = self._derived
             self._program.module._buffers.clear()
             self._program.module._buffers.update(self._buffers)
@@ -221,7 +221,7 @@ class Snapshot:
         """The old program, beside the new one; only after `take`."""
         p = self._program
         assert self._graph is not None, "nothing was edited, so there is no old program"
-        module = fx.GraphModule(p.module, self._graph)
+        module = fx.GraphModule(p.module, self._graph.graph())
         for name, value in self._buffers.items():
             module.register_buffer(name, value, persistent=False)
         return Program(module, p.inputs, p.example_inputs, p.origin, p.training, p.facts, list(self._derived))

@@ -11,6 +11,10 @@ import torch
 from torch import nn
 
 
+CACHE_STEP = 256
+"""Caches have a multiple of this many slots, so that runs of other lengths find their kernels compiled."""
+
+
 @dataclass(frozen=True)
 class Generated:
     """Tokens int64 [1, prompt + new] and how long they took."""
@@ -32,7 +36,8 @@ def generate(module: nn.Module, forward: Callable[..., Any], tokens: torch.Tenso
 
     config: Any = module.config
     length = tokens.shape[1]
-    cache = StaticCache(config=config, max_cache_len=length + count)
+    room = -(-(length + count) // CACHE_STEP) * CACHE_STEP
+    cache = StaticCache(config=config, max_cache_len=room)
     ends = getattr(getattr(module, "generation_config", None), "eos_token_id", None)
     stop = set(ends if isinstance(ends, list) else [] if ends is None else [ends])
     started = time.perf_counter()
