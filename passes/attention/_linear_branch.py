@@ -69,13 +69,13 @@ def linear_branch(
 ) -> Tensor:
     """O_l [B, H, N, E] = phi(Q_i) H_i / (phi(Q_i) Z_i), H_i and Z_i summed over the marginal blocks of row i.
 
-    0 where a row has no marginal block. `main` sees all keys and adds 1e-5 below the line.
+    In float32 at least; 0 where a row has no marginal block. `main` sees all keys and adds 1e-5 below the line.
     """
     fq, fk, wide_v = feature_map(widened(q), feature), feature_map(widened(k), feature), widened(v)
     if variant == "main":
         above = fq @ (fk.transpose(-1, -2) @ wide_v)
         below = (fq * fk.sum(-2, keepdim=True)).sum(-1, keepdim=True) + MAIN_EPSILON
-        return (above / below).to(q.dtype)
+        return above / below
     (ks, _), (vs, _), (qs, _) = in_blocks(fk, block), in_blocks(wide_v, block), in_blocks(fq, block)
     weight = marginal.to(fk.dtype)
     each = (ks.transpose(-1, -2) @ vs).flatten(-2)
@@ -86,7 +86,7 @@ def linear_branch(
     out = torch.where(
         empty, torch.zeros_like(above), above / torch.where(empty, torch.ones_like(below), below)
     )
-    return out.flatten(-3, -2)[..., : q.shape[-2], :].to(q.dtype)
+    return out.flatten(-3, -2)[..., : q.shape[-2], :]
 
 
 def found_lists(
@@ -106,17 +106,20 @@ def with_linear_branch(
     first, end = plan.borders()[plan.video.start], plan.borders()[plan.video.stop]
     qs, ks, vs = (x[:, :, first:end] for x in (q, k, v))
     _, marginal = block_classes(qs, ks, block, topk, skip, variant)
-    added = F.linear(
-        linear_branch(qs, ks, vs, marginal, block, feature, variant).to(weight.dtype), weight, bias
-    )
+    linear = linear_branch(qs, ks, vs, marginal, block, feature, variant)
+    added = F.linear(linear, weight.to(linear.dtype), bias.to(linear.dtype))
     return (out + F.pad(added.to(out.dtype), (0, 0, first, out.shape[2] - end)),)
 
 
 def written_out(
-    q: Tensor, k: Tensor, v: Tensor, *mask: Tensor, start: int, video: int, scale: float | None,
-    proj: tuple[Tensor, Tensor] | None, block: int, topk: float, skip: float, feature: str, variant: str,
+    q: Tensor, k: Tensor, v: Tensor, *rest: Tensor, start: int, video: int, scale: float | None, block: int,
+    topk: float, skip: float, feature: str, variant: str,
 ) -> tuple[Tensor]:  # fmt: skip
-    """The obvious version: dense attention under the critical blocks' mask, and phi products of all pairs."""
+    """The obvious version: dense attention under the critical blocks' mask, and phi products of all pairs.
+
+    rest: weight and bias of the projection where there is a linear branch, then the key mask if there is one.
+    """
+    proj, mask = (None, rest) if variant == "none" else (rest[:2], rest[2:])
     qs, ks, vs = (x[:, :, start : start + video] for x in (q, k, v))
     critical, marginal = block_classes(qs, ks, block, topk, skip, variant)
     of = torch.arange(video, device=q.device) // block

@@ -73,19 +73,21 @@ def chosen_reference(
         program.graph.erase_node(node)
 
 
-def computed_reference(
-    program: Program, obvious: Callable[[VideoAttention], Callable[..., tuple[torch.Tensor]] | None]
-) -> None:
-    """Put a plain function of (q, k, v, own mask if any) where each video self-attention stands.
+Obvious = tuple[Callable[..., tuple[torch.Tensor]], tuple[torch.Tensor, ...]]
+"""A plain function of (q, k, v, constants, own mask if any), and those constants."""
 
-    obvious(site) -> that function, or None to leave the attention.
-    """
+
+def computed_reference(program: Program, obvious: Callable[[VideoAttention], Obvious | None]) -> None:
+    """Put a plain function where each video self-attention stands; None leaves the attention."""
+    constants = Constants(program)
     for node, site in sites(program):
-        function = obvious(site) if isinstance(site, VideoAttention) else None
-        if function is None or not isinstance(site, VideoAttention):
+        found = obvious(site) if isinstance(site, VideoAttention) else None
+        if found is None or not isinstance(site, VideoAttention):
             continue
+        function, extra = found
         given = arguments(node)
-        inputs = [given[name] for name in ("q", "k", "v", "mask") if given[name] is not None]
+        inputs = [given["q"], given["k"], given["v"], *(constants.node(t, node) for t in extra)]
+        inputs += [given["mask"]] if given["mask"] is not None else []
         (out,), _ = insert_function(program, site, function, inputs)
         node.replace_all_uses_with(out)
         program.graph.erase_node(node)

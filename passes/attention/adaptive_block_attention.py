@@ -88,14 +88,12 @@ class AdaptiveBlockAttention(VideoAttentionPass):
             plan = self.plan(program, site)
             if isinstance(plan, str) or self.phase == "search":
                 return None
-            return partial(
-                written_out,
-                plan=plan,
-                scale=site.scale,
-                sparsity=self.sparsity,
-                threshold=self.threshold,
-                adaptive=self.head_adaptive,
-            )
+            how: dict[str, Any] = {
+                "sparsity": self.sparsity,
+                "threshold": self.threshold,
+                "adaptive": self.head_adaptive,
+            }
+            return partial(written_out, plan=plan, scale=site.scale, **how), ()
 
         computed_reference(program, obvious)
 

@@ -110,9 +110,9 @@ class SparseLinearAttention(VideoAttentionPass):
             plan = self.plan(program, site)
             if isinstance(plan, str):
                 return None
-            proj = self._projection(site) if self.variant != "none" else None
+            proj = self._projection(site) if self.variant != "none" else ()
             how = {**self._branch(), "topk": self.topk, "skip": self.skip, "scale": site.scale}
-            return partial(written_out, start=site.start, video=site.video, proj=proj, **how)
+            return partial(written_out, start=site.start, video=site.video, **how), proj
 
         computed_reference(program, obvious)
 

@@ -1,0 +1,156 @@
+"""quantize-linear on a small language model: what it takes, what it leaves, how it composes, GPTQ."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tilewright.compiler.diagnostics import FactError, LoadError, OptionError, PipelineError
+from tilewright.compiler.pipeline import Pipeline
+from tilewright.compiler.report import Report
+from tilewright.frontends.bundled_models import BUNDLED
+from tilewright.frontends.calibration import calibrate
+from tilewright.frontends.compile import REPORTS
+
+TOKENS = (torch.arange(3, 43)[None] * 7) % 512
+
+
+@pytest.fixture
+def model() -> torch.nn.Module:
+    return BUNDLED["tiny-llama"]().module
+
+
+def run(model: torch.nn.Module, pipeline: str, **options: Any) -> tuple[torch.Tensor, Report]:
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        model, backend="tilewright", options={"pipeline": pipeline, "lower": "eager", **options}
+    )
+    with torch.no_grad():
+        logits = compiled(TOKENS, use_cache=False).logits
+    return logits, REPORTS[-1]
+
+
+def error(got: torch.Tensor, want: torch.Tensor) -> float:
+    return float((got - want).norm() / want.norm())
+
+
+def exact(model: torch.nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model(TOKENS, use_cache=False).logits
+
+
+def applied(report: Report, name: str) -> list[Any]:
+    return [a for p in report.passes if p.name == name for a in p.applied]
+
+
+def refused(report: Report) -> list[str]:
+    return [r.reason for p in report.passes if p.name == "quantize-linear" for r in p.refused]
+
+
+def test_it_takes_every_layer_but_the_head_and_shares_inputs(model: torch.nn.Module) -> None:
+    want = exact(model)
+    got, report = run(model, "exact,quantize-linear{weight=int8,activation=int8-token}")
+    assert len(applied(report, "quantize-linear")) == 14
+    assert len(applied(report, "fuse-projections")) == 4
+    assert [r for r in refused(report) if "a head stays" in r]
+    assert 1e-4 < error(got, want) < 0.05
+    kernels = [row["op"] for row in report.kernels if row["kernel"].startswith("quantized")]
+    assert kernels.count("quantized_linear_multi") == 4
+    assert kernels.count("quantized_linear") == 4
+
+
+def test_the_kernels_compute_the_definition(model: torch.nn.Module) -> None:
+    for pipeline in (
+        "exact,quantize-linear{weight=int4,group=32,mode=float-zero,activation=int8-group}",
+        "exact,quantize-linear{weight=int3,group=64,mode=float-zero,rounding=hqq}",
+    ):
+        got, _ = run(model, pipeline)
+        want, report = run(model, pipeline, kernels=False)
+        assert all(row["why"] for row in report.kernels)
+        assert error(got, want) < 1e-3
+
+
+def test_errors_fall_with_the_bits(model: torch.nn.Module) -> None:
+    want = exact(model)
+    errors = [
+        error(run(model, f"exact,quantize-linear{{weight=int{b},group=32,mode=float-zero}}")[0], want)
+        for b in (2, 3, 4, 8)
+    ]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < 0.01 < errors[0]
+
+
+def test_sixteen_bits_change_no_bit(model: torch.nn.Module) -> None:
+    got, report = run(model, "quantize-linear{weight=int16}", kernels=False)
+    assert torch.equal(got, run(model, "dead-code", kernels=False)[0])
+    assert not applied(report, "quantize-linear")
+    assert any("stays as it is" in note for p in report.passes for note in p.notes)
+
+
+def test_the_head_on_request_and_nothing_twice(model: torch.nn.Module) -> None:
+    body = "quantize-linear{weight=int4,group=32,mode=float-zero}"
+    _, report = run(model, f"{body},quantize-linear{{weight=int8,head=true}}")
+    assert [a.rule for a in applied(report, "quantize-linear")].count("int8.0.symmetric.none.blocks8") == 1
+    assert sum("quantized already: int4" in r for r in refused(report)) == 14
+
+
+def test_a_changed_weight_is_packed_again(model: torch.nn.Module) -> None:
+    torch._dynamo.reset()
+    options = {"pipeline": "quantize-linear{weight=int8}", "lower": "eager"}
+    compiled = torch.compile(model, backend="tilewright", options=options)
+    with torch.no_grad():
+        before = compiled(TOKENS, use_cache=False).logits.clone()
+        model.model.layers[0].mlp.down_proj.weight.mul_(3.0)
+        after = compiled(TOKENS, use_cache=False).logits
+    assert error(after, before) > 0.01
+    assert error(after, exact(model)) < 0.02
+
+
+def test_weights_that_are_not_finite_are_left(model: torch.nn.Module) -> None:
+    model.model.layers[1].mlp.up_proj.weight.data[0, 0] = float("inf")
+    _, report = run(model, "quantize-linear{weight=int4,group=32}")
+    assert len(applied(report, "quantize-linear")) == 13
+    assert [r for r in refused(report) if "holds 1 NaN or infinite" in r]
+
+
+def test_options_are_checked_before_any_model_is_seen() -> None:
+    for text, said in (
+        ("quantize-linear{group=48}", "option 'group' = 48: expected a multiple of 32"),
+        ("quantize-linear{weight=int5}", "int5"),
+        ("quantize-linear{activation=int8-group}", "the weight has no groups"),
+        ("quantize-linear{rounding=hqq}", "needs mode=float-zero"),
+        ("quantize-linear{rounding=gptq}", "a calibration file goes with rounding=gptq"),
+        ("quantize-linear{calibration=a.st}", "a calibration file goes with rounding=gptq"),
+    ):
+        with pytest.raises(OptionError) as raised:
+            Pipeline.parse(text)
+        assert said in str(raised.value)
+    with pytest.raises(PipelineError):
+        Pipeline.parse("fuse-projections,quantize-linear")
+
+
+def test_gptq_beats_rounding_to_nearest(model: torch.nn.Module, tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(4)
+    calls = [((), {"input_ids": torch.randint(0, 512, (4, 64), generator=generator), "use_cache": False})]
+    calibrate(model, calls, hessian=True).save(tmp_path / "h.safetensors")
+    calibrate(model, calls).save(tmp_path / "none.safetensors")
+    want = exact(model)
+    scheme = "quantize-linear{weight=int3,group=0,mode=float-zero"
+    near, _ = run(model, scheme + "}")
+    got, _ = run(model, f"{scheme},rounding=gptq,calibration={tmp_path}/h.safetensors}}")
+    assert error(got, want) < 0.85 * error(near, want)
+    assert F.mse_loss(got, want) < F.mse_loss(near, want)
+    with pytest.raises(Exception, match="no Hessian") as raised:
+        run(model, f"{scheme},rounding=gptq,calibration={tmp_path}/none.safetensors}}")
+    assert isinstance(raised.value, FactError) or isinstance(
+        getattr(raised.value, "inner_exception", None), FactError
+    )
+    with pytest.raises(Exception, match="cannot be read") as raised:
+        run(model, f"{scheme},rounding=gptq,calibration={tmp_path}/absent.safetensors}}")
+    assert isinstance(raised.value, LoadError) or isinstance(
+        getattr(raised.value, "inner_exception", None), LoadError
+    )
