@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import fx
 
-from tilewright.compiler import ops
-from tilewright.compiler.quantizers import Quantized, half_quadratic
+from tilewright.compiler import Program, ops
+from tilewright.compiler.calibration import Statistics, weight_path
+from tilewright.compiler.diagnostics import FactError
+from tilewright.compiler.gptq import gptq
+from tilewright.compiler.quantizers import Quantized, fake_activation, half_quadratic, weight_problem
 from tilewright.compiler.schema import arguments
 from tilewright.compiler.weight_format import WeightFormat
 
@@ -45,17 +50,57 @@ def is_head(node: fx.Node) -> bool:
     return False
 
 
-def round_weight(weight: torch.Tensor, form: WeightFormat, rounding: str) -> Quantized:
+def format_problem(weight: torch.Tensor, form: WeightFormat) -> str | None:
+    """Why a weight cannot have a format, or None."""
+    problem = weight_problem(weight)
+    if problem is None and form.group > weight.shape[1]:
+        return f"has {weight.shape[1]} columns, fewer than a group of {form.group}"
+    if problem is None and form.scale_dtype is torch.float16:
+        largest = float(weight.abs().max())
+        return f"reaches {largest:.3g}: float16 scales end at 65504" if largest > 65504 else None
+    return problem
+
+
+def hessian_of(statistics: Statistics | None, program: Program, linear: fx.Node) -> torch.Tensor | None:
+    """The second moments [K, K] of what a layer reads, None without statistics; FactError when they have
+    none."""
+    if statistics is None:
+        return None
+    found = statistics.layer(program, linear)
+    if found.hessian is None:
+        path = weight_path(program, linear)
+        raise FactError(f"the calibration has no Hessian of {path}", remedy="calibrate with hessian=True")
+    return found.hessian
+
+
+def round_weight(
+    weight: torch.Tensor, form: WeightFormat, rounding: str, hessian: torch.Tensor | None = None
+) -> Quantized:
     """Codes and grid of a weight [N, K] in a format."""
     quantizer = form.quantizer()
+    if rounding == "gptq":
+        assert hessian is not None, "the pass checks that gptq has a calibration"
+        return gptq(quantizer, weight, hessian)
     return half_quadratic(quantizer, weight) if rounding == "hqq" else quantizer.quantize(weight)
 
 
-def pack_weight(weight: torch.Tensor, *, form: WeightFormat, rounding: str) -> torch.Tensor:
+def pack_weight(
+    weight: torch.Tensor, *, form: WeightFormat, rounding: str, hessian: torch.Tensor | None = None
+) -> torch.Tensor:
     """The packed uint8 matrix of a weight [N, K] of any floating dtype."""
-    return form.pack(round_weight(weight.float(), form, rounding))
+    return form.pack(round_weight(weight.float(), form, rounding, hessian))
 
 
-def dequantized(weight: torch.Tensor, *, form: WeightFormat, rounding: str) -> torch.Tensor:
-    """float32 [N, K]: the weight on its grid."""
+def use_rounded(program: Program, linear: fx.Node, form: WeightFormat, rounding: str) -> None:
+    """Let a linear layer read its weight as rounded, and its input quantized and back: the obvious way."""
+    given = arguments(linear)
+    x, rounded = given["x"], partial(_dequantized, form=form, rounding=rounding)
+    weight = program.derive("rounded", [given["weight"]], rounded)
+    if form.activation != "none":
+        with program.graph.inserting_before(linear):
+            x = program.graph.call_function(fake_activation, (x, form.activation, form.group))
+    linear.args, linear.kwargs = (x, weight, given["bias"]), {}
+
+
+def _dequantized(weight: torch.Tensor, *, form: WeightFormat, rounding: str) -> torch.Tensor:
     return round_weight(weight.float(), form, rounding).dequantize()

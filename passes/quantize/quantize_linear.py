@@ -10,27 +10,26 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import fx
 
-from tilewright.compiler import (
-    Exactness,
-    Example,
-    GraphPass,
-    PassLog,
-    Program,
-    Stage,
-    graph_pass,
-    ops,
-)
+from tilewright.compiler import Exactness, Example, GraphPass, PassLog, Program, Stage, graph_pass, ops
+from tilewright.compiler.calibration import Statistics
 from tilewright.compiler.graph import insert_like
-from tilewright.compiler.quantizers import Activation, fake_activation, weight_problem
+from tilewright.compiler.quantizers import Activation
 from tilewright.compiler.schema import arguments
 from tilewright.compiler.weight_format import CHUNK, Mode, WeightFormat
 from tilewright.passes.quantize._linear_examples import examples
-from tilewright.passes.quantize._linear_weights import dequantized, is_head, pack_weight
+from tilewright.passes.quantize._linear_weights import (
+    format_problem,
+    hessian_of,
+    is_head,
+    pack_weight,
+    use_rounded,
+)
 
 _BITS = {"int8": 8, "int4": 4, "int3": 3, "int2": 2}
 
@@ -58,8 +57,10 @@ class QuantizeLinear(GraphPass):
     """`float-zero` adds a float offset to each scale."""
     activation: Activation = "none"
     """int8 activations with one scale per token, or per token and group of columns."""
-    rounding: Literal["rtn", "hqq"] = "rtn"
-    """To the nearest code, or half-quadratic offsets (float-zero only)."""
+    rounding: Literal["rtn", "hqq", "gptq"] = "rtn"
+    """To the nearest code, with half-quadratic offsets (float-zero only), or by GPTQ."""
+    calibration: str = ""
+    """GPTQ: a file of statistics with Hessians, taken behind the same weight passes."""
     head: bool = False
     """Also the layer that makes the program's output, or whose weight is the embedding's."""
 
@@ -70,6 +71,10 @@ class QuantizeLinear(GraphPass):
             raise self.option_error("activation", "the weight has no groups: give group, or take int8-token")
         if self.rounding == "hqq" and self.mode != "float-zero":
             raise self.option_error("rounding", "half-quadratic rounding needs mode=float-zero")
+        if (self.rounding == "gptq") != bool(self.calibration):
+            raise self.option_error(
+                "calibration", "a calibration file goes with rounding=gptq, and only there"
+            )
 
     def format_for(self, weight: torch.Tensor) -> WeightFormat:
         """The format of a weight, packed for the device it is on."""
@@ -81,6 +86,9 @@ class QuantizeLinear(GraphPass):
             log.note("16 bits: every weight stays as it is")
             return
         problems: dict[fx.Node, str | None] = {}
+        statistics = Statistics.load(Path(self.calibration)) if self.calibration else None
+        if statistics is not None:
+            statistics.check(program)
         for node in list(program.graph.nodes):
             if node.target in (ops.quantized_linear, ops.quantized_linear_multi):
                 log.refused(node, f"it is quantized already: {arguments(node)['format']}")
@@ -90,7 +98,7 @@ class QuantizeLinear(GraphPass):
             if problem is not None:
                 log.refused(node, problem)
             elif log.take(node):
-                self._quantize(program, node, log)
+                self._quantize(program, node, statistics, log)
         log.finish(("tilewright::linear",))
 
     def _problem(self, program: Program, node: fx.Node, known: dict[fx.Node, str | None]) -> str | None:
@@ -100,26 +108,18 @@ class QuantizeLinear(GraphPass):
         if not self.head and is_head(node):
             return "it makes the program's output: a head stays as it is, unless head=true"
         if weight not in known:  # a weight that several layers read is looked at once
-            known[weight] = self._weight_problem(program.tensor_of(weight))
+            tensor = program.tensor_of(weight)
+            known[weight] = format_problem(tensor, self.format_for(tensor))
         return None if known[weight] is None else f"its weight {weight.name} {known[weight]}"
 
-    def _weight_problem(self, weight: torch.Tensor) -> str | None:
-        problem = weight_problem(weight)
-        if problem is None and self.group > weight.shape[1]:
-            return f"has {weight.shape[1]} columns, fewer than a group of {self.group}"
-        if problem is None and self.format_for(weight).scale_dtype is torch.float16:
-            largest = float(weight.abs().max())
-            return f"reaches {largest:.3g}: float16 scales end at 65504" if largest > 65504 else None
-        return problem
-
-    def _quantize(self, program: Program, node: fx.Node, log: PassLog) -> None:
+    def _quantize(self, program: Program, node: fx.Node, statistics: Statistics | None, log: PassLog) -> None:
         given = arguments(node)
         tensor = program.tensor_of(given["weight"])
         form = self.format_for(tensor)
         name = f"{given['weight'].name} as {form.text}"
-        packed = program.derive(
-            name, [given["weight"]], partial(pack_weight, form=form, rounding=self.rounding)
-        )
+        hessian = hessian_of(statistics, program, node)
+        pack = partial(pack_weight, form=form, rounding=self.rounding, hessian=hessian)
+        packed = program.derive(name, [given["weight"]], pack)
         args = (given["x"], packed, given["bias"], tensor.shape[0], form.text)
         new = insert_like(program.graph, node, ops.quantized_linear, args, node)
         new.meta["rewritten_by"] = (*node.meta.get("rewritten_by", ()), self.name)
@@ -132,14 +132,8 @@ class QuantizeLinear(GraphPass):
         """The same layers with dequantized weights, under activations quantized and back."""
         for node in [n for n in program.graph.nodes if n.target is ops.linear]:
             if self._problem(program, node, {}) is None:
-                given = arguments(node)
-                x, form = given["x"], self.format_for(program.tensor_of(given["weight"]))
-                rounded = partial(dequantized, form=form, rounding=self.rounding)
-                weight = program.derive("rounded", [given["weight"]], rounded)
-                if self.activation != "none":
-                    with program.graph.inserting_before(node):
-                        x = program.graph.call_function(fake_activation, (x, self.activation, self.group))
-                node.args, node.kwargs = (x, weight, given["bias"]), {}
+                form = self.format_for(program.tensor_of(arguments(node)["weight"]))
+                use_rounded(program, node, form, self.rounding)
 
     def exact_limit(self) -> QuantizeLinear:
         return replace(self, weight="int16")

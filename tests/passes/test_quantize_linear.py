@@ -63,15 +63,20 @@ def test_it_takes_every_layer_but_the_head_and_shares_inputs(model: torch.nn.Mod
     assert kernels.count("quantized_linear") == 4
 
 
-def test_the_kernels_compute_the_definition(model: torch.nn.Module) -> None:
-    for pipeline in (
-        "exact,quantize-linear{weight=int4,group=32,mode=float-zero,activation=int8-group}",
-        "exact,quantize-linear{weight=int3,group=64,mode=float-zero,rounding=hqq}",
-    ):
-        got, _ = run(model, pipeline)
-        want, report = run(model, pipeline, kernels=False)
-        assert all(row["why"] for row in report.kernels)
-        assert error(got, want) < 1e-3
+@pytest.mark.parametrize(
+    ("options", "bound"),
+    [
+        # A last bit of x can move an activation to the next code, so the two differ by a few such steps.
+        ("weight=int4,group=32,mode=float-zero,activation=int8-group", 1e-2),
+        ("weight=int3,group=64,mode=float-zero,rounding=hqq", 1e-5),
+    ],
+)
+def test_the_kernels_compute_the_definition(model: torch.nn.Module, options: str, bound: float) -> None:
+    pipeline = f"exact,quantize-linear{{{options}}}"
+    got, _ = run(model, pipeline)
+    want, report = run(model, pipeline, kernels=False)
+    assert all(row["why"] for row in report.kernels)
+    assert error(got, want) < bound < 0.1 * error(want, exact(model))
 
 
 def test_errors_fall_with_the_bits(model: torch.nn.Module) -> None:
