@@ -56,7 +56,7 @@ class FoldNormScale(GraphPass):
             return "it has no gain to fold", norm
         for name in ("weight", "bias"):
             value = given.get(name)
-            if value is not None and not program.is_weight(value):
+            if value is not None and not program.is_constant(value):
                 return f"its {name} {value.name} is computed, not a weight", value
         if norm.target is ops.layer_norm and len(given["normalized_shape"]) != 1:
             return f"it normalises {len(given['normalized_shape'])} axes, a linear reads one", norm
@@ -64,7 +64,7 @@ class FoldNormScale(GraphPass):
             if user.target is not ops.linear or arguments(user)["x"] is not norm:
                 return f"{user.name} reads it and is not a linear layer", user
             weight, bias = arguments(user)["weight"], arguments(user)["bias"]
-            if not program.is_weight(weight) or (bias is not None and not program.is_weight(bias)):
+            if not program.is_constant(weight) or (bias is not None and not program.is_constant(bias)):
                 return f"the weight of {user.name} is computed, not a weight", user
             others = [u for u in weight.users if u is not user]
             if others:
@@ -79,12 +79,12 @@ class FoldNormScale(GraphPass):
         log.applied(norm, removed=[], inserted=users)
         for user in users:
             weight, bias = arguments(user)["weight"], arguments(user)["bias"]
-            name = f"{_path(program, weight)} * norm gain"
+            name = f"{program.path_of(weight)} * norm gain"
             folded = program.derive(name, (weight, gain), partial(_scaled, offset=offset))
             moved = bias
             if shift is not None:
                 sources = (weight, shift) if bias is None else (weight, shift, bias)
-                moved = program.derive(f"{_path(program, weight)} @ norm bias", sources, _shifted)
+                moved = program.derive(f"{program.path_of(weight)} @ norm bias", sources, _shifted)
             user.args = (norm, folded, moved)
             user.kwargs = {}
             set_positional(user)
@@ -136,11 +136,6 @@ class FoldNormScale(GraphPass):
                 lambda x, s, w: ops.linear(ops.layer_norm(x, [5, 12], s), w), (x, square, w), refusal="2 axes"
             ),
         )
-
-
-def _path(program: Program, node: fx.Node) -> str:
-    spec = program.spec(node)
-    return spec.source or node.name if spec is not None else node.name
 
 
 def _scaled(weight: torch.Tensor, gain: torch.Tensor, *, offset: float) -> torch.Tensor:
