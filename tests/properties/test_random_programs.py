@@ -17,6 +17,8 @@ from tilewright.compiler.selftest import capture_example, run
 from tilewright.compiler.stage import Exactness
 
 ROWS, WIDTH, HEADS = 3, 8, 2
+CACHED = 5
+"""Rows of a key or value cache."""
 FLOAT32_STEPS = 2048
 """Relative RMS allowed in float32, in steps of the dtype: the rounding of some twenty ops."""
 NORMAL_FORM = [p.name for p in Pipeline.parse("normal-form").passes]
@@ -28,27 +30,31 @@ class RandomProgram:
 
     def __init__(self, seed: int) -> None:
         self.rng = random.Random(seed)
-        self.weights: list[tuple[int, ...]] = []
+        self.inputs: list[Tensor] = [Tensor(2, ROWS, dtype=torch.int64)]
+        """What steps read beside values: token ids, weights, caches."""
         kinds = [k for k in STEPS for _ in range(k[1])]
         self.steps = [self.rng.choice(kinds)[0](self) for _ in range(self.rng.randint(5, 25))]
         self.outputs = self.rng.randint(1, 2)
 
     def weight(self, *shape: int) -> int:
         """The place of a weight; now and then one that is used already."""
-        same = [i for i, s in enumerate(self.weights) if s == shape]
+        same = [i for i, t in enumerate(self.inputs) if t.weight and t.shape == shape]
         if same and self.rng.random() < 0.15:
             return self.rng.choice(same)
-        self.weights.append(shape)
-        return len(self.weights) - 1
+        return self.add(Tensor(*shape, gain=0.6, weight=True))
+
+    def add(self, tensor: Tensor) -> int:
+        self.inputs.append(tensor)
+        return len(self.inputs) - 1
 
     def example(self) -> Example:
         x = Tensor(2, ROWS, WIDTH, gain=1.0)
-        return Example(self, (x, x, *[Tensor(*s, gain=0.6, weight=True) for s in self.weights]))
+        return Example(self, (x, x, *self.inputs))
 
-    def __call__(self, x, y, *weights):
+    def __call__(self, x, y, *inputs):
         values = [x, y]
         for step in self.steps:
-            made = step(values, weights)
+            made = step(values, inputs)
             if made is not None:
                 values.append(made)
         return tuple(values[-self.outputs :])
@@ -117,22 +123,114 @@ def normed_linears(p):
     return step
 
 
-def attention(p):
-    i, j, fused, causal = pick(p), pick(p), p.rng.random() < 0.3, p.rng.random() < 0.4
+def split(x, heads=HEADS):
+    """[2, rows, heads * D] -> [2, heads, rows, D]"""
+    return x.view(2, x.shape[1], heads, -1).transpose(1, 2)
 
-    def heads(x):
-        return x.view(2, ROWS, HEADS, WIDTH // HEADS).transpose(1, 2)
 
-    def step(v, ws):
-        q, k = heads(at(v, i)), heads(at(v, j))
+def attend(p):
+    """Attention written in one of its forms, as a function of q, k, v and whether it is causal."""
+    fused, scale = p.rng.random() < 0.3, p.rng.choice([0.5, 0.3])
+
+    def call(q, k, v, causal):
         if fused:
-            out = F.scaled_dot_product_attention(q, k, k, is_causal=causal)
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale)
         else:
-            scores = q @ k.transpose(-1, -2) * 0.5
+            scores = q @ k.transpose(-1, -2) * scale
             if causal:
                 scores = scores.masked_fill(torch.ones(ROWS, ROWS).triu(1) > 0, float("-inf"))
-            out = scores.softmax(-1) @ k
+            out = scores.softmax(-1) @ v
+        return out.transpose(1, 2).reshape(2, ROWS, -1)
+
+    return call
+
+
+def attention(p):
+    i, j, causal, call = pick(p), pick(p), p.rng.random() < 0.4, attend(p)
+
+    def step(v, ws):
+        q, k = split(at(v, i)), split(at(v, j))
+        return call(q, k, k, causal)
+
+    return step
+
+
+def grouped_attention(p):
+    """Four query heads over two of keys and values, repeated in one of the known spellings."""
+    i, j, causal, call = pick(p), pick(p), p.rng.random() < 0.4, attend(p)
+    form = p.rng.choice(["repeat", "expand", "sdpa"])
+
+    def repeated(x):
+        if form == "repeat":
+            return x.repeat_interleave(2, 1)
+        return x[:, :, None].expand(2, 2, 2, ROWS, 2).reshape(2, 4, ROWS, 2)
+
+    def step(v, ws):
+        q, k = split(at(v, i), 4), split(at(v, j)[..., : WIDTH // 2])
+        if form == "sdpa":
+            out = F.scaled_dot_product_attention(q, k, k, is_causal=causal, enable_gqa=True)
+            return out.transpose(1, 2).reshape(2, ROWS, WIDTH)
+        return call(q, repeated(k), repeated(k), causal)
+
+    return step
+
+
+def embedding(p):
+    table, padded = p.weight(6, WIDTH), p.rng.choice([None, 2])
+    return lambda v, ws: F.embedding(ws[0], ws[table], padding_idx=padded)
+
+
+def rope(p):
+    """Heads rotated by position, in one of the spellings, with tables given or computed from positions.
+
+    The computed ones are no angles but exact in float32: folding them must not look like a change in float64.
+    """
+    i, size = pick(p), WIDTH // HEADS
+    form = p.rng.choice(["half", "apart", "pairs", "stacked"])
+    table = p.weight(ROWS, size // 2) if p.rng.random() < 0.4 else None
+
+    def step(v, ws):
+        x = split(at(v, i))
+        if table is None:
+            steps = torch.arange(ROWS).float()[:, None] * torch.arange(1, 1 + size // 2)
+            cos, sin = 1 - steps * 0.125, steps * 0.25
+        else:
+            cos, sin = ws[table].cos(), ws[table].sin()
+        if form == "half":
+            cos, sin = torch.cat((cos, cos), -1), torch.cat((sin, sin), -1)
+            out = x * cos + torch.cat((-x[..., size // 2 :], x[..., : size // 2]), -1) * sin
+        elif form == "apart":
+            a, b = x.chunk(2, -1)
+            out = torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
+        elif form == "pairs":
+            cos, sin = cos.repeat_interleave(2, -1), sin.repeat_interleave(2, -1)
+            out = x * cos + torch.stack((-x[..., 1::2], x[..., 0::2]), -1).flatten(-2) * sin
+        else:
+            a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
+            out = torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2)
         return out.transpose(1, 2).reshape(2, ROWS, WIDTH)
+
+    return step
+
+
+def kv_update(p):
+    """New rows written into a cache, as a value or in place, and attention over all of it."""
+    i, j, call = pick(p), pick(p), attend(p)
+    form, start = p.rng.choice(["copy", "in place", "slice", "scatter"]), p.rng.randint(0, CACHED - ROWS)
+    place = p.add(Tensor(2, CACHED, WIDTH, gain=1.0))
+
+    def step(v, ws):
+        cache, new, rows = ws[place], at(v, j), torch.arange(start, start + ROWS)
+        if form == "copy":
+            cache = torch.index_copy(cache, 1, rows, new)
+        elif form == "in place":
+            cache.index_copy_(1, rows, new)
+        elif form == "slice":
+            cache = cache.clone()
+            cache[:, start : start + ROWS] = new
+        else:
+            cache = torch.slice_scatter(cache, new, 1, start, start + ROWS)
+        return call(split(at(v, i)), split(cache), split(cache), False)
 
     return step
 
@@ -218,7 +316,8 @@ def write(p):
 
 
 STEPS = [
-    (linear, 3), (rms, 2), (layer, 1), (normed_linears, 2), (attention, 2), (gate, 2), (residual, 3),
+    (linear, 3), (rms, 2), (layer, 1), (normed_linears, 2), (attention, 2),
+    (grouped_attention, 2), (embedding, 1), (rope, 2), (kv_update, 1), (gate, 2), (residual, 3),
     (view, 2), (pointwise, 3), (constant, 1), (repeated, 1), (dead, 1), (write, 1),
 ]  # fmt: skip
 
