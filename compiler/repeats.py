@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from tilewright.compiler.graph import mutates, output_node
+from tilewright.compiler.graph import mutates
 from tilewright.compiler.storage_alias import Aliases
 
 MIN_COUNT = 3
@@ -297,14 +297,14 @@ def _instances(windows: Sequence[Sequence[fx.Node]], number: int) -> Iterator[Pi
 
 
 def _leaks(graph: fx.Graph, pieces: Sequence[Piece]) -> bool:
-    """True when a list, or a view of an input that is written, passes from one piece to another."""
+    """True when a list, or a view of an input that is written, passes from one piece to another. What the
+    program returns may be such a view."""
     crossing = [n for p in pieces for n in p.outputs]
     if any(isinstance(n.meta.get("val"), (list, tuple)) for n in crossing):
         return True
     aliases = Aliases(graph)
     written = {aliases.leader(n.args[0]) for n in graph.nodes if is_write(n)}  # type: ignore[arg-type]
-    returned = set(output_node(graph).all_input_nodes)
-    return any(aliases.leader(n) in written and not (set(n.users) <= returned) for n in crossing)
+    return any(aliases.leader(n) in written and any(u.op != "output" for u in n.users) for n in crossing)
 
 
 def _is_input(value: Any) -> bool:

@@ -137,6 +137,16 @@ def test_a_view_of_state_never_crosses_a_cut() -> None:
     assert cut(_graph(leaking, torch.randn(2, 4), torch.randn(8), *_weights(5))) == []
 
 
+def test_written_state_may_be_returned() -> None:
+    def returning(*given: Tensor) -> tuple[Tensor, ...]:
+        x = _stateful(*given)
+        return (x, *given[-5:])
+
+    states = [torch.randn(2, 4) for _ in range(5)]
+    graph = make_fx(returning, tracing_mode="fake")(torch.randn(2, 4), *_weights(5), *states).graph
+    assert len(cut(graph)) >= 5
+
+
 def test_a_write_to_anything_else_is_left_whole() -> None:
     def inplace(x: Tensor, *weights: Tensor) -> Tensor:
         for w in weights:

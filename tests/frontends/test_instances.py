@@ -65,6 +65,20 @@ def test_decode_with_state_compiles_one_block(compiled_sizes: list[int]) -> None
 
 
 @torch.no_grad()
+def test_generate_with_a_static_cache_gives_the_same_tokens() -> None:
+    torch._dynamo.reset()
+    model = _llama()
+    arguments = dict(max_new_tokens=6, do_sample=False, cache_implementation="static", pad_token_id=0)
+    prompt = torch.arange(7)[None] + 1
+    want = model.generate(prompt, **arguments)
+    REPORTS.clear()
+    model.forward = torch.compile(model.forward, backend="tilewright")  # type: ignore[method-assign]
+    assert torch.equal(model.generate(prompt, **arguments), want)
+    assert all(max(report.pieces) >= LAYERS - 1 for report in REPORTS)
+    assert any(row["kernel"].startswith("chain_") for row in REPORTS[-1].kernels)
+
+
+@torch.no_grad()
 def test_replaced_parameter_of_one_block_is_seen() -> None:
     torch._dynamo.reset()
     model = _llama()
