@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +13,49 @@ import torch.nn.functional as F
 from tilewright.compiler.diagnostics import FactError, LoadError, OptionError, PipelineError
 from tilewright.compiler.pipeline import Pipeline
 from tilewright.compiler.report import Report
-from tilewright.frontends.bundled_models import BUNDLED
 from tilewright.frontends.calibration import calibrate
 from tilewright.frontends.compile import REPORTS
 
-TOKENS = (torch.arange(3, 43)[None] * 7) % 512
+TOKENS = (torch.arange(3, 43)[None] * 7) % 128
+
+
+class Layer(torch.nn.Module):
+    """The seven linear layers of a decoder layer: three read one input, two another. No attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        linear = partial(torch.nn.Linear, bias=False)
+        self.q, self.k, self.v, self.o = linear(96, 96), linear(96, 32), linear(96, 32), linear(96, 96)
+        self.gate, self.up, self.down = linear(96, 160), linear(96, 160), linear(160, 96)
+        self.norm, self.late = torch.nn.RMSNorm(96), torch.nn.RMSNorm(96)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.norm(x)
+        x = x + self.o(torch.sigmoid(self.q(h)) * torch.cat((self.k(h), self.v(h), self.k(h)), -1))
+        h = self.late(x)
+        return x + self.down(F.silu(self.gate(h)) * self.up(h))
+
+
+class Small(torch.nn.Module):
+    """Two layers between an embedding and a head that share one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.layers = torch.nn.Embedding(128, 96), torch.nn.ModuleList([Layer(), Layer()])
+        self.head = torch.nn.Linear(96, 128, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.embed(tokens)
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x)
 
 
 @pytest.fixture
 def model() -> torch.nn.Module:
-    return BUNDLED["tiny-llama"]().module
+    torch.manual_seed(6)
+    return Small().eval()
 
 
 def run(model: torch.nn.Module, pipeline: str, **options: Any) -> tuple[torch.Tensor, Report]:
@@ -30,7 +64,7 @@ def run(model: torch.nn.Module, pipeline: str, **options: Any) -> tuple[torch.Te
         model, backend="tilewright", options={"pipeline": pipeline, "lower": "eager", **options}
     )
     with torch.no_grad():
-        logits = compiled(TOKENS, use_cache=False).logits
+        logits = compiled(TOKENS)
     return logits, REPORTS[-1]
 
 
@@ -40,7 +74,7 @@ def error(got: torch.Tensor, want: torch.Tensor) -> float:
 
 def exact(model: torch.nn.Module) -> torch.Tensor:
     with torch.no_grad():
-        return model(TOKENS, use_cache=False).logits
+        return model(TOKENS)
 
 
 def applied(report: Report, name: str) -> list[Any]:
@@ -67,7 +101,7 @@ def test_it_takes_every_layer_but_the_head_and_shares_inputs(model: torch.nn.Mod
     ("options", "bound"),
     [
         # A last bit of x can move an activation to the next code, so the two differ by a few such steps.
-        ("weight=int4,group=32,mode=float-zero,activation=int8-group", 1e-2),
+        ("weight=int4,group=32,mode=float-zero,activation=int8-group", 1e-3),
         ("weight=int3,group=64,mode=float-zero,rounding=hqq", 1e-5),
     ],
 )
@@ -108,15 +142,15 @@ def test_a_changed_weight_is_packed_again(model: torch.nn.Module) -> None:
     options = {"pipeline": "quantize-linear{weight=int8}", "lower": "eager"}
     compiled = torch.compile(model, backend="tilewright", options=options)
     with torch.no_grad():
-        before = compiled(TOKENS, use_cache=False).logits.clone()
-        model.model.layers[0].mlp.down_proj.weight.mul_(3.0)
-        after = compiled(TOKENS, use_cache=False).logits
+        before = compiled(TOKENS).clone()
+        model.layers[0].down.weight.mul_(3.0)
+        after = compiled(TOKENS)
     assert error(after, before) > 0.01
     assert error(after, exact(model)) < 0.02
 
 
 def test_weights_that_are_not_finite_are_left(model: torch.nn.Module) -> None:
-    model.model.layers[1].mlp.up_proj.weight.data[0, 0] = float("inf")
+    model.layers[1].up.weight.data[0, 0] = float("inf")
     _, report = run(model, "quantize-linear{weight=int4,group=32}")
     assert len(applied(report, "quantize-linear")) == 13
     assert [r for r in refused(report) if "holds 1 NaN or infinite" in r]
@@ -140,7 +174,7 @@ def test_options_are_checked_before_any_model_is_seen() -> None:
 
 def test_gptq_beats_rounding_to_nearest(model: torch.nn.Module, tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(4)
-    calls = [((), {"input_ids": torch.randint(0, 512, (4, 64), generator=generator), "use_cache": False})]
+    calls: list[Any] = [((torch.randint(0, 128, (4, 64), generator=generator),), {})]
     calibrate(model, calls, hessian=True).save(tmp_path / "h.safetensors")
     calibrate(model, calls).save(tmp_path / "none.safetensors")
     want = exact(model)
