@@ -26,6 +26,7 @@ COMMANDS = {
     "run": "generate text, or run one denoising step",
     "bench": "time against eager and Inductor, interleaved in one run",
     "evaluate": "quality and speed beside a baseline",
+    "calibrate": "what linear layers read on sample text, saved for smoothing and quantization",
     "kernels": "the generated kernels and what they take",
     "bisect": "find the rewrite that breaks a model's results",
     "new-pass": "write a new pass file that passes its self-test",

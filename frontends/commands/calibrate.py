@@ -1,0 +1,67 @@
+"""`tilewright calibrate`: what a model's linear layers read on sample text, saved for other passes."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from tilewright.compiler.diagnostics import OptionError
+from tilewright.frontends.cli import Result
+from tilewright.frontends.commands.evaluate import read_text
+from tilewright.frontends.commands.shared import add_model, load, step
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model(parser)
+    parser.add_argument("--out", metavar="FILE", required=True, help="the statistics file to write")
+    parser.add_argument(
+        "--pipeline", default="", metavar="P", help="passes that come before those that use the statistics"
+    )
+    parser.add_argument("--text", metavar="FILE", help="UTF-8 sample text (default: a bundled page)")
+    parser.add_argument("--samples", type=int, default=4, metavar="N", help="windows of --length (default 4)")
+    parser.add_argument("--first", type=int, default=0, metavar="N", help="first token of the text to use")
+    parser.add_argument("--hessian", action="store_true", help="also second moments, for GPTQ and plans")
+
+
+def run(args: argparse.Namespace) -> Result:
+    from tilewright.compiler.pipeline import Pipeline
+    from tilewright.frontends.calibration import calibrate
+
+    if not 1 <= args.samples <= 100_000:
+        raise OptionError(f"--samples = {args.samples}: expected 1 to 100000")
+    out = Path(args.out)
+    if not out.parent.is_dir():
+        raise OptionError(f"--out = {args.out}: there is no folder {out.parent}")
+    Pipeline.parse(args.pipeline or [])
+    text = read_text(args.text)
+    model = load(args)
+    calls, source = _calls(model, text, args)
+    with step(f"calibrating on {len(calls)} samples"):
+        found = calibrate(model.module, calls, pipeline=args.pipeline, source=source, hessian=args.hessian)
+    found.save(out)
+    rows: list[dict[str, Any]] = [
+        {
+            "layer": path,
+            "after": layer.basis,
+            "tokens": layer.tokens,
+            "largest": float(layer.absmax.max()),
+            "typical": float(layer.absmax.median()),
+        }
+        for path, layer in found.layers.items()
+    ]
+    data = {"model": model.name, "file": str(out), "fingerprint": found.fingerprint, "layers": rows}
+    worst = sorted(rows, key=lambda r: -r["largest"] / max(r["typical"], 1e-30))[:5]
+    lines = [f"{len(rows)} layers, {found.samples} samples, {source or 'example calls'}: {out}"]
+    lines += [f"  {r['layer']}: largest channel {r['largest']:.3g}, median {r['typical']:.3g}" for r in worst]
+    return Result(data, lines)
+
+
+def _calls(model: Any, text: str, args: argparse.Namespace) -> tuple[list[Any], str]:
+    from tilewright.frontends.calibration import token_windows
+
+    if model.tokenizer is None:
+        return [model.example(args.call, length=args.length)], ""
+    return token_windows(
+        model.tokenizer, text, length=args.length or 512, samples=args.samples, first=args.first
+    )
