@@ -94,6 +94,7 @@ def store_triton_source(name: str, text: str) -> Path:
 
 def _load_triton(family: KernelFamily, name: str, text: str, key: KernelKey) -> Path:
     """Register an opaque op that launches the kernel on CUDA, or in Triton's interpreter on the CPU."""
+    assert family.triton is not None, "a source for this target was generated"
     path = store_triton_source(name, text)
     run = family.triton.launcher(key, getattr(import_source(path, name), name))
     library: Any = torch.library.Library(NAMESPACE, "FRAGMENT")  # type: ignore[no-untyped-call]

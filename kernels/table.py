@@ -13,6 +13,8 @@ import torch
 
 from tilewright.compiler.diagnostics import LoweringError, nearest
 from tilewright.compiler.ops import all_ops
+from tilewright.kernels.attention.family import ATTENTION
+from tilewright.kernels.block_sparse_attention.family import BLOCK_SPARSE_ATTENTION
 from tilewright.kernels.common.family import ARCHS, KernelFamily
 from tilewright.kernels.gated_mlp.family import GATED_MLP
 from tilewright.kernels.hadamard.family import HADAMARD
@@ -33,6 +35,8 @@ FAMILIES: dict[str, KernelFamily] = {
         QUANTIZED_LINEAR,
         QUANTIZED_LINEAR_MULTI,
         HADAMARD,
+        ATTENTION,
+        BLOCK_SPARSE_ATTENTION,
     )
 }
 

@@ -35,7 +35,7 @@ class Row:
 
 def default_keys(family: KernelFamily, target: Target) -> Iterator[tuple[KernelKey, int]]:
     """(key, size of the last axis) of the configurations a resource table shows."""
-    for args in family.examples():
+    for args in family.examples() if family.triton is not None else ():
         key = family.configure(full_args(family.op, args), target)
         if isinstance(key, Refusal):
             raise ValueError(f"example of {family.op} on {target}: {key}")
@@ -45,12 +45,13 @@ def default_keys(family: KernelFamily, target: Target) -> Iterator[tuple[KernelK
 def describe(key: KernelKey) -> str:
     """The kernel and what specialises it."""
     hidden = ("residual", "streams", "out")
-    options = [f"{k}={v}" for k, v in config_of(key).items() if k not in hidden]
+    options = [f"{k}={v}" for k, v in config_of(key).items() if k not in hidden and v is not False]
     return f"{key.op} {key.dtype} {' '.join(options)}"
 
 
 def compile_row(family: KernelFamily, key: KernelKey, columns: int) -> Row:
     """Generate, store and compile one kernel for the target of its key."""
+    assert family.triton is not None, "a GPU key comes from a family with Triton sources"
     name, text = family.source(key)
     used = compile_offline(
         store_triton_source(name, text),

@@ -27,6 +27,8 @@ int32_t aoti_torch_device_type_cpu();
 int32_t aoti_torch_dtype_float32();
 int32_t aoti_torch_dtype_float16();
 int32_t aoti_torch_dtype_bfloat16();
+int32_t aoti_torch_dtype_int32();
+int32_t aoti_torch_dtype_bool();
 int32_t aoti_torch_dtype_int64();
 int32_t aoti_torch_dtype_bool();
 int32_t aoti_torch_dtype_uint8();

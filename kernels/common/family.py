@@ -51,8 +51,8 @@ class KernelFamily:
     """`(Tensor x, ...) -> Tensor`: the kernel op's schema after its name."""
     generate: dict[str, Callable[[KernelKey, str], str]]
     """By target kind: generate(key, op name) -> source text."""
-    triton: TritonKernel
-    """How the Triton sources are launched and compiled."""
+    triton: TritonKernel | None
+    """How the Triton sources are launched and compiled; None where there are none."""
     fake: Callable[[KernelKey], Callable[..., Any]]
     """Shapes and dtypes of the outputs for fake tensors."""
     save: Callable[[KernelKey], Callable[..., None]]

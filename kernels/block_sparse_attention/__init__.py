@@ -1,0 +1,1 @@
+"""Attention over the blocks a layout names; the same generator also makes the dense and causal kernels."""

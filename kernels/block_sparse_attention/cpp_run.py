@@ -1,0 +1,397 @@
+"""C++ of one call: arguments to tasks, packing, the tasks on torch's threads."""
+
+from __future__ import annotations
+
+from tilewright.kernels.block_sparse_attention.signature import (
+    INDICES,
+    RULE_FIELDS,
+    kinds_of,
+    rule_names,
+    tensor_names,
+)
+from tilewright.kernels.common.cpp import dtype_constant, require
+from tilewright.kernels.common.family import config_of
+from tilewright.runtime.contracts import KernelKey
+
+CALL = """// What all tasks of a call share. Index tables have a row per group, or one for all (step 0).
+struct Table {
+  const int32_t* data;
+  int64_t step;
+  const int32_t* row(int64_t group) const { return data + group * step; }
+};
+struct Unit {  // packed keys and values of one head under one cutting into blocks
+  Heads k, v;
+  const int32_t* k_off;
+  const int64_t* start;  // packed keys before each block
+  float *kp, *vp;
+};
+struct Task {
+  int64_t b, h, group, unit, block, first, rows;
+};"""
+
+
+def _call(key: KernelKey) -> str:
+    config = config_of(key)
+    fields = ["float scale;", "Table row_ptr, col;"]
+    if config["flag"]:
+        fields.append("Table flag;")
+    if kinds_of(key):
+        fields.append("const Rule* rules;")
+    if config["mask"]:
+        fields.append("int64_t mask_row, mask_column;")
+    body = "\n  ".join(fields)
+    return f"struct Call {{\n  {body}\n}};"
+
+
+def _attend(key: KernelKey) -> str:
+    config, kinds = config_of(key), kinds_of(key)
+    flag = ("c.flag.row(t.group)[e]" if config["flag"] else "1") if kinds else ""
+    more = f", {flag}, c, limit, mask" if kinds else ""
+    lse = ""
+    if config["layout"] == "blocks":
+        lse = """
+    lse[at_slot] = empty ? -std::numeric_limits<float>::infinity()
+                         : (w.m[i] + std::log2(total)) * 0.69314718f;"""
+    place = "slot_of[t.first + i]" if config["src_q"] else "t.first + i"
+    src = ", const int32_t* slot_of" if config["src_q"] else ""
+    given = ("float* lse" if lse else "float*") + src
+    given += ", int64_t limit, const uint8_t* mask" if kinds else ""
+    return f"""// One task; `out` and `lse` are those of its head, valid the keys of its batch item.
+inline void attend(const Task& t, const Call& c, const Heads& q, const Unit& u, const Scratch& w,
+                   int64_t valid, T* out, {given}) {{
+  for (int64_t i = 0; i < t.rows; ++i) {{
+    widen(at(q, t.first + i), D, w.q + i * D, c.scale * 1.44269504f);
+    w.m[i] = -1e30f;
+  }}
+  std::memset(w.out, 0, t.rows * kEP * sizeof(float));
+  std::memset(w.l, 0, t.rows * kLanes * sizeof(float));
+  const int32_t* row_ptr = c.row_ptr.row(t.group);
+  for (int64_t e = row_ptr[t.block]; e < row_ptr[t.block + 1]; ++e) {{
+    const int64_t block = c.col.row(t.group)[e], first = u.k_off[block], full = u.k_off[block + 1] - first;
+    const int64_t n = clip(valid - first, full);
+    for (int64_t at_key = 0; at_key < n; at_key += kKeys) {{
+      const int64_t place = u.start[block] + at_key, rest = full - at_key;
+      attend_piece(w, t.rows, t.first, first + at_key, n - at_key < kKeys ? n - at_key : kKeys,
+                   round_up(rest < kKeys ? rest : kKeys), u.kp + place * D, u.vp + place * kEP{more});
+    }}
+  }}
+  for (int64_t i = 0; i < t.rows; ++i) {{
+    const int64_t at_slot = {place};
+    const bool empty = w.m[i] == -1e30f;
+    const float total = vsum(vload(w.l + i * kLanes));
+    narrow(w.out + i * kEP, E, out + at_slot * E, empty ? 0.0f : 1.0f / total);{lse}
+  }}
+}}"""
+
+
+CHECKS = """// Every row of a table rises from 0 and ends at `most` or below.
+inline bool rises(const Table& t, int64_t groups, int64_t width, int64_t most) {
+  for (int64_t g = 0; g < (t.step == 0 ? 1 : groups); ++g) {
+    const int32_t* row = t.row(g);
+    for (int64_t i = 0; i < width; ++i)
+      if (row[i] < (i == 0 ? 0 : row[i - 1])) return false;
+    if (row[0] != 0 || row[width - 1] > most) return false;
+  }
+  return true;
+}
+inline bool all_below(const int32_t* data, int64_t n, int64_t most) {
+  for (int64_t i = 0; i < n; ++i)
+    if (data[i] < 0 || data[i] >= most) return false;
+  return true;
+}"""
+
+_SHAPES = """  const int64_t B = q.sizes()[0], H = q.sizes()[1], S = q.sizes()[2];
+  const int64_t Hkv = k.sizes()[1], N = k.sizes()[2];"""
+
+
+def _arguments(key: KernelKey) -> list[str]:
+    names = tensor_names(key)
+    lines = [f"  Tensor {name}(stack[{i}]);" for i, name in enumerate(names)]
+    for i, name in enumerate(rule_names(key), len(names)):
+        lines.append(f"  const int64_t {name} = static_cast<int64_t>(stack[{i}]);")
+    lines.append(f"  const double scale = to_double(stack[{len(names) + len(rule_names(key))}]);")
+    dtype = dtype_constant(key.dtype)
+    for name, size in (("q", "D"), ("k", "D"), ("v", "E")):
+        held = f"{name}.is_cpu({dtype}) && {name}.dim() == 4 && {name}.sizes()[3] == {size}"
+        lines.append(require(held, f"{name} must be a {key.dtype} tensor [B, H, S, {size}] on the CPU"))
+        lines.append(f"  if ({name}.strides()[3] != 1) {name}.make_contiguous({dtype});")
+    lines.append(_SHAPES)
+    fits = (
+        "k.sizes()[0] == B && v.sizes()[0] == B && v.sizes()[1] == Hkv && v.sizes()[2] == N"
+        " && Hkv > 0 && H % Hkv == 0"
+    )
+    lines.append(
+        require(fits, "q, k and v must have one batch size, k and v one length, H must be a multiple of Hkv")
+    )
+    return lines
+
+
+def _tables(key: KernelKey) -> list[str]:
+    """Index tensors checked and wrapped, for the form with a layout."""
+    config = config_of(key)
+    present = [n for n in tensor_names(key)[3:] if n != "mask"]
+    int32 = dtype_constant("int32")
+    lines = []
+    for name in present:
+        axes = 1 if name in ("k_valid", "q_valid", "limit") else 2
+        lines.append(
+            require(
+                f"{name}.is_cpu({int32}) && {name}.dim() == {axes}", f"{name} must be int32 with {axes} axes"
+            )
+        )
+        lines.append(f"  {name}.make_contiguous({int32});")
+        if axes == 1:
+            lines.append(require(f"{name}.sizes()[0] == B", f"{name} must have one element per batch item"))
+    lines.append(
+        "  const int64_t G = row_ptr.sizes()[0], nQ = row_ptr.sizes()[1] - 1, nK = k_off.sizes()[1] - 1;"
+    )
+    lines.append("  const int64_t capacity = col.sizes()[1];")
+    for name in (*INDICES[:4], *[n for n in ("flag", "src_q", "src_k") if config[n]]):
+        rows = (
+            f"{name}.sizes()[0] == G"
+            if name in ("row_ptr", "col", "flag")
+            else f"({name}.sizes()[0] == 1 || {name}.sizes()[0] == G)"
+        )
+        lines.append(require(rows, f"{name} must have a row per group"))
+        lines.append(
+            f"  const Table {name}_t{{{name}.data<int32_t>(), "
+            f"{name}.sizes()[0] == 1 ? 0 : {name}.sizes()[1]}};"
+        )
+    slots_q = "src_q.sizes()[1]" if config["src_q"] else "S"
+    slots_k = "src_k.sizes()[1]" if config["src_k"] else "N"
+    lines += [
+        require("q_off.sizes()[1] == nQ + 1 && nQ >= 0 && nK >= 0", "q_off and row_ptr must have one width"),
+        require(
+            "rises(row_ptr_t, G, nQ + 1, capacity)", "row_ptr must rise from 0 to at most the width of col"
+        ),
+        require(f"rises(q_off_t, G, nQ + 1, {slots_q})", "q_off must rise from 0 to at most the query slots"),
+        require(f"rises(k_off_t, G, nK + 1, {slots_k})", "k_off must rise from 0 to at most the key slots"),
+        require(
+            "head_group.sizes()[1] == H && (head_group.sizes()[0] == 1 || head_group.sizes()[0] == B)",
+            "head_group must be [1 or B, H]",
+        ),
+        require(
+            "all_below(head_group.data<int32_t>(), head_group.numel(), G)",
+            "head_group names a group that is not there",
+        ),
+        "  for (int64_t g = 0; g < G; ++g) {",
+        "    const int64_t used = row_ptr_t.row(g)[nQ];",
+        "  " + require("all_below(col_t.row(g), used, nK)", "col names a key block that is not there"),
+    ]
+    if config["flag"]:
+        rules = len(kinds_of(key)) + 1
+        lines.append(
+            "  "
+            + require(
+                f"flag.sizes()[1] == capacity && all_below(flag_t.row(g), used, {rules})",
+                "flag names a predicate that is not there",
+            )
+        )
+    lines.append("  }")
+    for name, most in (("src_q", "S"), ("src_k", "N")):
+        if config[name]:
+            lines.append(
+                require(
+                    f"all_below({name}.data<int32_t>(), {name}.numel(), {most})",
+                    f"{name} names a token that is not there",
+                )
+            )
+    if config["mask"]:
+        lines += [
+            require(
+                f"mask.is_cpu({dtype_constant('bool')}) && mask.dim() == 4", "mask must be bool with 4 axes"
+            ),
+            *[
+                require(
+                    f"mask.sizes()[{i}] == 1 || mask.sizes()[{i}] == {n}", f"mask does not fit along axis {i}"
+                )
+                for i, n in enumerate(("B", "H", slots_q, slots_k))
+            ],
+        ]
+    return lines
+
+
+_DENSE_TABLES = """  // One block of all keys; the rows are cut into tasks.
+  const int64_t G = 1, nQ = 1, nK = 1;
+  const int32_t q_ends[2] = {0, static_cast<int32_t>(S)}, k_ends[2] = {0, static_cast<int32_t>(N)};
+  const int32_t entries[2] = {0, 1}, zero[1] = {0};
+  const Table q_off_t{q_ends, 0}, k_off_t{k_ends, 0}, row_ptr_t{entries, 0}, col_t{zero, 0};"""
+
+_PACK = """  // Units: heads of k and v under each cutting that a query head asks for.
+  std::vector<int64_t> starts, totals;
+  for (int64_t g = 0; g < (@CUTS@ ? G : 1); ++g) {
+    int64_t sum = 0;
+    for (int64_t block = 0; block < nK; ++block) {
+      starts.push_back(sum);
+      sum += round_up(k_off_t.row(g)[block + 1] - k_off_t.row(g)[block]);
+    }
+    totals.push_back(sum);
+  }
+  std::vector<Unit> units;
+  std::vector<int64_t> unit_of(B * H), offset;
+  int64_t packed = 0;
+  for (int64_t b = 0; b < B; ++b) {
+    for (int64_t h = 0; h < H; ++h) {
+      const int64_t share = H / Hkv, cut = @CUTS@ ? group_of(b, h) : 0;
+      int64_t like = h / share * share;
+      while (like < h && @CUTS@ && group_of(b, like) != cut) ++like;
+      if (like < h) {
+        unit_of[b * H + h] = unit_of[b * H + like];
+        continue;
+      }
+      unit_of[b * H + h] = static_cast<int64_t>(units.size());
+      offset.push_back(packed);
+      packed += totals[cut];
+      units.push_back({head(k, b, h / share@SRC_K@), head(v, b, h / share@SRC_K@), k_off_t.row(cut),
+                       starts.data() + cut * nK, nullptr, nullptr});
+    }
+  }
+  const int64_t pack_floats = packed * (D + kEP);
+  Tensor panels(&pack_floats, 1, aoti_torch_dtype_float32());
+  for (size_t i = 0; i < units.size(); ++i) {
+    units[i].kp = panels.mutable_data<float>() + offset[i] * D;
+    units[i].vp = panels.mutable_data<float>() + packed * D + offset[i] * kEP;
+  }
+  struct Piece {
+    int64_t unit, first, n, place;
+  };
+  std::vector<Piece> pieces;
+  for (size_t i = 0; i < units.size(); ++i) {
+    for (int64_t block = 0; block < nK; ++block) {
+      const int64_t first = units[i].k_off[block], end = units[i].k_off[block + 1];
+      for (int64_t j = first; j < end; j += kKeys)
+        pieces.push_back({static_cast<int64_t>(i), j, end - j < kKeys ? end - j : kKeys,
+                          units[i].start[block] + j - first});
+    }
+  }"""
+
+_TASKS = """  std::vector<Task> tasks;  // later rows first: under a causal rule they take longer
+  for (int64_t b = 0; b < B; ++b) {
+    for (int64_t h = 0; h < H; ++h) {
+      const int64_t g = group_of(b, h);
+      for (int64_t block = nQ - 1; block >= 0; --block) {
+        const int64_t begin = q_off_t.row(g)[block], end = q_off_t.row(g)[block + 1]@Q_VALID@;
+        const int64_t cuts = (end - begin + kQRows - 1) / kQRows;
+        for (int64_t i = cuts - 1; i >= 0; --i) {
+          const int64_t rows = end - begin, first = begin + rows * i / cuts;
+          const int64_t last = begin + rows * (i + 1) / cuts;
+          tasks.push_back({b, h, g, unit_of[b * H + h], block, first, last - first});
+        }
+      }
+    }
+  }"""
+
+
+def _calls(key: KernelKey) -> list[str]:
+    """The struct that tasks share."""
+    config, kinds = config_of(key), kinds_of(key)
+    values = ["static_cast<float>(scale)", "row_ptr_t", "col_t"]
+    lines = []
+    if config["flag"]:
+        values.append("flag_t")
+    if kinds:
+        rows = (
+            ["{INT64_MAX / 4, 0, 1, 0, 0}"]
+            if config["layout"] == "causal"
+            else [
+                f"{{{', '.join(f'{field}{p}' for field in RULE_FIELDS)}}}" for p in range(1, len(kinds) + 1)
+            ]
+        )
+        lines.append(f"  const Rule rules[] = {{{', '.join(rows)}}};")
+        values.append("rules")
+    if config["mask"]:
+        lines.append("  const int64_t *ms = mask.sizes(), *mt = mask.strides();")
+        values += ["ms[2] == 1 ? 0 : mt[2]", "ms[3] == 1 ? 0 : mt[3]"]
+    return [*lines, f"  const Call call{{{', '.join(values)}}};"]
+
+
+def _parallel(key: KernelKey) -> str:
+    config, kinds = config_of(key), kinds_of(key)
+    lse = "lse.mutable_data<float>() + (t.b * H + t.h) * S" if config["layout"] == "blocks" else "nullptr"
+    valid = "k_valid.data<int32_t>()[t.b]" if config["k_valid"] else "INT64_MAX / 2"
+    src_q = ", src_q_t.row(t.group)" if config["src_q"] else ""
+    heads = ", src_q_t.row(t.group)" if config["src_q"] else ", nullptr" if config["src_k"] else ""
+    more = ""
+    if kinds:
+        limit = "limit.data<int32_t>()[t.b]" if config["limit"] else "0"
+        mask = (
+            "mask.data<uint8_t>() + (ms[0] == 1 ? 0 : t.b * mt[0]) + (ms[1] == 1 ? 0 : t.h * mt[1])"
+            if config["mask"]
+            else "nullptr"
+        )
+        more = f", {limit}, {mask}"
+    return f"""  const int64_t threads = thread_count(), scratch_floats = threads * Scratch::kFloats;
+  Tensor scratch(&scratch_floats, 1, aoti_torch_dtype_float32());
+  float* floats = scratch.mutable_data<float>();
+  T* result = out.mutable_data<T>();
+  std::atomic<size_t> next_piece{{0}}, next_task{{0}};
+  parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {{
+    if (begin < end)
+      for (size_t i; (i = next_piece++) < pieces.size();) {{
+        const Unit& u = units[pieces[i].unit];
+        pack_piece(u.k, u.v, pieces[i].first, pieces[i].n, u.kp + pieces[i].place * D,
+                   u.vp + pieces[i].place * kEP);
+      }}
+  }});
+  parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {{
+    if (begin == end) return;
+    const Scratch w(floats + begin * Scratch::kFloats);
+    for (size_t i; (i = next_task++) < tasks.size();) {{
+      const Task& t = tasks[i];
+      attend(t, call, head(q, t.b, t.h{heads}), units[t.unit], w, {valid},
+             result + (t.b * H + t.h) * S * E, {lse}{src_q}{more});
+    }}
+  }});"""
+
+
+def run_text(key: KernelKey, walk: str) -> str:
+    """Everything from the shared structs to the op's entry point."""
+    config = config_of(key)
+    blocks = config["layout"] == "blocks"
+    src = bool(config["src_q"] or config["src_k"])
+    cuts = "(k_off_t.step != 0" + (" || src_k_t.step != 0)" if config["src_k"] else ")")
+    # With its own index map but a shared cutting, a group still needs its own unit and table row.
+    pack = _PACK.replace("@CUTS@", cuts if blocks else "false")
+    pack = pack.replace("@SRC_K@", ", src_k_t.row(cut)" if config["src_k"] else ", nullptr" if src else "")
+    q_valid = "clip(q_valid.data<int32_t>()[b] - begin, ends - begin)"
+    tasks = _TASKS.replace("@Q_VALID@", "")
+    if config["q_valid"]:
+        tasks = tasks.replace(
+            "end = q_off_t.row(g)[block + 1];", f"ends = q_off_t.row(g)[block + 1], end = begin + {q_valid};"
+        )
+    tail = ", const int32_t* src" if src else ""
+    body = [
+        "void run(StableIValue* stack, uint64_t, uint64_t) {",
+        *_arguments(key),
+        *(_tables(key) if blocks else [_DENSE_TABLES]),
+        "  const int64_t out_sizes[4] = {B, H, S, E};",
+        f"  Tensor out(out_sizes, 4, {dtype_constant(key.dtype)});",
+    ]
+    if blocks:
+        body += [
+            "  Tensor lse(out_sizes, 3, aoti_torch_dtype_float32());",
+            "  std::memset(out.mutable_data<T>(), 0, out.numel() * sizeof(T));  // what no slot holds",
+            "  for (int64_t i = 0; i < lse.numel(); ++i)",
+            "    lse.mutable_data<float>()[i] = -std::numeric_limits<float>::infinity();",
+            "  const int32_t* groups = head_group.data<int32_t>();",
+            "  const int64_t per_item = head_group.sizes()[0] == 1 ? 0 : H;",
+            "  const auto group_of = [&](int64_t b, int64_t h) -> int64_t {",
+            "    return groups[b * per_item + h];",
+            "  };",
+        ]
+    else:
+        body.append("  const auto group_of = [](int64_t, int64_t) -> int64_t { return 0; };")
+    body += [
+        f"  const auto head = [](const Tensor& x, int64_t b, int64_t h{tail}) -> Heads {{",
+        "    const T* first = x.data<T>() + b * x.strides()[0] + h * x.strides()[1];",
+        f"    return {{first, x.strides()[2]{', src' if src else ''}}};",
+        "  };",
+        pack,
+        tasks,
+        *_calls(key),
+        _parallel(key),
+        "  stack[0] = out.release();",
+        *(["  stack[1] = lse.release();"] if blocks else []),
+        "}",
+    ]
+    return "\n\n".join((CALL, _call(key), walk, _attend(key), CHECKS, "\n".join(body)))

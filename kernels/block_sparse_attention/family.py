@@ -1,0 +1,176 @@
+"""block_sparse_attention as a kernel family: selection, shapes, gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tilewright.compiler import ops
+from tilewright.compiler.block_layout import WIDTH, BlockLayout, unflatten
+from tilewright.compiler.diagnostics import OptionError
+from tilewright.kernels.block_sparse_attention import cpp, triton
+from tilewright.kernels.block_sparse_attention.signature import OPTIONAL, RULE_FIELDS, kinds_of, schema
+from tilewright.kernels.common.family import (
+    KernelFamily,
+    TritonKernel,
+    check_target,
+    config_of,
+    dtype_name,
+    make_key,
+)
+from tilewright.runtime.contracts import KernelKey, Refusal, Target
+
+DTYPES = ("float32", "bfloat16", "float16")
+MAX_HEAD = 256
+ARGUMENTS = ("q", "k", "v", "row_ptr", "col", "q_off", "k_off", "head_group", "flag", "predicates")
+NAMES = (*ARGUMENTS, "k_valid", "q_valid", "limit", "src_q", "src_k", "mask", "scale")
+LEGALITY = (
+    "q, k and v are [B, H, S, D], [B, Hkv, T, D], [B, Hkv, T, E] of one dtype: float32, bfloat16 or float16",
+    f"D and E are known, multiples of 8 and at most {MAX_HEAD}",
+    "layout tensors are int32, the mask bool, on the device of q; predicates are known",
+    "an input whose last axis is not contiguous is copied inside the op",
+)
+
+
+def head_sizes(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, int] | Refusal:
+    """(D, E) when the kernels take them and q, k, v fit each other."""
+    if not q.dim() == k.dim() == v.dim() == 4:
+        return Refusal(f"q, k, v have {q.dim()}, {k.dim()}, {v.dim()} axes; the kernels take 4")
+    if not q.dtype == k.dtype == v.dtype:
+        return Refusal(f"q is {q.dtype}, k {k.dtype}, v {v.dtype}; the kernels take one dtype")
+    sizes = (q.shape[3], k.shape[3], v.shape[3])
+    if not all(isinstance(n, int) for n in sizes):
+        return Refusal(f"head sizes {sizes} are not known when compiling")
+    if sizes[0] != sizes[1] or any(n % 8 or not 8 <= n <= MAX_HEAD for n in sizes):
+        return Refusal(
+            f"head sizes of q, k, v are {sizes}; equal for q and k, multiples of 8, 8 to {MAX_HEAD}"
+        )
+    heads = (q.shape[1], k.shape[1])
+    if all(isinstance(n, int) for n in heads) and (heads[1] == 0 or heads[0] % heads[1]):
+        return Refusal(f"{heads[0]} query heads over {heads[1]} key heads; a multiple is needed")
+    return int(sizes[0]), int(sizes[2])
+
+
+def _configure(args: Sequence[Any], target: Target) -> KernelKey | Refusal:
+    given = dict(zip(NAMES, args, strict=True))
+    refused = check_target([t for t in given.values() if isinstance(t, Tensor)], target)
+    if refused is not None:
+        return refused
+    dtype = dtype_name(given["q"], DTYPES, "q")
+    if isinstance(dtype, Refusal):
+        return dtype
+    sizes = head_sizes(given["q"], given["k"], given["v"])
+    if isinstance(sizes, Refusal):
+        return sizes
+    for name in NAMES[3:]:
+        value = given[name]
+        wanted = torch.bool if name == "mask" else torch.int32
+        if isinstance(value, Tensor) and value.dtype != wanted:
+            return Refusal(f"{name} is {value.dtype}; it must be {wanted}")
+    table = given["predicates"]
+    if not all(isinstance(n, int) for n in table):
+        return Refusal("the predicates are not known when compiling")
+    try:
+        kinds = "".join(str(int(rule.kind)) for rule in unflatten(table))
+    except OptionError as error:
+        return Refusal(error.message)
+    if kinds and given["flag"] is None:
+        kinds = ""  # nothing refers to them
+    if len(kinds) > 9:
+        return Refusal(f"{len(kinds)} predicates; the kernels take 9")
+    present = {name: given[name] is not None for name in OPTIONAL}
+    present["flag"] = bool(kinds)
+    present["limit"] = present["limit"] and "4" in kinds
+    present["mask"] = present["mask"] and "5" in kinds
+    return make_key(
+        "block_sparse_attention",
+        target,
+        dtype,
+        layout="blocks",
+        head=sizes[0],
+        value=sizes[1],
+        kinds=f"k{kinds}",
+        **present,
+    )
+
+
+def _rewrite_args(key: KernelKey, args: Sequence[Any]) -> tuple[Any, ...]:
+    config, given = config_of(key), dict(zip(NAMES, args, strict=True))
+    tensors = [given[name] for name in NAMES[:8]]
+    tensors += [given[name] for name in OPTIONAL if config[name]]
+    rows = [given["predicates"][at : at + WIDTH] for at in range(0, WIDTH * len(kinds_of(key)), WIDTH)]
+    scale = config["head"] ** -0.5 if given["scale"] is None else given["scale"]
+    return (*tensors, *[value for row in rows for value in row[1:]], scale)
+
+
+def _restore(key: KernelKey, given: Sequence[Any]) -> tuple[Any, ...]:
+    """Inverse of `_rewrite_args`: kernel-op arguments as the semantic op's."""
+    config, rest = config_of(key), iter(given)
+    named = {name: next(rest) for name in NAMES[:8]}
+    named |= {name: next(rest) for name in OPTIONAL if config[name]}
+    table: list[int] = []
+    for kind in kinds_of(key):
+        table += [int(kind), *[next(rest) for _ in RULE_FIELDS]]
+    named |= {"predicates": table, "scale": next(rest)}
+    return tuple(named.get(name) for name in NAMES)
+
+
+def _fake(key: KernelKey) -> Callable[..., Any]:
+    def fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+        shape = (*q.shape[:3], v.shape[3])
+        return q.new_empty(shape), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+    return fake
+
+
+def _save(key: KernelKey) -> Callable[..., None]:
+    def save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        count = len([a for a in inputs if isinstance(a, Tensor)])
+        ctx.save_for_backward(*inputs[:count], *output)
+        ctx.constants = inputs[count:]
+
+    return save
+
+
+def _backward(key: KernelKey) -> Callable[..., Any]:
+    """The registered backward of the semantic op: probabilities again from lse, in row blocks."""
+
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
+        *inputs, out, lse = ctx.saved_tensors
+        q, k, v, *layout = _restore(key, (*inputs, *ctx.constants))
+        dout = torch.zeros_like(out) if dout is None else dout
+        grads = ops.block_sparse_attention_backward(dout, dlse, q, k, v, out, lse, *layout)
+        return (*grads, *[None] * (len(inputs) - 3 + len(ctx.constants)))
+
+    return backward
+
+
+def _examples() -> Sequence[tuple[Any, ...]]:
+    found = []
+    for dtype, size in ((torch.bfloat16, 128), (torch.float16, 64), (torch.float32, 64)):
+        q = torch.empty(1, 4, 512, size, dtype=dtype, device="meta")
+        layout = BlockLayout.causal(512, 512, 4, window=256, sink=16)
+        plain = BlockLayout.dense(512, 512, 4)
+        for one in (plain, layout):
+            moved = [a.to("meta") if isinstance(a, Tensor) else a for a in one.arguments()]
+            found.append((q, q, q, *moved, None))
+    return found
+
+
+BLOCK_SPARSE_ATTENTION = KernelFamily(
+    op="block_sparse_attention",
+    dtypes=DTYPES,
+    legality=LEGALITY,
+    configure=_configure,
+    schema=schema,
+    generate={"cpu": cpp.generate, "cuda": triton.generate, "hip": triton.generate},
+    triton=TritonKernel(triton.parameters, triton.constants, triton.warps, triton.launcher),
+    fake=_fake,
+    save=_save,
+    backward=_backward,
+    rewrite_args=_rewrite_args,
+    examples=_examples,
+)

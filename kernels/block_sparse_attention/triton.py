@@ -1,0 +1,289 @@
+"""Triton for block_sparse_attention: one program per BLOCK_M query slots of one block, keys in steps.
+
+A whole block runs without mask arithmetic but for its last short step; a block under a predicate evaluates
+that predicate on every pair. Softmax state is float32 in base 2. Tasks are laid out by `tile_tables` on the
+device, so a launch never waits for data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tilewright.compiler.block_layout import Kind
+from tilewright.kernels.block_sparse_attention.signature import (
+    kinds_of,
+    rule_names,
+    tensor_names,
+)
+from tilewright.kernels.common.family import config_of
+from tilewright.kernels.common.triton_text import TL, next_power_of_2, triton_file
+from tilewright.runtime.contracts import KernelKey
+
+POINTER = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16"}
+SIZES = ("B", "H", "Hkv", "S", "N", "nQ", "nK", "capacity", "tiles", "group_step", "tile_step", "k_step")
+
+
+def _extra_sizes(key: KernelKey) -> list[str]:
+    config = config_of(key)
+    found = [f"{name}_step" for name in ("src_q", "src_k") if config[name]]
+    return found + (["mask_b", "mask_h", "mask_i", "mask_j"] if config["mask"] else [])
+
+
+def _tensors(key: KernelKey) -> list[str]:
+    """The kernel's input pointers: q_off becomes the tables of tiles."""
+    tables = ["tile_block", "tile_first", "tile_end"]
+    return [n for name in tensor_names(key) for n in (tables if name == "q_off" else [name])]
+
+
+def parameters(key: KernelKey) -> list[tuple[str, str]]:
+    """(name, Triton type) of the kernel's run-time arguments, in order."""
+    found = []
+    for name in _tensors(key):
+        kind = POINTER[key.dtype] if name in "qkv" else "*i1" if name == "mask" else "*i32"
+        found.append((name, kind))
+    found += [("out", POINTER[key.dtype]), ("lse", "*fp32"), ("scale", "fp32")]
+    return found + [(name, "i32") for name in (*rule_names(key), *SIZES, *_extra_sizes(key))]
+
+
+_WIDE_BLOCKS = {"sm_80": (64, 64), "sm_90": (64, 64), "sm_100": (128, 64)}
+"""Blocks for 16-bit heads of 128, by offline compilation: the largest tried that do not spill."""
+
+
+def blocks(key: KernelKey) -> tuple[int, int]:
+    """(BLOCK_M, BLOCK_N)."""
+    widest = max(config_of(key)["head"], config_of(key)["value"])
+    if key.dtype == "float32":
+        return (32, 32) if widest <= 128 else (16, 32)
+    if widest <= 64:
+        return 128, 64
+    return _WIDE_BLOCKS.get(key.target.arch, (64, 32)) if widest <= 128 else (64, 32)
+
+
+def constants(key: KernelKey, columns: int) -> dict[str, int]:
+    """Compile-time arguments."""
+    rows, keys = blocks(key)
+    return {"BLOCK_M": rows, "BLOCK_N": keys}
+
+
+def warps(columns: int) -> int:
+    """Warps per program: with fewer, the sums of BLOCK_M rows do not fit the registers."""
+    return 8
+
+
+_RULES = {
+    Kind.BAND: """u{p} = (i + shift{p}) // unit{p}
+w{p} = j // unit{p}
+near{p} = (w{p}[None, :] <= u{p}[:, None] + after{p}) & (w{p}[None, :] >= u{p}[:, None] - before{p})
+pass{p} = near{p} | (j < sink{p})[None, :]""",
+    Kind.CAUSAL: """u{p} = (i + shift{p}) // unit{p}
+w{p} = j // unit{p}
+near{p} = (w{p}[None, :] >= u{p}[:, None] - before{p}) | (j < sink{p})[None, :]
+pass{p} = (w{p}[None, :] <= u{p}[:, None] + after{p}) & near{p}""",
+    Kind.SLOT: "pass{p} = (j % unit{p} < before{p})[None, :]",
+    Kind.PAD_SELF: "pass{p} = (i + shift{p} < pad)[:, None] == (j < pad)[None, :]",
+    Kind.USER: """at{p} = i[:, None].to(tl.int64) * mask_i + j[None, :] * mask_j
+both{p} = real[:, None] & inside[None, :]
+pass{p} = tl.load(mask + b * mask_b + h * mask_h + at{p}, mask=both{p}, other=0) != 0""",
+}
+
+
+def _step(key: KernelKey, masked: bool) -> list[str]:
+    """One step of BLOCK_N keys from slot `at`."""
+    config, kinds = config_of(key), kinds_of(key)
+    dims = _dims(config)
+    inside = "inside" if masked else ""
+    src = "tl.load(src_k + g * src_k_step + j" + (", mask=inside, other=0)" if masked else ")")
+    lines = ["j = at + tl.arange(0, BLOCK_N)"]
+    lines += ["inside = j < end_key"] if masked else []
+    lines += [f"kt = {src}" if config["src_k"] else "kt = j"]
+    for name, axis, real in (("k", "d", dims["d_real"]), ("v", "e", dims["e_real"])):
+        place = (
+            f"kt[None, :].to(tl.int64) * {dims['D']} + d[:, None]"
+            if name == "k"
+            else f"kt[:, None].to(tl.int64) * {dims['E']} + e[None, :]"
+        )
+        line = "[None, :]" if name == "k" else "[:, None]"
+        other = "[:, None]" if name == "k" else "[None, :]"
+        conditions = ([f"{inside}{line}"] if masked else []) + ([f"{axis}_real{other}"] if real else [])
+        guard = f", mask={' & '.join(conditions)}, other=0.0" if conditions else ""
+        lines.append(f"{name}_tile = tl.load({name}_head + {place}{guard})")
+    precision = ', input_precision="ieee"' if key.dtype == "float32" else ""
+    lines.append(f"s = tl.dot(q_tile, k_tile{precision}) * factor")
+    if masked:
+        kept = "inside[None, :]"
+        if kinds:
+            for p, kind in enumerate(kinds, 1):
+                lines += _RULES[kind].format(p=p).splitlines()
+            either = "(kind == 0)"
+            either += "".join(f" | ((kind == {p}) & pass{p})" for p in range(1, len(kinds) + 1))
+            kept = f"inside[None, :] & ({either})"
+        lines.append(f's = tl.where({kept}, s, float("-inf"))')
+    lines += [
+        "top = tl.maximum(m, tl.max(s, 1))",
+        *(['safe = tl.where(top == float("-inf"), 0.0, top)'] if masked else ["safe = top"]),
+        "p = tl.exp2(s - safe[:, None])",
+        "shrink = tl.exp2(m - safe)",
+        "total = total * shrink + tl.sum(p, 1)",
+        f"sum = sum * shrink[:, None] + tl.dot(p.to({TL[key.dtype]}), v_tile{precision})",
+        "m = top",
+    ]
+    return lines
+
+
+def _dims(config: dict[str, Any]) -> dict[str, Any]:
+    head, value = config["head"], config["value"]
+    block_d, block_e = max(16, next_power_of_2(head)), max(16, next_power_of_2(value))
+    return {
+        "D": head,
+        "E": value,
+        "BD": block_d,
+        "BE": block_e,
+        "d_real": block_d != head,
+        "e_real": block_e != value,
+    }
+
+
+def _body(key: KernelKey) -> str:
+    config, kinds = config_of(key), kinds_of(key)
+    dims = _dims(config)
+    lines = [
+        "tile = tl.program_id(0)",
+        "bh = tl.program_id(1)",
+        "b = bh // H",
+        "h = bh % H",
+        "g = tl.load(head_group + b * group_step + h)",
+        "block = tl.load(tile_block + g * tile_step + tile)",
+        "end = tl.load(tile_end + g * tile_step + tile)",
+    ]
+    if config["q_valid"]:
+        lines.append("end = tl.minimum(end, tl.load(q_valid + b))")
+    lines += [
+        "i = tl.load(tile_first + g * tile_step + tile) + tl.arange(0, BLOCK_M)",
+        "real = i < end",
+        "token = tl.load(src_q + g * src_q_step + i, mask=real, other=0)" if config["src_q"] else "token = i",
+        f"d = tl.arange(0, {dims['BD']})",
+        f"e = tl.arange(0, {dims['BE']})",
+    ]
+    lines += [f"d_real = d < {dims['D']}"] if dims["d_real"] else []
+    lines += [f"e_real = e < {dims['E']}"] if dims["e_real"] else []
+    guard = "real[:, None]" + (" & d_real[None, :]" if dims["d_real"] else "")
+    first_key = "bh // H * Hkv + h // (H // Hkv)"
+    lines += [
+        "rows = bh.to(tl.int64) * S + token",
+        f"q_tile = tl.load(q + rows[:, None] * {dims['D']} + d[None, :], mask={guard}, other=0.0)",
+        f"k_head = k + ({first_key}).to(tl.int64) * N * {dims['D']}",
+        f"v_head = v + ({first_key}).to(tl.int64) * N * {dims['E']}",
+        "factor = scale * 1.4426950408889634",
+    ]
+    lines += ["pad = tl.load(limit + b)"] if config["limit"] else []
+    lines += ["valid = tl.load(k_valid + b)"] if config["k_valid"] else []
+    lines += [
+        'm = tl.full((BLOCK_M,), float("-inf"), tl.float32)',
+        "total = tl.zeros((BLOCK_M,), tl.float32)",
+        f"sum = tl.zeros((BLOCK_M, {dims['BE']}), tl.float32)",
+        "row = row_ptr + g * (nQ + 1) + block",
+        "for entry in range(tl.load(row), tl.load(row + 1)):",
+        "    key = tl.load(col + g * capacity + entry)",
+        "    begin = tl.load(k_off + g * k_step + key)",
+        "    end_key = tl.load(k_off + g * k_step + key + 1)",
+    ]
+    lines += ["    end_key = tl.minimum(end_key, valid)"] if config["k_valid"] else []
+    lines.append("    steps = tl.maximum(end_key - begin, 0) // BLOCK_N * BLOCK_N")
+    if kinds:
+        lines += [
+            "    kind = tl.load(flag + g * capacity + entry)",
+            "    steps = tl.where(kind == 0, steps, 0)",
+        ]
+    lines.append("    for at in range(begin, begin + steps, BLOCK_N):")
+    lines += [f"        {line}" for line in _step(key, masked=False)]
+    lines.append("    for at in range(begin + steps, end_key, BLOCK_N):")
+    lines += [f"        {line}" for line in _step(key, masked=True)]
+    guard = "real[:, None]" + (" & e_real[None, :]" if dims["e_real"] else "")
+    lines += [
+        "some = total > 0.0",
+        "whole = tl.where(some, total, 1.0)",
+        f"result = (sum / whole[:, None]).to({TL[key.dtype]})",
+        f"tl.store(out + rows[:, None] * {dims['E']} + e[None, :], result, mask={guard})",
+        'log_sum = tl.where(some, (m + tl.log2(whole)) * 0.6931471805599453, float("-inf"))',
+        "tl.store(lse + rows, log_sum, mask=real)",
+    ]
+    return "\n".join(lines)
+
+
+def generate(key: KernelKey, op: str) -> str:
+    """The source file for one configuration; absent layout arguments and predicates leave no trace."""
+    config = config_of(key)
+    given = [name for name, _ in parameters(key)] + ["BLOCK_M: tl.constexpr", "BLOCK_N: tl.constexpr"]
+    return triton_file(
+        title=f"Block-sparse attention, heads of {config['head']} and {config['value']}.",
+        target=str(key.target),
+        kernel=op,
+        params=", ".join(given),
+        body=_body(key),
+    )
+
+
+def tile_tables(q_off: Tensor, slots: int, rows: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(block, first slot, end slot) of every tile of at most `rows` slots, int32 [1 or G, tiles].
+
+    Blocks are cut into tiles; `tiles` is a bound that needs no data, surplus tiles are empty.
+    """
+    count = (q_off.diff(dim=1) + rows - 1) // rows
+    ends = count.cumsum(1)
+    tiles = q_off.shape[1] - 1 + -(-slots // rows)
+    index = torch.arange(tiles, device=q_off.device).expand(q_off.shape[0], -1).contiguous()
+    block = torch.searchsorted(ends.contiguous(), index, right=True)
+    used = block < count.shape[1]
+    block = torch.where(used, block, 0)
+    first = q_off.gather(1, block) + (index - (ends - count).gather(1, block)) * rows
+    last = torch.minimum(q_off.gather(1, block + 1), first + rows)
+    last = torch.where(used, last, first)
+    return tuple(t.to(torch.int32).contiguous() for t in (block, first, last))  # type: ignore[return-value]
+
+
+def launcher(key: KernelKey, kernel: Any) -> Callable[..., Any]:
+    """The op's implementation: lays out the tiles, allocates, launches one grid."""
+    names, config = tensor_names(key), config_of(key)
+    rows, keys = blocks(key)
+
+    def run(*args: Any) -> tuple[Tensor, Tensor]:
+        given = {name: value.contiguous() for name, value in zip(names, args, strict=False)}
+        rules, scale = args[len(names) : -1], args[-1]
+        q, k, v = given["q"], given["k"], given["v"]
+        batch, heads, tokens = q.shape[:3]
+        slots = given["src_q"].shape[1] if config["src_q"] else tokens
+        tables = tile_tables(given["q_off"], slots, rows)
+        out = q.new_zeros((batch, heads, tokens, v.shape[3]))
+        lse = q.new_full((batch, heads, tokens), float("-inf"), dtype=torch.float32)
+        inputs = [x for name in names for x in (tables if name == "q_off" else [given[name]])]
+        tiles = tables[0].shape[1]
+        per_item = heads if given["head_group"].shape[0] > 1 else 0
+        sizes = [batch, heads, k.shape[1], tokens, k.shape[2], given["row_ptr"].shape[1] - 1]
+        sizes += [given["k_off"].shape[1] - 1, given["col"].shape[1], tiles, per_item]
+        for table in (tables[0], given["k_off"], *[given[n] for n in ("src_q", "src_k") if config[n]]):
+            sizes.append(table.shape[1] if table.shape[0] > 1 else 0)
+        if config["mask"]:
+            mask = given["mask"]
+            sizes += [s if n > 1 else 0 for n, s in zip(mask.shape, mask.stride(), strict=True)]
+        grid = (tiles, batch * heads)
+        if tiles * batch * heads > 0:
+            count = warps(q.shape[3])
+            kernel[grid](
+                *inputs,
+                out,
+                lse,
+                scale,
+                *rules,
+                *sizes,
+                BLOCK_M=rows,
+                BLOCK_N=keys,
+                num_warps=count,
+                num_stages=2,
+            )
+        return out, lse
+
+    return run

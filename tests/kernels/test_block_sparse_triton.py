@@ -1,0 +1,152 @@
+"""Generated Triton for block-sparse attention in the interpreter, against the definition; its text."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tilewright.compiler.block_layout import BlockLayout, Kind, Predicate
+from tilewright.compiler.ops import all_ops
+from tilewright.compiler.parity import assert_parity
+from tilewright.kernels.block_sparse_attention import triton
+from tilewright.kernels.block_sparse_attention.family import BLOCK_SPARSE_ATTENTION
+from tilewright.kernels.load import build_kernel
+from tilewright.runtime.contracts import KernelKey, Target
+
+TARGET = Target("cuda", "sm_80")
+in_interpreter = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1"
+)
+BOUNDS = {torch.float32: {"rms": 1e-6, "ulps": 64.0}, torch.float16: {"rms": 1e-3, "ulps": 4.0}}
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(13)
+
+
+def key_of(layout: BlockLayout, *qkv: torch.Tensor) -> KernelKey:
+    args = [x.to("meta") if isinstance(x, torch.Tensor) else x for x in (*qkv, *layout.arguments(), None)]
+    key = BLOCK_SPARSE_ATTENTION.configure(args, TARGET)
+    assert isinstance(key, KernelKey), str(key)
+    return key
+
+
+def check(
+    layout: BlockLayout, queries: int, keys: int, size: int, dtype: torch.dtype, value: int = 0
+) -> None:
+    heads = layout.head_group.shape[1]
+    q = torch.randn(2, heads, queries, size).to(dtype)
+    k, v = (torch.randn(2, 2, keys, n).to(dtype) for n in (size, value or size))
+    args = (q, k, v, *layout.arguments(), 0.4)
+    key = key_of(layout, q, k, v)
+    out, lse = build_kernel(BLOCK_SPARSE_ATTENTION, key).op(*BLOCK_SPARSE_ATTENTION.rewrite_args(key, args))
+    want, total = all_ops()["block_sparse_attention"].definition(*args)
+    assert_parity(out, want, **BOUNDS[dtype])
+    torch.testing.assert_close(lse, total, rtol=1e-4, atol=1e-4)
+
+
+def ragged() -> BlockLayout:
+    mask = torch.rand(2, 3, 4) > 0.3
+    mask[0, 1] = False
+    mask[1, 2] = True
+    return BlockLayout.from_block_mask(
+        mask, [0, 5, 40, 47], [0, 3, 3, 37, 51], 4, head_group=torch.tensor([[0, 1, 1, 0]])
+    )
+
+
+@in_interpreter
+@pytest.mark.interpreter
+@pytest.mark.parametrize(
+    ("size", "value", "dtype"), [(16, 16, torch.float32), (24, 40, torch.float32), (16, 16, torch.float16)]
+)
+def test_ragged_groups(size: int, value: int, dtype: torch.dtype) -> None:
+    check(ragged(), 47, 51, size, dtype, value)
+
+
+RULES = (
+    Predicate.band(9, sink=3),
+    Predicate.causal(12, sink=5, shift=4),
+    Predicate.block_causal(7),
+    Predicate.slot_valid(6, 4),
+    Predicate.pad_self(),
+    Predicate.user(),
+)
+
+
+@in_interpreter
+@pytest.mark.interpreter
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_every_predicate(rule: Predicate) -> None:
+    tensors = ragged().as_tensors()
+    tensors["flag"] = torch.randint(0, 2, tensors["col"].shape, dtype=torch.int32)
+    if rule.kind is Kind.PAD_SELF:
+        tensors["limit"] = torch.tensor([20, 45], dtype=torch.int32)
+    if rule.kind is Kind.USER:
+        tensors["mask"] = torch.rand(1, 4, 47, 51) > 0.4
+    check(BlockLayout.from_tensors(tensors, [rule]), 47, 51, 16, torch.float32)
+
+
+@in_interpreter
+@pytest.mark.interpreter
+def test_index_maps_valid_lengths_and_layouts_per_item() -> None:
+    tensors = ragged().as_tensors()
+    tensors["head_group"] = torch.tensor([[0, 1, 1, 0], [1, 1, 0, 0]], dtype=torch.int32)
+    tensors["k_valid"] = torch.tensor([51, 30], dtype=torch.int32)
+    tensors["q_valid"] = torch.tensor([31, 47], dtype=torch.int32)
+    tensors["src_q"] = torch.randperm(50, dtype=torch.int32)[None, :47].contiguous()
+    tensors["src_k"] = torch.stack([torch.randperm(60)[:51] for _ in range(2)]).int()
+    check(BlockLayout.from_tensors(tensors), 50, 60, 16, torch.float32)
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="starts the interpreter itself")
+def test_the_kernel_in_the_interpreter() -> None:
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-m",
+        "interpreter",
+        str(Path(__file__)),
+    ]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+    assert "passed" in done.stdout
+    assert "skipped" not in done.stdout
+
+
+def test_tiles_cover_every_slot_once() -> None:
+    q_off = torch.tensor([[0, 5, 5, 40, 47], [0, 0, 1, 46, 46]], dtype=torch.int32)
+    block, first, end = triton.tile_tables(q_off, 47, 16)
+    for g in range(2):
+        seen = []
+        for tile in range(block.shape[1]):
+            slots = range(int(first[g, tile]), int(end[g, tile]))
+            assert len(slots) <= 16
+            at = int(block[g, tile])
+            assert all(q_off[g, at] <= s < q_off[g, at + 1] for s in slots)
+            seen += slots
+        assert sorted(seen) == list(range(int(q_off[g, -1])))
+
+
+def test_what_is_off_is_absent_from_the_text() -> None:
+    q = torch.empty(1, 4, 64, 64)
+    plain = BLOCK_SPARSE_ATTENTION.source(key_of(BlockLayout.dense(64, 64, 4), q, q, q))[1]
+    ast.parse(plain)
+    for word in ("flag", "src_", "valid", "limit", "mask_", "d_real", "e_real", "pass1"):
+        assert word not in plain, word
+    assert plain.count("tl.dot") == 4  # whole steps, and the last short step of a block
+    causal = BLOCK_SPARSE_ATTENTION.source(key_of(BlockLayout.causal(64, 64, 4), q, q, q))[1]
+    ast.parse(causal)
+    assert "pass1" in causal
+    assert "pass2" not in causal
