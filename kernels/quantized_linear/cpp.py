@@ -23,6 +23,8 @@ from tilewright.runtime.contracts import KernelKey
 
 SERIAL_BYTES = 32768
 """Below this many bytes of packed weights one thread does all of a single row."""
+SLAB = 768
+"""Rows of x made ready together, a multiple of both tiles: bounds the memory that a thread keeps."""
 
 
 def names(key: KernelKey) -> list[tuple[str, str | None]]:
@@ -112,27 +114,27 @@ inline void walk(const Weight* weights, int64_t first, int64_t last, const Row& 
 
 
 def _many() -> str:
-    return """// R rows of x from row m on, times an unpacked panel of one or two blocks.
+    return """// R rows of x times an unpacked panel of one or two blocks, into the result from row m on.
 template <int R>
 inline void rows_of_panel(const Weight& w, int64_t block, const Weights* panel, const Row* rows, int64_t m,
                           int64_t K32) {
   Vec sum[R][2];
-  tile<R>(panel, rows + m, K32, sum);
+  tile<R>(panel, rows, K32, sum);
   for (int i = 0; i < R; ++i) {
     store(w, m + i, block, sum[i][0]);
     if (block + 1 < w.blocks) store(w, m + i, block + 1, sum[i][1]);
   }
 }
 
-// All rows of x times two blocks of 8 rows of a weight.
-inline void multiply_panel(const Weight& w, int64_t block, Weights* panel, const Row* rows, int64_t M,
-                           int64_t K32) {
+// M rows of x times two blocks of 8 rows of a weight.
+inline void multiply_panel(const Weight& w, int64_t block, Weights* panel, const Row* rows, int64_t first,
+                           int64_t M, int64_t K32) {
   const uint8_t* data = w.data + block * block_bytes(K32);
   unpack_block(data, K32, panel, 0);
   if (block + 1 < w.blocks) unpack_block(data + block_bytes(K32), K32, panel, 1);
   int64_t m = 0;
-  for (; m + kTile <= M; m += kTile) rows_of_panel<kTile>(w, block, panel, rows, m, K32);
-  for (; m < M; ++m) rows_of_panel<1>(w, block, panel, rows, m, K32);
+  for (; m + kTile <= M; m += kTile) rows_of_panel<kTile>(w, block, panel, rows + m, first + m, K32);
+  for (; m < M; ++m) rows_of_panel<1>(w, block, panel, rows + m, first + m, K32);
 }"""
 
 
@@ -234,12 +236,12 @@ inline void one_row(const Weight* weights, int64_t total, const T* x, int64_t K,
   }});
 }}
 
-// Many rows: panels of 16 weight rows are handed out one by one.
-inline void many_rows(const Weight* weights, const T* x, int64_t M, int64_t K, int64_t K32) {{
+// M rows from row `first` on: panels of 16 weight rows are handed out one by one.
+inline void many_rows(const Weight* weights, const T* x, int64_t first, int64_t M, int64_t K, int64_t K32) {{
   const Row* rows = scratch(M, K32);
   parallel_for(0, M, 8, [&](int64_t begin, int64_t end) {{
     for (int64_t m = begin; m < end; ++m) {{
-      widen_row(x + m * K, K, rows[m].x);{prepare}
+      widen_row(x + (first + m) * K, K, rows[m].x);{prepare}
     }}
   }});
   int64_t panels = 0;
@@ -253,7 +255,7 @@ inline void many_rows(const Weight* weights, const T* x, int64_t M, int64_t K, i
       const Weight* w = weights;
       int64_t block = index;
       for (; block >= (w->blocks + 1) / 2; ++w) block -= (w->blocks + 1) / 2;
-      multiply_panel(*w, block * 2, memory.data(), rows, M, K32);
+      multiply_panel(*w, block * 2, memory.data(), rows, first, M, K32);
     }}
   }});
 }}
@@ -264,8 +266,9 @@ void run(StableIValue* stack, uint64_t, uint64_t) {{
   for (const Weight& w : weights) total += w.blocks;
   if (M == 1) {{
     one_row(weights, total, x.data<T>(), K, K32);
-  }} else if (M > 1) {{
-    many_rows(weights, x.data<T>(), M, K, K32);
+  }} else {{
+    for (int64_t first = 0; first < M; first += {SLAB})
+      many_rows(weights, x.data<T>(), first, M - first < {SLAB} ? M - first : {SLAB}, K, K32);
   }}
 {outputs}
 }}"""

@@ -107,6 +107,10 @@ def test_prefill_of_512_rows(form: WeightFormat) -> None:
     check(form, sizes=((72, 160),), tokens=(512,))
 
 
+def test_more_rows_than_are_made_ready_together() -> None:
+    check(W4A8, sizes=((9, 40),), tokens=(768, 770, 1600))
+
+
 def saturating(rows: int, columns: int) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """The inputs on which kernels that add products of 8-bit numbers in 16 bits lose: (weight, x)."""
     noise = 1 - 0.02 * torch.rand(rows, columns)
