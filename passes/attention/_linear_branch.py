@@ -69,7 +69,7 @@ def linear_branch(
 ) -> Tensor:
     """O_l [B, H, N, E] = phi(Q_i) H_i / (phi(Q_i) Z_i), H_i and Z_i summed over the marginal blocks of row i.
 
-    In float32 at least; 0 where a row has no marginal block. `main` sees all keys and adds 1e-5 below the line.
+    In float32 at least; 0 where a row has no marginal block. `main` sees all keys and adds 1e-5 below.
     """
     fq, fk, wide_v = feature_map(widened(q), feature), feature_map(widened(k), feature), widened(v)
     if variant == "main":
