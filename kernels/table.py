@@ -121,10 +121,15 @@ def select(op: str, target: Target, args: Sequence[Any]) -> KernelKey | Refusal:
     return FAMILIES[op].configure(full_args(op, args), target)
 
 
+INFERENCE_ONLY = ("attention",)
+
+
 def select_for_node(
     op_name: str, metas: Sequence[Any], target: Target, *, training: bool
 ) -> KernelChoice | Refusal:
     """`select` for a graph node: metas are the `val`s of its arguments in schema order. Compiles nothing."""
+    if training and op_name in INFERENCE_ONLY:
+        return Refusal(f"{op_name} in training: torch's own has a backward kernel, ours has none")
     key = select(op_name, target, metas)
     return key if isinstance(key, Refusal) else KernelChoice(key, training)
 

@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tilewright.compiler.block_layout import Kind
 from tilewright.compiler.ops import all_ops
 from tilewright.kernels.block_sparse_attention import cpp
 from tilewright.kernels.block_sparse_attention.family import DTYPES, MAX_HEAD, head_sizes
-from tilewright.kernels.block_sparse_attention.signature import OPTIONAL, schema
+from tilewright.kernels.block_sparse_attention.signature import schema
 from tilewright.kernels.common.family import KernelFamily, check_target, config_of, dtype_name, make_key
 from tilewright.runtime.contracts import KernelKey, Refusal, Target
 
@@ -66,8 +65,6 @@ def _configure(args: Sequence[Any], target: Target) -> KernelKey | Refusal:
         layout="causal" if causal else "dense",
         head=sizes[0],
         value=sizes[1],
-        kinds=f"k{int(Kind.CAUSAL)}" if causal else "k",
-        **dict.fromkeys(OPTIONAL, False),
     )
 
 
@@ -105,9 +102,12 @@ def _backward(key: KernelKey) -> Callable[..., Any]:
 
 
 def _examples() -> Sequence[tuple[Any, ...]]:
-    q = torch.empty(1, 9, 512, 64, device="meta")
-    k = torch.empty(1, 3, 512, 64, device="meta")
-    return [(q, k, k, None, None, causal, 0.0, None) for causal in (False, True)]
+    found = []
+    for dtype, head, value in ((torch.float32, 64, 64), (torch.bfloat16, 128, 128), (torch.float16, 64, 128)):
+        q = torch.empty(1, 9, 512, head, dtype=dtype, device="meta")
+        k, v = (torch.empty(1, 3, 512, n, dtype=dtype, device="meta") for n in (head, value))
+        found += [(q, k, v, None, None, causal, 0.0, None) for causal in (False, True)]
+    return found
 
 
 ATTENTION = KernelFamily(

@@ -16,9 +16,8 @@ from tilewright.kernels.block_sparse_attention.cpp_core import (
     tile_text,
 )
 from tilewright.kernels.block_sparse_attention.cpp_run import run_text
-from tilewright.kernels.block_sparse_attention.signature import kinds_of, schema
+from tilewright.kernels.block_sparse_attention.signature import kinds_of, options_of, schema
 from tilewright.kernels.common.cpp import ELEMENT, LANES, cpp_file, vector_text
-from tilewright.kernels.common.family import config_of
 from tilewright.runtime.contracts import KernelKey
 
 KEYS = 128
@@ -31,7 +30,7 @@ SLACK = 8
 
 
 def _head(key: KernelKey) -> str:
-    config, arch = config_of(key), key.target.arch
+    config, arch = options_of(key), key.target.arch
     wide = 2 * LANES[arch]
     padded = -(-config["value"] // wide) * wide
     src = bool(config.get("src_q") or config.get("src_k"))
@@ -95,7 +94,7 @@ def _bounds(kinds: list[Kind], user: bool) -> tuple[str, str]:
 
 def _walk(key: KernelKey) -> str:
     kinds = kinds_of(key)
-    reach, mask = _bounds(kinds, bool(config_of(key)["mask"]))
+    reach, mask = _bounds(kinds, bool(options_of(key)["mask"]))
     more = ", int flag, const Call& c, int64_t limit, const uint8_t* mask" if kinds else ""
     return f"""struct Scratch {{
   float *q, *out, *scores, *m, *l, *alpha;
@@ -138,7 +137,7 @@ inline void attend_piece(const Scratch& w, int64_t rows, int64_t q0, int64_t bas
 
 def generate(key: KernelKey, op: str) -> str:
     """The source for one configuration: head sizes, which layout arguments are present, which predicates."""
-    config: dict[str, Any] = config_of(key)
+    config: dict[str, Any] = options_of(key)
     kinds = kinds_of(key)
     what = config["layout"] if config["layout"] != "blocks" else "block-sparse"
     parts = [

@@ -288,3 +288,19 @@ inline void mask_span(float* s, int64_t from, int64_t to, int64_t lo, int64_t hi
     j = vadd(j, vset(static_cast<float>(kLanes)));
   }}
 }}"""
+
+CHECKS = """// Every row of a table rises from 0 and ends at `most` or below.
+inline bool rises(const Table& t, int64_t groups, int64_t width, int64_t most) {
+  for (int64_t g = 0; g < (t.step == 0 ? 1 : groups); ++g) {
+    const int32_t* row = t.row(g);
+    for (int64_t i = 0; i < width; ++i)
+      if (row[i] < (i == 0 ? 0 : row[i - 1])) return false;
+    if (row[0] != 0 || row[width - 1] > most) return false;
+  }
+  return true;
+}
+inline bool all_below(const int32_t* data, int64_t n, int64_t most) {
+  for (int64_t i = 0; i < n; ++i)
+    if (data[i] < 0 || data[i] >= most) return false;
+  return true;
+}"""

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from tilewright.kernels.block_sparse_attention.cpp_core import CHECKS
 from tilewright.kernels.block_sparse_attention.signature import (
     INDICES,
     RULE_FIELDS,
     kinds_of,
+    options_of,
     rule_names,
     tensor_names,
 )
 from tilewright.kernels.common.cpp import dtype_constant, require
-from tilewright.kernels.common.family import config_of
 from tilewright.runtime.contracts import KernelKey
 
 CALL = """// What all tasks of a call share. Index tables have a row per group, or one for all (step 0).
@@ -31,7 +32,7 @@ struct Task {
 
 
 def _call(key: KernelKey) -> str:
-    config = config_of(key)
+    config = options_of(key)
     fields = ["float scale;", "Table row_ptr, col;"]
     if config["flag"]:
         fields.append("Table flag;")
@@ -44,7 +45,7 @@ def _call(key: KernelKey) -> str:
 
 
 def _attend(key: KernelKey) -> str:
-    config, kinds = config_of(key), kinds_of(key)
+    config, kinds = options_of(key), kinds_of(key)
     flag = ("c.flag.row(t.group)[e]" if config["flag"] else "1") if kinds else ""
     more = f", {flag}, c, limit, mask" if kinds else ""
     lse = ""
@@ -84,22 +85,6 @@ inline void attend(const Task& t, const Call& c, const Heads& q, const Unit& u, 
 }}"""
 
 
-CHECKS = """// Every row of a table rises from 0 and ends at `most` or below.
-inline bool rises(const Table& t, int64_t groups, int64_t width, int64_t most) {
-  for (int64_t g = 0; g < (t.step == 0 ? 1 : groups); ++g) {
-    const int32_t* row = t.row(g);
-    for (int64_t i = 0; i < width; ++i)
-      if (row[i] < (i == 0 ? 0 : row[i - 1])) return false;
-    if (row[0] != 0 || row[width - 1] > most) return false;
-  }
-  return true;
-}
-inline bool all_below(const int32_t* data, int64_t n, int64_t most) {
-  for (int64_t i = 0; i < n; ++i)
-    if (data[i] < 0 || data[i] >= most) return false;
-  return true;
-}"""
-
 _SHAPES = """  const int64_t B = q.sizes()[0], H = q.sizes()[1], S = q.sizes()[2];
   const int64_t Hkv = k.sizes()[1], N = k.sizes()[2];"""
 
@@ -128,7 +113,7 @@ def _arguments(key: KernelKey) -> list[str]:
 
 def _tables(key: KernelKey) -> list[str]:
     """Index tensors checked and wrapped, for the form with a layout."""
-    config = config_of(key)
+    config = options_of(key)
     present = [n for n in tensor_names(key)[3:] if n != "mask"]
     int32 = dtype_constant("int32")
     lines = []
@@ -157,9 +142,15 @@ def _tables(key: KernelKey) -> list[str]:
             f"  const Table {name}_t{{{name}.data<int32_t>(), "
             f"{name}.sizes()[0] == 1 ? 0 : {name}.sizes()[1]}};"
         )
+    return lines + _bounds_checks(key)
+
+
+def _bounds_checks(key: KernelKey) -> list[str]:
+    """What keeps a wrong layout from reading outside its tensors."""
+    config = options_of(key)
     slots_q = "src_q.sizes()[1]" if config["src_q"] else "S"
     slots_k = "src_k.sizes()[1]" if config["src_k"] else "N"
-    lines += [
+    lines = [
         require("q_off.sizes()[1] == nQ + 1 && nQ >= 0 && nK >= 0", "q_off and row_ptr must have one width"),
         require(
             "rises(row_ptr_t, G, nQ + 1, capacity)", "row_ptr must rise from 0 to at most the width of col"
@@ -284,7 +275,7 @@ _TASKS = """  std::vector<Task> tasks;  // later rows first: under a causal rule
 
 def _calls(key: KernelKey) -> list[str]:
     """The struct that tasks share."""
-    config, kinds = config_of(key), kinds_of(key)
+    config, kinds = options_of(key), kinds_of(key)
     values = ["static_cast<float>(scale)", "row_ptr_t", "col_t"]
     lines = []
     if config["flag"]:
@@ -306,7 +297,7 @@ def _calls(key: KernelKey) -> list[str]:
 
 
 def _parallel(key: KernelKey) -> str:
-    config, kinds = config_of(key), kinds_of(key)
+    config, kinds = options_of(key), kinds_of(key)
     lse = "lse.mutable_data<float>() + (t.b * H + t.h) * S" if config["layout"] == "blocks" else "nullptr"
     valid = "k_valid.data<int32_t>()[t.b]" if config["k_valid"] else "INT64_MAX / 2"
     src_q = ", src_q_t.row(t.group)" if config["src_q"] else ""
@@ -346,7 +337,7 @@ def _parallel(key: KernelKey) -> str:
 
 def run_text(key: KernelKey, walk: str) -> str:
     """Everything from the shared structs to the op's entry point."""
-    config = config_of(key)
+    config = options_of(key)
     blocks = config["layout"] == "blocks"
     src = bool(config["src_q"] or config["src_k"])
     cuts = "(k_off_t.step != 0" + (" || src_k_t.step != 0)" if config["src_k"] else ")")

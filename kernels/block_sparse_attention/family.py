@@ -12,12 +12,17 @@ from tilewright.compiler import ops
 from tilewright.compiler.block_layout import WIDTH, BlockLayout, unflatten
 from tilewright.compiler.diagnostics import OptionError
 from tilewright.kernels.block_sparse_attention import cpp, triton
-from tilewright.kernels.block_sparse_attention.signature import OPTIONAL, RULE_FIELDS, kinds_of, schema
+from tilewright.kernels.block_sparse_attention.signature import (
+    OPTIONAL,
+    RULE_FIELDS,
+    kinds_of,
+    options_of,
+    schema,
+)
 from tilewright.kernels.common.family import (
     KernelFamily,
     TritonKernel,
     check_target,
-    config_of,
     dtype_name,
     make_key,
 )
@@ -89,7 +94,6 @@ def _configure(args: Sequence[Any], target: Target) -> KernelKey | Refusal:
         "block_sparse_attention",
         target,
         dtype,
-        layout="blocks",
         head=sizes[0],
         value=sizes[1],
         kinds=f"k{kinds}",
@@ -98,7 +102,7 @@ def _configure(args: Sequence[Any], target: Target) -> KernelKey | Refusal:
 
 
 def _rewrite_args(key: KernelKey, args: Sequence[Any]) -> tuple[Any, ...]:
-    config, given = config_of(key), dict(zip(NAMES, args, strict=True))
+    config, given = options_of(key), dict(zip(NAMES, args, strict=True))
     tensors = [given[name] for name in NAMES[:8]]
     tensors += [given[name] for name in OPTIONAL if config[name]]
     rows = [given["predicates"][at : at + WIDTH] for at in range(0, WIDTH * len(kinds_of(key)), WIDTH)]
@@ -108,7 +112,7 @@ def _rewrite_args(key: KernelKey, args: Sequence[Any]) -> tuple[Any, ...]:
 
 def _restore(key: KernelKey, given: Sequence[Any]) -> tuple[Any, ...]:
     """Inverse of `_rewrite_args`: kernel-op arguments as the semantic op's."""
-    config, rest = config_of(key), iter(given)
+    config, rest = options_of(key), iter(given)
     named = {name: next(rest) for name in NAMES[:8]}
     named |= {name: next(rest) for name in OPTIONAL if config[name]}
     table: list[int] = []

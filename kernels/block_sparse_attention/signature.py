@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from tilewright.compiler.block_layout import Kind
 from tilewright.kernels.common.family import config_of
 from tilewright.runtime.contracts import KernelKey
@@ -11,14 +13,22 @@ OPTIONAL = ("flag", "k_valid", "q_valid", "limit", "src_q", "src_k", "mask")
 RULE_FIELDS = ("before", "after", "unit", "sink", "shift")
 
 
+def options_of(key: KernelKey) -> dict[str, Any]:
+    """The options of a key by name; those of a layout are off where the key has none (dense, causal)."""
+    return {"layout": "blocks", **dict.fromkeys(OPTIONAL, False), **config_of(key)}
+
+
 def kinds_of(key: KernelKey) -> list[Kind]:
     """The kinds of the predicates in order."""
-    return [Kind(int(digit)) for digit in config_of(key)["kinds"][1:]]
+    options = options_of(key)
+    if options["layout"] != "blocks":
+        return [Kind.CAUSAL] if options["layout"] == "causal" else []
+    return [Kind(int(digit)) for digit in options["kinds"][1:]]
 
 
 def tensor_names(key: KernelKey) -> list[str]:
     """The tensor arguments of the kernel op in order."""
-    config = config_of(key)
+    config = options_of(key)
     if config["layout"] != "blocks":
         return ["q", "k", "v"]
     return ["q", "k", "v", *INDICES, *[name for name in OPTIONAL if config[name]]]
@@ -26,7 +36,7 @@ def tensor_names(key: KernelKey) -> list[str]:
 
 def rule_names(key: KernelKey) -> list[str]:
     """The integer arguments: the fields of every predicate."""
-    if config_of(key)["layout"] != "blocks":
+    if options_of(key)["layout"] != "blocks":
         return []
     return [f"{field}{p}" for p in range(1, len(kinds_of(key)) + 1) for field in RULE_FIELDS]
 
@@ -34,5 +44,5 @@ def rule_names(key: KernelKey) -> list[str]:
 def schema(key: KernelKey) -> str:
     """`(Tensor q, ..., int before1, ..., float scale) -> (Tensor, Tensor)`; dense forms return out alone."""
     given = [f"Tensor {name}" for name in tensor_names(key)] + [f"int {name}" for name in rule_names(key)]
-    outputs = "(Tensor, Tensor)" if config_of(key)["layout"] == "blocks" else "Tensor"
+    outputs = "(Tensor, Tensor)" if options_of(key)["layout"] == "blocks" else "Tensor"
     return f"({', '.join([*given, 'float scale'])}) -> {outputs}"

@@ -16,10 +16,10 @@ from torch import Tensor
 from tilewright.compiler.block_layout import Kind
 from tilewright.kernels.block_sparse_attention.signature import (
     kinds_of,
+    options_of,
     rule_names,
     tensor_names,
 )
-from tilewright.kernels.common.family import config_of
 from tilewright.kernels.common.triton_text import TL, next_power_of_2, triton_file
 from tilewright.runtime.contracts import KernelKey
 
@@ -28,7 +28,7 @@ SIZES = ("B", "H", "Hkv", "S", "N", "nQ", "nK", "capacity", "tiles", "group_step
 
 
 def _extra_sizes(key: KernelKey) -> list[str]:
-    config = config_of(key)
+    config = options_of(key)
     found = [f"{name}_step" for name in ("src_q", "src_k") if config[name]]
     return found + (["mask_b", "mask_h", "mask_i", "mask_j"] if config["mask"] else [])
 
@@ -49,13 +49,13 @@ def parameters(key: KernelKey) -> list[tuple[str, str]]:
     return found + [(name, "i32") for name in (*rule_names(key), *SIZES, *_extra_sizes(key))]
 
 
-_WIDE_BLOCKS = {"sm_80": (64, 64), "sm_90": (64, 64), "sm_100": (128, 64)}
+_WIDE_BLOCKS = {"sm_80": (64, 64), "sm_90": (64, 64), "sm_100": (128, 64), "sm_120": (32, 64)}
 """Blocks for 16-bit heads of 128, by offline compilation: the largest tried that do not spill."""
 
 
 def blocks(key: KernelKey) -> tuple[int, int]:
     """(BLOCK_M, BLOCK_N)."""
-    widest = max(config_of(key)["head"], config_of(key)["value"])
+    widest = max(options_of(key)["head"], options_of(key)["value"])
     if key.dtype == "float32":
         return (32, 32) if widest <= 128 else (16, 32)
     if widest <= 64:
@@ -93,7 +93,7 @@ pass{p} = tl.load(mask + b * mask_b + h * mask_h + at{p}, mask=both{p}, other=0)
 
 def _step(key: KernelKey, masked: bool) -> list[str]:
     """One step of BLOCK_N keys from slot `at`."""
-    config, kinds = config_of(key), kinds_of(key)
+    config, kinds = options_of(key), kinds_of(key)
     dims = _dims(config)
     inside = "inside" if masked else ""
     src = "tl.load(src_k + g * src_k_step + j" + (", mask=inside, other=0)" if masked else ")")
@@ -148,7 +148,7 @@ def _dims(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _body(key: KernelKey) -> str:
-    config, kinds = config_of(key), kinds_of(key)
+    config = options_of(key)
     dims = _dims(config)
     lines = [
         "tile = tl.program_id(0)",
@@ -179,12 +179,18 @@ def _body(key: KernelKey) -> str:
         f"v_head = v + ({first_key}).to(tl.int64) * N * {dims['E']}",
         "factor = scale * 1.4426950408889634",
     ]
-    lines += ["pad = tl.load(limit + b)"] if config["limit"] else []
+    return "\n".join([*lines, *_loop(key), *_store(key)])
+
+
+def _loop(key: KernelKey) -> list[str]:
+    """Over the entries of the row: whole steps of keys, then the masked rest."""
+    config, kinds = options_of(key), kinds_of(key)
+    lines = ["pad = tl.load(limit + b)"] if config["limit"] else []
     lines += ["valid = tl.load(k_valid + b)"] if config["k_valid"] else []
     lines += [
         'm = tl.full((BLOCK_M,), float("-inf"), tl.float32)',
         "total = tl.zeros((BLOCK_M,), tl.float32)",
-        f"sum = tl.zeros((BLOCK_M, {dims['BE']}), tl.float32)",
+        f"sum = tl.zeros((BLOCK_M, {_dims(config)['BE']}), tl.float32)",
         "row = row_ptr + g * (nQ + 1) + block",
         "for entry in range(tl.load(row), tl.load(row + 1)):",
         "    key = tl.load(col + g * capacity + entry)",
@@ -202,8 +208,14 @@ def _body(key: KernelKey) -> str:
     lines += [f"        {line}" for line in _step(key, masked=False)]
     lines.append("    for at in range(begin + steps, end_key, BLOCK_N):")
     lines += [f"        {line}" for line in _step(key, masked=True)]
+    return lines
+
+
+def _store(key: KernelKey) -> list[str]:
+    """The results; a row without keys gives 0 and -inf."""
+    dims = _dims(options_of(key))
     guard = "real[:, None]" + (" & e_real[None, :]" if dims["e_real"] else "")
-    lines += [
+    return [
         "some = total > 0.0",
         "whole = tl.where(some, total, 1.0)",
         f"result = (sum / whole[:, None]).to({TL[key.dtype]})",
@@ -211,12 +223,11 @@ def _body(key: KernelKey) -> str:
         'log_sum = tl.where(some, (m + tl.log2(whole)) * 0.6931471805599453, float("-inf"))',
         "tl.store(lse + rows, log_sum, mask=real)",
     ]
-    return "\n".join(lines)
 
 
 def generate(key: KernelKey, op: str) -> str:
     """The source file for one configuration; absent layout arguments and predicates leave no trace."""
-    config = config_of(key)
+    config = options_of(key)
     given = [name for name, _ in parameters(key)] + ["BLOCK_M: tl.constexpr", "BLOCK_N: tl.constexpr"]
     return triton_file(
         title=f"Block-sparse attention, heads of {config['head']} and {config['value']}.",
@@ -247,7 +258,7 @@ def tile_tables(q_off: Tensor, slots: int, rows: int) -> tuple[Tensor, Tensor, T
 
 def launcher(key: KernelKey, kernel: Any) -> Callable[..., Any]:
     """The op's implementation: lays out the tiles, allocates, launches one grid."""
-    names, config = tensor_names(key), config_of(key)
+    names, config = tensor_names(key), options_of(key)
     rows, keys = blocks(key)
 
     def run(*args: Any) -> tuple[Tensor, Tensor]:

@@ -234,11 +234,15 @@ def test_dense_and_causal_attention(causal: bool, size: int, dtype: torch.dtype)
         assert_parity(choice.op(*given), exact.to(dtype), **BOUNDS[dtype])
 
 
-def test_attention_trains_and_takes_other_lengths() -> None:
+def test_attention_is_for_inference_but_differentiates_and_takes_other_lengths() -> None:
     q, k, v = (randn(1, 2, n, 16).requires_grad_() for n in (300, 520, 520))
     args = (q, k, v, None, 0.2, False, 0.0, None)
-    choice = choose("attention", args, training=True)
+    refused = select_for_node("attention", args, TARGET, training=True)
+    assert isinstance(refused, Refusal)
+    assert "in training" in refused.reason
+    choice = KernelChoice(choose("attention", args).key, training=True)
     given, _ = choice.rewrite_args(args)
+    torch.library.opcheck(choice.op, given, test_utils=("test_schema", "test_faketensor"))
     seed = torch.randn(1, 2, 300, 16)
     mine = torch.autograd.grad(choice.op(*given), (q, k, v), seed)
     theirs = torch.autograd.grad(all_ops()["attention"].definition(*args), (q, k, v), seed)

@@ -44,7 +44,6 @@ def _cases() -> dict[str, tuple[Any, ...]]:
         "linear_multi": (x, weights, [None, None]),
         "quantized_linear": (x, packed[0], torch.randn(5), 5, INT4.text),
         "quantized_linear_multi": (x, packed, [None, torch.randn(3)], [5, 3], INT4.text),
-        "attention": (*heads, None, None, True),
         "block_sparse_attention": (*heads, *BlockLayout.causal(300, 300, 4, window=90).arguments()),
     }
 
