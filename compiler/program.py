@@ -106,7 +106,7 @@ class GraphRecord:
         new: dict[fx.Node, fx.Node] = {}
         for node, op, name, target, args, kwargs, meta, source in self._rows:
             given: Any = fx.node.map_arg((args, kwargs), new.__getitem__)
-            made = copy.create_node(op, target, *given, name=name)
+            made = copy.create_node(op, target, given[0], given[1], name)
             if made.name != name:  # setting a name is dear
                 made.name = name
             made.meta = dict(meta)

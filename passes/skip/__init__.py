@@ -1,0 +1,1 @@
+"""Passes that leave out parts of a model's depth."""
