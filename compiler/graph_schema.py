@@ -26,10 +26,8 @@ class Signature:
     aliased: tuple[str, ...]
     """Arguments that an output may alias without being written."""
     returns: int
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return self.positional + self.keyword
+    names: tuple[str, ...]
+    """All arguments in schema order."""
 
 
 @functools.cache
@@ -44,14 +42,17 @@ def signature(target: torch._ops.OpOverload) -> Signature:
             mutated.append(a.name)
         elif info is not None and (info.before_set & out_sets or "*" in info.after_set):
             aliased.append(a.name)
+    positional = tuple(a.name for a in arguments if not a.kwarg_only)
+    keyword = tuple(a.name for a in arguments if a.kwarg_only)
     return Signature(
-        positional=tuple(a.name for a in arguments if not a.kwarg_only),
-        keyword=tuple(a.name for a in arguments if a.kwarg_only),
+        positional=positional,
+        keyword=keyword,
         defaults={a.name: _default(a) for a in arguments if a.has_default_value()},
         types={a.name: str(a.type) for a in arguments},
         mutated=tuple(mutated),
         aliased=tuple(aliased),
         returns=len(target._schema.returns),
+        names=positional + keyword,
     )
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from tilewright.compiler import parity
 from tilewright.compiler.diagnostics import VerifyError
 from tilewright.compiler.match import Match
 from tilewright.compiler.program import Program
@@ -29,23 +30,8 @@ def tolerance(exactness: Exactness, dtype: torch.dtype) -> float:
 
 
 def relative_rms(got: torch.Tensor, want: torch.Tensor) -> float:
-    """RMS(got - want) / RMS(want) in float64; NaN and infinity must sit in the same places, else infinity."""
-    if got.shape != want.shape or got.dtype != want.dtype:
-        return float("inf")
-    if not want.dtype.is_floating_point:
-        return 0.0 if torch.equal(got, want) else float("inf")
-    a, b = got.double(), want.double()
-    finite = torch.isfinite(b)
-    if not torch.equal(a[~finite].nan_to_num(1e300), b[~finite].nan_to_num(1e300)):
-        return float("inf")
-    a, b = a[finite], b[finite]
-    if b.numel() == 0:
-        return 0.0
-    scale = b.pow(2).mean().sqrt()
-    difference = (a - b).pow(2).mean().sqrt()
-    if difference == 0:
-        return 0.0
-    return float(difference / scale) if scale > 0 else float("inf")
+    """`parity.relative_rms` between results that must also agree in dtype; infinite where they do not."""
+    return parity.relative_rms(got, want) if got.dtype == want.dtype else float("inf")
 
 
 class Replayer:

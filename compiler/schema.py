@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from tilewright.compiler.graph_schema import signature
+
 GETITEM = "getitem"
 
 _OPERATORS = {
@@ -46,10 +48,8 @@ def op_name(node: fx.Node) -> str:
 @functools.lru_cache(maxsize=4096)
 def schema_arguments(target: torch._ops.OpOverload) -> tuple[tuple[str, bool, Any], ...]:
     """(name, has default, default) for each argument of an overload, in order."""
-    return tuple(
-        (a.name, a.has_default_value(), a.default_value if a.has_default_value() else None)
-        for a in target._schema.arguments
-    )
+    sig = signature(target)
+    return tuple((name, name in sig.defaults, sig.defaults.get(name)) for name in sig.names)
 
 
 def arguments(node: fx.Node) -> dict[str, Any]:
@@ -57,9 +57,10 @@ def arguments(node: fx.Node) -> dict[str, Any]:
     schema."""
     if not isinstance(node.target, torch._ops.OpOverload):
         return {**{str(i): a for i, a in enumerate(node.args)}, **node.kwargs}
-    given = dict(zip((a[0] for a in schema_arguments(node.target)), node.args, strict=False))
+    sig = signature(node.target)
+    given = dict(zip(sig.positional, node.args, strict=False))
     given.update(node.kwargs)
-    return {name: given.get(name, default) for name, _, default in schema_arguments(node.target)}
+    return {name: given[name] if name in given else sig.defaults.get(name) for name in sig.names}
 
 
 def tensor_meta(value: Any) -> torch.Tensor | None:

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from tilewright.compiler.float64 import widen
 from tilewright.compiler.ops import semantic_op
+from tilewright.compiler.parity import relative_rms
 from tilewright.compiler.program import Program
 from tilewright.tools.zoo_entry import COUNTED, ZooEntry
 
@@ -153,20 +154,6 @@ def run_float64(entry: ZooEntry) -> list[Tensor]:
     with torch.no_grad(), default_dtype(torch.float64), Widened():
         out = model(*args, **kwargs)
     return tree_leaves(out)
-
-
-def relative_rms(value: Tensor, truth: Tensor) -> float:
-    """RMS(value - truth) / RMS(truth), 0 for equal tensors; infinite where shape or finiteness differs."""
-    if value.shape != truth.shape:
-        return float("inf")
-    value, truth = value.double(), truth.double()
-    finite = truth.isfinite()
-    if not torch.equal(finite, value.isfinite()):
-        return float("inf")
-    difference, size = (value - truth)[finite], truth[finite]
-    if not difference.any():
-        return 0.0
-    return float(difference.pow(2).mean().sqrt() / size.pow(2).mean().sqrt())
 
 
 def judge(row: Row, eager: list[Tensor], ours: list[Tensor], truth: list[Tensor]) -> None:
