@@ -75,7 +75,10 @@ def _rewrite_args(key: KernelKey, args: Sequence[Any]) -> tuple[Any, ...]:
 
 def _fake(key: KernelKey) -> Callable[..., Any]:
     def fake(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        return q.new_empty((*q.shape[:3], v.shape[3]))
+        batch, heads, queries = q.shape[:3]
+        if q.stride(1) < q.stride(2):  # heads inside rows, and so is the result
+            return q.new_empty((batch, queries, heads, v.shape[3])).transpose(1, 2)
+        return q.new_empty((batch, heads, queries, v.shape[3]))
 
     return fake
 

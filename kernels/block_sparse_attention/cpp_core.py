@@ -304,3 +304,25 @@ inline bool all_below(const int32_t* data, int64_t n, int64_t most) {
     if (data[i] < 0 || data[i] >= most) return false;
   return true;
 }"""
+
+DENSE_TABLES = """  // One block of all keys; the rows are cut into tasks.
+  const int64_t G = 1, nQ = 1, nK = 1;
+  const int32_t q_ends[2] = {0, static_cast<int32_t>(S)}, k_ends[2] = {0, static_cast<int32_t>(N)};
+  const int32_t entries[2] = {0, 1}, zero[1] = {0};
+  const Table q_off_t{q_ends, 0}, k_off_t{k_ends, 0}, row_ptr_t{entries, 0}, col_t{zero, 0};"""
+
+CALL = """// What all tasks of a call share. Index tables have a row per group, or one for all (step 0).
+struct Table {
+  const int32_t* data;
+  int64_t step;
+  const int32_t* row(int64_t group) const { return data + group * step; }
+};
+struct Unit {  // packed keys and values of one head under one cutting into blocks
+  Heads k, v;
+  const int32_t* k_off;
+  const int64_t* start;  // packed keys before each block
+  float *kp, *vp;
+};
+struct Task {
+  int64_t b, h, group, unit, block, first, rows;
+};"""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tilewright.kernels.block_sparse_attention.cpp_core import CHECKS
+from tilewright.kernels.block_sparse_attention.cpp_core import CALL, CHECKS, DENSE_TABLES
 from tilewright.kernels.block_sparse_attention.signature import (
     INDICES,
     RULE_FIELDS,
@@ -13,22 +13,6 @@ from tilewright.kernels.block_sparse_attention.signature import (
 )
 from tilewright.kernels.common.cpp import dtype_constant, require
 from tilewright.runtime.contracts import KernelKey
-
-CALL = """// What all tasks of a call share. Index tables have a row per group, or one for all (step 0).
-struct Table {
-  const int32_t* data;
-  int64_t step;
-  const int32_t* row(int64_t group) const { return data + group * step; }
-};
-struct Unit {  // packed keys and values of one head under one cutting into blocks
-  Heads k, v;
-  const int32_t* k_off;
-  const int64_t* start;  // packed keys before each block
-  float *kp, *vp;
-};
-struct Task {
-  int64_t b, h, group, unit, block, first, rows;
-};"""
 
 
 def _call(key: KernelKey) -> str:
@@ -55,7 +39,8 @@ def _attend(key: KernelKey) -> str:
                          : (w.m[i] + std::log2(total)) * 0.69314718f;"""
     place = "slot_of[t.first + i]" if config["src_q"] else "t.first + i"
     src = ", const int32_t* slot_of" if config["src_q"] else ""
-    given = ("float* lse" if lse else "float*") + src
+    given = ("float* lse" if lse else "float*") + src + ("" if lse else ", int64_t step")
+    step = "E" if lse else "step"
     given += ", int64_t limit, const uint8_t* mask" if kinds else ""
     return f"""// One task; `out` and `lse` are those of its head, valid the keys of its batch item.
 inline void attend(const Task& t, const Call& c, const Heads& q, const Unit& u, const Scratch& w,
@@ -80,7 +65,7 @@ inline void attend(const Task& t, const Call& c, const Heads& q, const Unit& u, 
     const int64_t at_slot = {place};
     const bool empty = w.m[i] == -1e30f;
     const float total = vsum(vload(w.l + i * kLanes));
-    narrow(w.out + i * kEP, E, out + at_slot * E, empty ? 0.0f : 1.0f / total);{lse}
+    narrow(w.out + i * kEP, E, out + at_slot * {step}, empty ? 0.0f : 1.0f / total);{lse}
   }}
 }}"""
 
@@ -96,6 +81,9 @@ def _arguments(key: KernelKey) -> list[str]:
         lines.append(f"  const int64_t {name} = static_cast<int64_t>(stack[{i}]);")
     lines.append(f"  const double scale = to_double(stack[{len(names) + len(rule_names(key))}]);")
     dtype = dtype_constant(key.dtype)
+    if options_of(key)["layout"] != "blocks":
+        lines.append(require("q.dim() == 4", "q must have 4 axes"))
+        lines.append("  const bool heads_inside = q.strides()[1] < q.strides()[2];")
     for name, size in (("q", "D"), ("k", "D"), ("v", "E")):
         held = f"{name}.is_cpu({dtype}) && {name}.dim() == 4 && {name}.sizes()[3] == {size}"
         lines.append(require(held, f"{name} must be a {key.dtype} tensor [B, H, S, {size}] on the CPU"))
@@ -202,12 +190,6 @@ def _bounds_checks(key: KernelKey) -> list[str]:
     return lines
 
 
-_DENSE_TABLES = """  // One block of all keys; the rows are cut into tasks.
-  const int64_t G = 1, nQ = 1, nK = 1;
-  const int32_t q_ends[2] = {0, static_cast<int32_t>(S)}, k_ends[2] = {0, static_cast<int32_t>(N)};
-  const int32_t entries[2] = {0, 1}, zero[1] = {0};
-  const Table q_off_t{q_ends, 0}, k_off_t{k_ends, 0}, row_ptr_t{entries, 0}, col_t{zero, 0};"""
-
 _PACK = """  // Units: heads of k and v under each cutting that a query head asks for.
   std::vector<int64_t> starts, totals;
   for (int64_t g = 0; g < (@CUTS@ ? G : 1); ++g) {
@@ -302,6 +284,9 @@ def _parallel(key: KernelKey) -> str:
     valid = "k_valid.data<int32_t>()[t.b]" if config["k_valid"] else "INT64_MAX / 2"
     src_q = ", src_q_t.row(t.group)" if config["src_q"] else ""
     heads = ", src_q_t.row(t.group)" if config["src_q"] else ", nullptr" if config["src_k"] else ""
+    blocks = options_of(key)["layout"] == "blocks"
+    place = "(t.b * H + t.h) * S * E" if blocks else "t.b * S * H * E + t.h * head_step"
+    step = "" if blocks else ", step"
     more = ""
     if kinds:
         limit = "limit.data<int32_t>()[t.b]" if config["limit"] else "0"
@@ -330,9 +315,24 @@ def _parallel(key: KernelKey) -> str:
     for (size_t i; (i = next_task++) < tasks.size();) {{
       const Task& t = tasks[i];
       attend(t, call, head(q, t.b, t.h{heads}), units[t.unit], w, {valid},
-             result + (t.b * H + t.h) * S * E, {lse}{src_q}{more});
+             result + {place}, {lse}{src_q}{step}{more});
     }}
   }});"""
+
+
+def _output(key: KernelKey) -> list[str]:
+    """The result's memory: dense forms order heads and rows as q does, like torch's own attention."""
+    dtype = dtype_constant(key.dtype)
+    if options_of(key)["layout"] == "blocks":
+        return [f"  Tensor out(out_sizes, 4, {dtype});"]
+    return [
+        "  const int64_t step = heads_inside ? H * E : E, head_step = heads_inside ? E : S * E;",
+        "  const int64_t out_strides[4] = {S * H * E, head_step, step, 1};",
+        "  AtenTensorHandle made;",
+        "  const int32_t device = aoti_torch_device_type_cpu();",
+        f"  checked(aoti_torch_empty_strided(4, out_sizes, out_strides, {dtype}, device, 0, &made));",
+        "  Tensor out(made);",
+    ]
 
 
 def run_text(key: KernelKey, walk: str) -> str:
@@ -354,9 +354,9 @@ def run_text(key: KernelKey, walk: str) -> str:
     body = [
         "void run(StableIValue* stack, uint64_t, uint64_t) {",
         *_arguments(key),
-        *(_tables(key) if blocks else [_DENSE_TABLES]),
+        *(_tables(key) if blocks else [DENSE_TABLES]),
         "  const int64_t out_sizes[4] = {B, H, S, E};",
-        f"  Tensor out(out_sizes, 4, {dtype_constant(key.dtype)});",
+        *_output(key),
     ]
     if blocks:
         body += [

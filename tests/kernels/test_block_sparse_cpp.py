@@ -227,6 +227,12 @@ def test_dense_and_causal_attention(causal: bool, size: int, dtype: torch.dtype)
     choice = choose("attention", args)
     given, _ = choice.rewrite_args(args)
     definition = all_ops()["attention"].definition
+    inside = randn(2, 517, 6, size, dtype=dtype).transpose(1, 2)
+    for one in (q, inside):  # views that follow were made for the strides of the definition
+        want = definition(one, *args[1:]).stride()
+        assert choice.op(one, *given[1:]).stride() == want
+        assert choice.family.fake(choice.key)(one, *given[1:]).stride() == want
+    torch.testing.assert_close(choice.op(inside, *given[1:]), choice.op(inside.contiguous(), *given[1:]))
     exact = float64_evaluation(definition, args)
     if dtype == torch.float32:
         assert_parity(choice.op(*given), definition(*args), reference64=exact, rms=2e-6, ulps=128.0)
