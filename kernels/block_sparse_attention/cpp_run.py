@@ -339,7 +339,7 @@ def run_text(key: KernelKey, walk: str) -> str:
     """Everything from the shared structs to the op's entry point."""
     config = options_of(key)
     blocks = config["layout"] == "blocks"
-    src = bool(config["src_q"] or config["src_k"])
+    src, partly = bool(config["src_q"] or config["src_k"]), bool(config["src_q"] or config["q_valid"])
     cuts = "(k_off_t.step != 0" + (" || src_k_t.step != 0)" if config["src_k"] else ")")
     # With its own index map but a shared cutting, a group still needs its own unit and table row.
     pack = _PACK.replace("@CUTS@", cuts if blocks else "false")
@@ -361,9 +361,13 @@ def run_text(key: KernelKey, walk: str) -> str:
     if blocks:
         body += [
             "  Tensor lse(out_sizes, 3, aoti_torch_dtype_float32());",
-            "  std::memset(out.mutable_data<T>(), 0, out.numel() * sizeof(T));  // what no slot holds",
-            "  for (int64_t i = 0; i < lse.numel(); ++i)",
-            "    lse.mutable_data<float>()[i] = -std::numeric_limits<float>::infinity();",
+            f"  bool covered = {'false' if partly else 'true'};  // every row of out is written by a task",
+            "  for (int64_t g = 0; g < G; ++g) covered = covered && q_off_t.row(g)[nQ] == S;",
+            "  if (!covered) {",
+            "    std::memset(out.mutable_data<T>(), 0, out.numel() * sizeof(T));",
+            "    float* sums = lse.mutable_data<float>();",
+            "    for (int64_t i = 0; i < B * H * S; ++i) sums[i] = -std::numeric_limits<float>::infinity();",
+            "  }",
             "  const int32_t* groups = head_group.data<int32_t>();",
             "  const int64_t per_item = head_group.sizes()[0] == 1 ? 0 : H;",
             "  const auto group_of = [&](int64_t b, int64_t h) -> int64_t {",
