@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import nn
 
-
 CACHE_STEP = 256
 """Caches have a multiple of this many slots, so that runs of other lengths find their kernels compiled."""
 

@@ -210,8 +210,13 @@ def _kernels(report: Report) -> Section:
     for c in report.costs_after:
         counts[c.where] += c.launches
     launches = [(where, count) for where, count in counts.most_common() if where and count]
+    notes = []
     if launches:
-        section.note = "launches: " + ", ".join(f"{where} {count}" for where, count in launches)
+        notes.append("launches: " + ", ".join(f"{where} {count}" for where, count in launches))
+    if report.pieces:
+        notes.append(f"{len(report.pieces)} compiled pieces serve {sum(report.pieces)} calls")
+    notes += [f"not one function: {clean(reason)}" for reason in report.chains]
+    section.note = "; ".join(notes)
     return section
 
 

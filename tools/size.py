@@ -23,6 +23,7 @@ EXCEPTIONS: dict[str, str] = {
     "passes/normalize/match_attention.py": "nine spellings of attention and an example of every refusal",
     "passes/normalize/match_rope.py": "eight spellings of rotary embedding and an example of every refusal",
     "passes/normalize/match_rope.py:examples": _TABLE,
+    "passes/weights/rotate_hadamard.py": "four rotations, each with its examples and refusals",
 }
 """`path` or `path:function` -> why it may be longer."""
 

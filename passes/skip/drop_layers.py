@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -26,24 +26,13 @@ from tilewright.compiler import (
     graph_pass,
     ops,
 )
-from tilewright.compiler.blocks import Block, BlockStructure, Layer, find_blocks
-from tilewright.compiler.diagnostics import OptionError, PipelineError
+from tilewright.compiler.blocks import find_blocks
+from tilewright.compiler.diagnostics import PipelineError
 from tilewright.compiler.graph import dead_code, output_node
-from tilewright.compiler.legality import STATE
-
-_HALVES = {"attention": ("self-attention", "cross-attention", "mixer"), "mlp": ("mlp", "conv")}
+from tilewright.passes.skip._cuts import Cut, chosen, cuts_of
 
 _DONE = "tw_dropped_layers"
 """Mark on the graph's output: what was dropped, so that a second run does not drop the layers behind."""
-
-
-@dataclass(frozen=True)
-class _Cut:
-    """What read `exit` will read `entry`; `writes` of state that only the part between them makes go too."""
-
-    entry: fx.Node
-    exit: fx.Node
-    writes: tuple[fx.Node, ...]
 
 
 @graph_pass(
@@ -96,7 +85,7 @@ class DropLayers(GraphPass):
             log.note(f"{len(removed)} nodes have no reader left")
         log.finish(("residual block",))
 
-    def _cuts(self, program: Program, log: PassLog) -> list[_Cut]:
+    def _cuts(self, program: Program, log: PassLog) -> list[Cut]:
         if not self.layers:
             log.note("no layer is named: every layer stays")
             return []
@@ -110,46 +99,8 @@ class DropLayers(GraphPass):
                 remedy="name all layers in one pass",
             )
         structure = find_blocks(program.graph, program.inputs)
-        layers = self._chosen(structure, log)
-        return [cut for layer in layers for cut in self._of_layer(structure, layer, log)]
-
-    def _chosen(self, structure: BlockStructure, log: PassLog) -> list[Layer]:
-        if structure.refusal:
-            log.note(f"no layers: {structure.refusal}")
-            return []
-        count, numbers = len(structure.layers), self.numbers()
-        if numbers[-1] >= count:
-            raise OptionError(
-                f"{self.name}: layer {numbers[-1]}: the model has {count} layers, 0 to {count - 1}"
-            )
-        if len(numbers) > self.max_share * count:
-            raise OptionError(
-                f"{self.name}: {len(numbers)} of {count} layers are more than max_share={self.max_share:g}",
-                remedy="give max_share=1 when this is meant",
-            )
-        return [structure.layers[n] for n in numbers]
-
-    def _of_layer(self, structure: BlockStructure, layer: Layer, log: PassLog) -> list[_Cut]:
-        for block, verdict in layer.failures():
-            log.refused(block.exit, f"{block.name} may not be bypassed: {verdict.rule}: {verdict.reason}")
-            return []
-        if self.part == "all":
-            return [_Cut(b.entry, b.exit, _own_writes(b, set(b.nodes))) for b in layer.blocks]
-        return [cut for block in layer.blocks for cut in self._halves(structure, block, log)]
-
-    def _halves(self, structure: BlockStructure, block: Block, log: PassLog) -> Iterator[_Cut]:
-        """The segments of a block that are of the chosen half and nothing else."""
-        points = structure.streams[block.stream].points
-        wanted = _HALVES[self.part]
-        found = False
-        for i, segment in enumerate(block.segments, block.span[0]):
-            if segment.kinds and all(kind in wanted for kind in segment.kinds):
-                found = True
-                between = _between(points[i], points[i + 1])
-                yield _Cut(points[i], points[i + 1], _own_writes(block, between))
-        if not found:
-            kinds = " | ".join("+".join(s.kinds) or "?" for s in block.segments)
-            log.refused(block.exit, f"{block.name} has no step that is {self.part} alone: {kinds}")
+        layers = chosen(structure, self.numbers(), self.max_share, log)
+        return [cut for layer in layers for cut in cuts_of(structure, layer, self.part, log)]
 
     def reference(self, program: Program) -> None:
         """Every chosen exit is a copy of its entry; nothing is removed."""
@@ -178,6 +129,7 @@ class DropLayers(GraphPass):
         weights = [Tensor(7, 5, weight=True), Tensor(5, 7, weight=True)] * 5
         yield {"layers": "1+2", "max_share": 1.0}, Example(stack, (Tensor(3, 5), *weights), count=2)
         yield {"layers": "3", "max_share": 1.0}, Example(stack, (Tensor(3, 5), *weights))
+
         def leaky(x, *weights):
             inner = []
             for up, down in zip(weights[::2], weights[1::2], strict=True):
@@ -191,33 +143,3 @@ class DropLayers(GraphPass):
             {"layers": "1", "part": "attention"},
             Example(stack, (Tensor(3, 5), *weights), refusal="no step that is attention alone"),
         )
-
-
-def _between(entry: fx.Node, exit_: fx.Node) -> set[fx.Node]:
-    """Everything that reads the entry, directly or not, and feeds the exit; the exit too."""
-    below: set[fx.Node] = set()
-    pending = [entry]
-    while pending:
-        for user in pending.pop().users:
-            if user not in below and user.op == "call_function":
-                below.add(user)
-                pending.append(user)
-    feeding: set[fx.Node] = set()
-    pending = [exit_]
-    while pending:
-        node = pending.pop()
-        if node in below and node not in feeding:
-            feeding.add(node)
-            pending += node.all_input_nodes
-    return feeding
-
-
-def _own_writes(block: Block, nodes: set[fx.Node]) -> tuple[fx.Node, ...]:
-    """Writes of a cache whose new content is made by these nodes alone: nobody else reads that cache."""
-    return tuple(
-        write
-        for out in block.live_outs
-        if out.kind == STATE and out.node in nodes
-        for write in out.users
-        if write.target is torch.ops.aten.copy_.default and not write.users
-    )

@@ -1,0 +1,93 @@
+"""Where a layer, or a half of one, is cut out of its residual stream."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from tilewright.compiler import PassLog
+from tilewright.compiler.blocks import Block, BlockStructure, Layer
+from tilewright.compiler.diagnostics import OptionError
+from tilewright.compiler.legality import STATE
+
+_HALVES = {"attention": ("self-attention", "cross-attention", "mixer"), "mlp": ("mlp", "conv")}
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What read `exit` will read `entry`; `writes` of state that only the part between them makes go too."""
+
+    entry: fx.Node
+    exit: fx.Node
+    writes: tuple[fx.Node, ...]
+
+
+def chosen(structure: BlockStructure, numbers: list[int], max_share: float, log: PassLog) -> list[Layer]:
+    """The layers of these numbers, ascending. OptionError when there is no such layer, or for too many."""
+    if structure.refusal:
+        log.note(f"no layers: {structure.refusal}")
+        return []
+    count = len(structure.layers)
+    if numbers[-1] >= count:
+        raise OptionError(f"{log.name}: layer {numbers[-1]}: the model has {count} layers, 0 to {count - 1}")
+    if len(numbers) > max_share * count:
+        raise OptionError(
+            f"{log.name}: {len(numbers)} of {count} layers are more than max_share={max_share:g}",
+            remedy="give max_share=1 when this is meant",
+        )
+    return [structure.layers[n] for n in numbers]
+
+
+def cuts_of(structure: BlockStructure, layer: Layer, part: str, log: PassLog) -> list[Cut]:
+    """The cuts that take out a layer (`all`) or its `attention` or `mlp`; refusals go to the log."""
+    for block, verdict in layer.failures():
+        log.refused(block.exit, f"{block.name} may not be bypassed: {verdict.rule}: {verdict.reason}")
+        return []
+    if part == "all":
+        return [Cut(b.entry, b.exit, _own_writes(b, set(b.nodes))) for b in layer.blocks]
+    return [cut for block in layer.blocks for cut in _halves(structure, block, part, log)]
+
+
+def _halves(structure: BlockStructure, block: Block, part: str, log: PassLog) -> Iterator[Cut]:
+    """The segments of a block that are of one half and nothing else."""
+    points, found = structure.streams[block.stream].points, False
+    for i, segment in enumerate(block.segments, block.span[0]):
+        if segment.kinds and all(kind in _HALVES[part] for kind in segment.kinds):
+            found = True
+            yield Cut(points[i], points[i + 1], _own_writes(block, _between(points[i], points[i + 1])))
+    if not found:
+        kinds = " | ".join("+".join(s.kinds) or "?" for s in block.segments)
+        log.refused(block.exit, f"{block.name} has no step that is {part} alone: {kinds}")
+
+
+def _between(entry: fx.Node, exit_: fx.Node) -> set[fx.Node]:
+    """Everything that reads the entry, directly or not, and feeds the exit; the exit too."""
+    below: set[fx.Node] = set()
+    pending = [entry]
+    while pending:
+        for user in pending.pop().users:
+            if user not in below and user.op == "call_function":
+                below.add(user)
+                pending.append(user)
+    feeding: set[fx.Node] = set()
+    pending = [exit_]
+    while pending:
+        node = pending.pop()
+        if node in below and node not in feeding:
+            feeding.add(node)
+            pending += node.all_input_nodes
+    return feeding
+
+
+def _own_writes(block: Block, nodes: set[fx.Node]) -> tuple[fx.Node, ...]:
+    """Writes of a cache whose new content is made by these nodes alone: nobody else reads that cache."""
+    return tuple(
+        write
+        for out in block.live_outs
+        if out.kind == STATE and out.node in nodes
+        for write in out.users
+        if write.target is torch.ops.aten.copy_.default and not write.users
+    )
