@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,6 +23,11 @@ def widen(value: Any) -> Any:
     return value
 
 
+def concrete(inputs: Sequence[Any]) -> list[Any]:
+    """Inputs with every symbolic size replaced by the number it had at capture, which adds no guard."""
+    return [v.node.hint if isinstance(v, torch.SymInt) else v for v in inputs]
+
+
 class Float64(fx.Interpreter):
     """Interprets a program with every floating value in float64; derived buffers are derived anew."""
 
@@ -32,7 +38,7 @@ class Float64(fx.Interpreter):
 
     def run_on(self, inputs: list[Any]) -> Any:
         """Outputs for inputs in placeholder order; inputs are cloned, so state is not written back."""
-        wide = [widen(v).clone() if isinstance(v, torch.Tensor) else v for v in inputs]
+        wide = [widen(v).clone() if isinstance(v, torch.Tensor) else v for v in concrete(inputs)]
         self._inputs = {s.name: v for s, v in zip(self._program.inputs, wide, strict=True)}
         with torch.no_grad():
             return self.run(*wide)

@@ -13,7 +13,7 @@ import torch
 from torch import fx, nn
 
 from tilewright.compiler.diagnostics import CaptureError
-from tilewright.compiler.float64 import Float64
+from tilewright.compiler.float64 import Float64, concrete
 from tilewright.compiler.pipeline import clone_inputs
 from tilewright.compiler.program import Program
 from tilewright.compiler.replay import relative_rms, tensors_in
@@ -86,9 +86,10 @@ def _errors(
     gm: fx.GraphModule, program: Program, inputs: Sequence[Any], want: list[torch.Tensor]
 ) -> dict[str, float]:
     """Relative RMS error of eager and of the lowered program against the float64 run, worst output."""
+    given = concrete(inputs)
     with torch.no_grad():
-        eager = tensors_in(gm(*clone_inputs(list(inputs))))
-        ours = tensors_in(program.module(*clone_inputs(list(inputs))))
+        eager = tensors_in(gm(*clone_inputs(given)))
+        ours = tensors_in(program.module(*clone_inputs(given)))
 
     def worst(got: list[torch.Tensor]) -> float:
         return max(

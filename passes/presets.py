@@ -11,7 +11,7 @@ PRESETS: dict[str, str] = {
     "exact": "gqa-unrepeat,common-subexpression,dead-code,fuse-add-rmsnorm,fuse-projections",
     # Weights and activations in 8 bits, a scale per row and per token; the head too.
     "cpu-int8": "gqa-unrepeat,common-subexpression,dead-code,"
-    "quantize-linear{weight=int8,activation=int8-token,head=true},fuse-add-rmsnorm,fuse-projections",
+    "quantize-linear{activation=int8-token,head=true},fuse-add-rmsnorm,fuse-projections",
     # 4-bit weights in groups of 32 with a float offset (the grid of Q4_1 files), 8-bit activations.
     "cpu-int4": "gqa-unrepeat,common-subexpression,dead-code,"
     "quantize-linear{weight=int4,group=32,mode=float-zero,activation=int8-group,head=true},"
