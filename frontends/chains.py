@@ -30,7 +30,7 @@ def is_chain(node: fx.Node) -> bool:
 def raise_chains(program: Program, target: Target, report: Report) -> None:
     """Replace each stretch that a chain can run, in place, and record what it runs in `report.kernels`.
 
-    Stretches are the pieces between repetitions. Only what is repeated, or holds a linear layer, is worth a
+    Stretches are repeated ones and what lies between them. Only those with a linear layer are worth a
     compilation. `report.chains` says why the others have none.
     """
     if program.training:

@@ -68,13 +68,18 @@ def compile_pieces(program: Program, compile_one: CompileOne) -> tuple[Compiled,
 
 
 def _direct(piece: Piece) -> Compiled:
-    """A call that stands alone, without anything around it."""
-    op: Any = piece.nodes[0].target
-    arguments = piece.nodes[0].args
-    if len(piece.nodes) == 1:
+    """A call that stands alone, without anything around it; results that nobody reads are left out."""
+    call = piece.nodes[0]
+    op: Any = call.target
+    if piece.outputs == (call,):
         return lambda *given: (op(*given),)
-    assert tuple(arguments) == piece.inputs, "a chain reads each input once"
-    return cast(Compiled, op)
+    read = [cast(int, n.args[1]) for n in piece.outputs]
+
+    def run(*given: Any) -> list[Any]:
+        results = op(*given)
+        return [results[i] for i in read]
+
+    return run
 
 
 _GIVEN = ("placeholder", "get_attr")

@@ -96,7 +96,8 @@ class Planner:
             for node in self.nodes:
                 self._stage(node)
             for node in self.outputs:
-                if not isinstance(self.number[node], int) or self.number[node] in self.scalars:
+                number = self.number.get(node)
+                if not isinstance(number, int) or number in self.scalars:
                     raise Unsupported("it leaves the stretch and is not a float vector")
         except Unsupported as reason:
             return Refusal(f"{node.name if node else ''} ({node.target if node else ''}): {reason}")
@@ -300,6 +301,8 @@ class Planner:
         shape = cache.meta["val"].shape
         if self.states.get(cache) is not node or cache not in self.inputs:
             raise Unsupported("its result is not written back to the cache")
+        if any(user is not node and user.target is not aten.copy_.default for user in cache.users):
+            raise Unsupported("the cache is also read as it was before")
         if len(shape) != 4 or shape[0] != 1 or dim % 4 != 2 or not self._is_scalar(positions):
             raise Unsupported("the cache is not [1, heads, length, width] with one new position")
         reads = (self._vector(new), self._of(positions))

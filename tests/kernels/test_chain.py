@@ -211,6 +211,23 @@ def test_what_is_not_supported_is_named() -> None:
     )
 
 
+def test_old_state_and_returned_state_are_refused() -> None:
+    cache, new, at = torch.randn(1, 2, 6, 8), torch.randn(1, 2, 1, 8), torch.zeros(1, dtype=torch.int64)
+
+    def reads_old(c: Tensor, n: Tensor, p: Tensor) -> Tensor:
+        updated = tw.kv_update(c, n, p, 2)
+        both = tw.attention(n, updated, c)
+        c.copy_(updated)
+        return both
+
+    assert "as it was before" in _refused(reads_old, cache, new, at)
+
+    def returns_state(c: Tensor, n: Tensor, p: Tensor) -> Tensor:
+        return c.copy_(tw.kv_update(c, n, p, 2))
+
+    assert "leaves the stretch" in _refused(returns_state, cache, new, at)
+
+
 def test_sources_of_equal_plans_are_equal_and_of_others_not() -> None:
     inputs = _inputs(**CASES["llama"])  # type: ignore[arg-type]
     plans = [_planned(_block(3, 3, 64, "bool", bias), inputs) for bias in (True, False, False)]
