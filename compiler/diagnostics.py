@@ -66,6 +66,10 @@ class BuildError(TilewrightError):
     """A compiler (C++, Triton) refused generated source."""
 
 
+class ExportError(TilewrightError):
+    """A program cannot be written in the format asked for, or its files cannot be written."""
+
+
 class LoadError(TilewrightError):
     """A model or artifact file cannot be read: truncated, foreign, malicious or absent."""
 

@@ -1,0 +1,1 @@
+"""Ahead-of-time export: a model becomes a folder that runs without this package, or is compiled elsewhere."""
