@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tilewright.compiler.ops import attention as _attention
+from tilewright.compiler.ops import attention_mass as _attention_mass
 from tilewright.compiler.ops import block_mass as _block_mass
 from tilewright.compiler.ops import block_sparse_attention as _block_sparse
 from tilewright.compiler.ops import cache as _cache
@@ -10,6 +11,7 @@ from tilewright.compiler.ops import hadamard as _hadamard
 from tilewright.compiler.ops import linear as _linear
 from tilewright.compiler.ops import mlp as _mlp
 from tilewright.compiler.ops import norm as _norm
+from tilewright.compiler.ops import paged as _paged
 from tilewright.compiler.ops import quantized_linear as _quantized_linear
 from tilewright.compiler.ops import rope as _rope
 from tilewright.compiler.ops import step_state as _step_state
@@ -34,12 +36,18 @@ rope = _rope.rope.overload
 gated_mlp = _mlp.gated_mlp.overload
 hadamard = _hadamard.hadamard.overload
 kv_update = _cache.kv_update.overload
+paged_attention = _paged.paged_attention.overload
+token_attention = _paged.token_attention.overload
+paged_append = _paged.paged_append.overload
+page_bounds = _paged.page_bounds.overload
+attention_mass = _attention_mass.attention_mass.overload
 
 __all__ = [
     "SemanticOp",
     "add_rms_norm",
     "all_ops",
     "attention",
+    "attention_mass",
     "block_mass",
     "block_sparse_attention",
     "block_sparse_attention_backward",
@@ -51,6 +59,9 @@ __all__ = [
     "linear",
     "linear_multi",
     "merge_attention",
+    "page_bounds",
+    "paged_append",
+    "paged_attention",
     "quantized_linear",
     "quantized_linear_multi",
     "rms_norm",
@@ -58,4 +69,5 @@ __all__ = [
     "semantic_op",
     "step_state_get",
     "step_state_put",
+    "token_attention",
 ]
