@@ -18,15 +18,19 @@ if (_root / "setup.py").is_file() and str(_root) not in __path__:
 
 if TYPE_CHECKING:
     from tilewright.frontends.api import Executable, evaluate, explain, optimize
+    from tilewright.frontends.export.api import export
+    from tilewright.frontends.speculate import speculate
 
 _PUBLIC = {
     "Executable": "tilewright.frontends.api",
     "evaluate": "tilewright.frontends.api",
     "explain": "tilewright.frontends.api",
+    "export": "tilewright.frontends.export.api",
     "optimize": "tilewright.frontends.api",
+    "speculate": "tilewright.frontends.speculate",
 }
 
-__all__ = ["Executable", "__version__", "evaluate", "explain", "optimize"]
+__all__ = ["Executable", "__version__", "evaluate", "explain", "optimize", "speculate"]
 
 
 def __getattr__(name: str) -> Any:

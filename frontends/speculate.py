@@ -1,0 +1,332 @@
+"""`tilewright.speculate`: text exactly as the target alone would write it, in fewer of the target's steps."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tilewright.compiler.diagnostics import OptionError, shown
+from tilewright.frontends.drafters import Draft, Drafter, ModelDrafter, RetrievalDrafter
+from tilewright.frontends.kv_rows import KVRows, RowModel
+from tilewright.frontends.language_model import LanguageModel, check_same_vocabulary
+from tilewright.frontends.sampling import Sampling
+from tilewright.runtime.draft_length import DraftLength
+from tilewright.runtime.retrieval import NgramStore
+
+SLACK = 64
+"""Slots of a batch's cache for holes, before they must be closed."""
+Stop = Callable[[list[int]], bool]
+"""Whether a row ends with its latest token; given all its tokens."""
+OnTokens = Callable[[int, list[int]], None]
+"""on_tokens(row, its new tokens), after each round."""
+
+
+@dataclass
+class Statistics:
+    """What one generation took."""
+
+    tokens: int = 0
+    target_calls: int = 0
+    """Without the prompt's."""
+    drafted: int = 0
+    accepted: int = 0
+    drafting_rounds: int = 0
+    prompt_seconds: float = 0.0
+    seconds: float = 0.0
+    """Without the prompt's."""
+
+    @property
+    def tokens_per_call(self) -> float:
+        return self.tokens / self.target_calls if self.target_calls else 0.0
+
+
+@dataclass
+class Retrieval:
+    """A draft from text that was seen before: the prompt and answer themselves, and a datastore if given."""
+
+    datastore: Iterable[Sequence[int]] = ()
+    """Tokenized texts."""
+    shortest: int = 2
+    """Tokens that must agree."""
+    longest: int = 16
+    """Tokens that are compared at most; a longer agreement is preferred."""
+
+
+@dataclass
+class _Row:
+    tokens: list[int]
+    last: int
+    """Length at which the row ends."""
+    done: bool = False
+
+    def take(self, new: Sequence[int], stop: Stop) -> list[int]:
+        """Append up to the end of the row; returns what was appended."""
+        taken = []
+        for token in new:
+            self.tokens.append(token)
+            taken.append(token)
+            if len(self.tokens) >= self.last or stop(self.tokens):
+                self.done = True
+                break
+        return taken
+
+
+@dataclass
+class Speculator:
+    """Made by `speculate`. Generates for one caller at a time; what it learnt about its costs is kept."""
+
+    target: LanguageModel
+    draft: LanguageModel | Retrieval | None
+    length: DraftLength
+    statistics: Statistics = field(default_factory=Statistics)
+    """Of the latest generation."""
+
+    def __post_init__(self) -> None:
+        self._busy = threading.Lock()
+        self._caches: dict[str, KVRows] = {}
+        self._datastore: NgramStore | None = None
+        if isinstance(self.draft, Retrieval):
+            texts = [list(t) for t in self.draft.datastore]
+            store = NgramStore(texts, shortest=self.draft.shortest, longest=self.draft.longest)
+            self._datastore = store if texts else None
+
+    def generate(
+        self,
+        tokens: Tensor | Sequence[Sequence[int]],
+        max_new_tokens: int = 128,
+        *,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        stop_tokens: Iterable[int] | None = None,
+        on_tokens: OnTokens | None = None,
+    ) -> list[list[int]]:
+        """All tokens of every row, prompt included.
+
+        tokens: int64 [B, S], or rows of different lengths without padding. temperature 0 is greedy.
+        stop_tokens: end a row; the model's end-of-text tokens by default.
+        """
+        rows = tokens.tolist() if isinstance(tokens, Tensor) else [list(row) for row in tokens]
+        sampling = Sampling.of(temperature, top_k, top_p, seed)
+        ends = frozenset(self.target.stop_tokens if stop_tokens is None else stop_tokens)
+        result = [list(row) for row in rows]
+        for new in self.rounds(rows, max_new_tokens, sampling, lambda held: held[-1] in ends):
+            for row, taken in enumerate(new):
+                result[row] += taken
+                if on_tokens is not None and taken:
+                    on_tokens(row, taken)
+        return result
+
+    def stream(self, tokens: Tensor | Sequence[int], max_new_tokens: int = 128, **how: Any) -> Iterator[int]:
+        """The new tokens of one row, each as soon as it is certain. how: as for `generate`."""
+        flat = tokens.reshape(-1).tolist() if isinstance(tokens, Tensor) else list(tokens)
+        ends = frozenset(how.pop("stop_tokens", None) or self.target.stop_tokens)
+        given = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "seed": None, **how}
+        if len(given) > 4:
+            raise OptionError(
+                f"stream: unknown {sorted(set(how) - {'temperature', 'top_k', 'top_p', 'seed'})}"
+            )
+        sampling = Sampling.of(**given)
+        for new in self.rounds([flat], max_new_tokens, sampling, lambda held: held[-1] in ends):
+            yield from new[0]
+
+    def rounds(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, sampling: Sampling, stop: Stop
+    ) -> Iterator[list[list[int]]]:
+        """The new tokens of every row, round by round."""
+        if not prompts or not all(prompts) or max_new_tokens < 1:
+            raise OptionError(
+                f"{len(prompts)} prompts of {[len(p) for p in prompts[:8]]} tokens, max_new_tokens = "
+                f"{max_new_tokens}: expected at least one token each"
+            )
+        self.target.check_room(max(map(len, prompts)) + max_new_tokens)
+        if not self._busy.acquire(blocking=False):
+            raise OptionError("this speculator is generating already", remedy="make one per thread")
+        try:
+            yield from self._rounds(prompts, max_new_tokens, sampling, stop)
+        finally:
+            self._busy.release()
+
+    def _rounds(
+        self, prompts: Sequence[Sequence[int]], count: int, sampling: Sampling, stop: Stop
+    ) -> Iterator[list[list[int]]]:
+        rows = [_Row(list(p), len(p) + count) for p in prompts]
+        room = max(row.last for row in rows) + self._width() + 1 + (SLACK if len(rows) > 1 else 0)
+        target = self.target.rows(self._cache("target", self.target, len(rows), room))
+        drafter = self._drafter(target, sampling, room)
+        self.statistics = Statistics()
+        started = time.perf_counter()
+        logits = target.feed([row.tokens for row in rows], prompt=True)
+        new = []
+        for b, row in enumerate(rows):
+            at = len(row.tokens) - 1
+            new.append(row.take(sampling.accept(row.tokens, [], None, logits[b, at : at + 1]), stop))
+        self.statistics.prompt_seconds = time.perf_counter() - started
+        self.statistics.tokens = len(rows)
+        yield new
+        while not all(row.done for row in rows):
+            yield self._round(rows, target, drafter, sampling, stop)
+
+    def _round(
+        self, rows: Sequence[_Row], target: RowModel, drafter: Drafter | None, sampling: Sampling, stop: Stop
+    ) -> list[list[int]]:
+        """Draft, let the target answer once, keep what it confirms and one token more, in every row."""
+        started = time.perf_counter()
+        left = [0 if row.done else row.last - len(row.tokens) - 1 for row in rows]
+        length = self.length.choose(max(left)) if drafter is not None else 0
+        drafts = [Draft() for _ in rows]
+        if drafter is not None and length:
+            drafts = drafter.propose([row.tokens for row in rows], [min(length, n) for n in left])
+        longest = max(len(d.tokens) for d in drafts)
+        length = min(n for n in self.length.lengths if n >= longest)
+        kv = target.kv
+        kv.reserve(length + 1)
+        start = kv.length
+        fed = [[] if r.done else [r.tokens[-1], *d.tokens] for r, d in zip(rows, drafts, strict=True)]
+        logits = target.feed(fed, length + 1)
+        new, live = [], sum(not row.done for row in rows)
+        kept, tried, accepted = 0, 0, []
+        for b, (row, draft) in enumerate(zip(rows, drafts, strict=True)):
+            n, found = len(draft.tokens), list[int]()
+            if not row.done:
+                found = sampling.accept(row.tokens, draft.tokens, draft.distributions, logits[b, : n + 1])
+            accepted.append(max(0, len(found) - 1))
+            kept, tried = kept + accepted[b], tried + min(n, len(found))
+            new.append(row.take(found, stop) if found else [])
+        kv.take_back(start, [len(n) for n in new])
+        if drafter is not None and longest:
+            drafter.commit(accepted)
+        seconds = time.perf_counter() - started
+        self.length.observe(length, seconds, sum(map(len, new)) / live, kept, tried)
+        self._count(drafts, kept, sum(map(len, new)), seconds)
+        return new
+
+    def _count(self, drafts: Sequence[Draft], kept: int, tokens: int, seconds: float) -> None:
+        drafted = sum(len(d.tokens) for d in drafts)
+        s = self.statistics
+        s.tokens, s.target_calls, s.seconds = s.tokens + tokens, s.target_calls + 1, s.seconds + seconds
+        s.drafted, s.accepted = s.drafted + drafted, s.accepted + kept
+        s.drafting_rounds += bool(drafted)
+
+    def _width(self) -> int:
+        return self.length.lengths[-1] + 1
+
+    def _cache(self, role: str, model: LanguageModel, batch: int, room: int) -> KVRows:
+        """The cache used before when it is large enough: compiled code and memory stay."""
+        held = self._caches.get(role)
+        if held is None or held.batch != batch or held.capacity < room:
+            held = self._caches[role] = KVRows(model.config, batch, room)
+        held.clear()
+        return held
+
+    def _drafter(self, target: RowModel, sampling: Sampling, room: int) -> Drafter | None:
+        batch = target.kv.batch
+        if self.draft is None:
+            return None
+        if isinstance(self.draft, Retrieval):
+            return RetrievalDrafter(batch, self._datastore, self.draft.shortest, self.draft.longest)
+        if self.draft.shares(self.target):
+            return ModelDrafter(self.draft.rows(target.kv), sampling, shared=True)
+        own = self._cache("draft", self.draft, batch, room + self._width())
+        return ModelDrafter(self.draft.rows(own), sampling, shared=False)
+
+    def __call__(
+        self,
+        model: nn.Module,
+        input_ids: Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: Any,
+        on_tokens: OnTokens | None = None,
+        **given: Any,
+    ) -> Tensor:
+        """What `model.generate(ids, custom_generate=speculator)` calls: its processors and stopping criteria
+        apply, and `on_tokens=` may be given to it (it keeps a `streamer=` from custom functions). `model`
+        must be this speculator's target. Returns int64 [B, S + new], padded behind the end."""
+        if not self.target.is_module(model):
+            raise OptionError(f"generate() of another model ({type(model).__name__}) than the target")
+        if generation_config.num_beams not in (None, 1) or generation_config.return_dict_in_generate:
+            raise OptionError("speculation returns one sequence of tokens per row: no beams, no dictionary")
+        rows = input_ids.tolist()
+        attention_mask = given.get("attention_mask")
+        if attention_mask is not None:
+            rows = [
+                [t for t, seen in zip(row, mask, strict=True) if seen]
+                for row, mask in zip(rows, attention_mask.tolist(), strict=True)
+            ]
+        sampling = Sampling(logits_processor, sample=bool(generation_config.do_sample), generator=None)
+        added = [input_ids.shape[1] - len(row) for row in rows]
+
+        def stop(held: list[int]) -> bool:
+            ids = torch.tensor([held], device=input_ids.device)
+            return bool(stopping_criteria(ids, None).all())
+
+        count = generation_config.max_length - input_ids.shape[1]
+        new: list[list[int]] = [[] for _ in rows]
+        for step in self.rounds(rows, count, sampling, stop):
+            for b, taken in enumerate(step):
+                new[b] += taken
+                if on_tokens is not None and taken:
+                    on_tokens(b, taken)
+        pad = generation_config.pad_token_id
+        pad = (rows[0][0] if pad is None else pad) if len(rows) > 1 or any(added) else 0
+        longest = max(map(len, new))
+        tail = torch.tensor([[*row, *[pad] * (longest - len(row))] for row in new], dtype=input_ids.dtype)
+        return torch.cat((input_ids, tail.to(input_ids.device)), 1)
+
+
+def speculate(
+    target: Any,
+    draft: Any = "retrieval",
+    *,
+    pipeline: Any = None,
+    lengths: Sequence[int] | None = None,
+    prior: float = 0.7,
+) -> Speculator:
+    """Lossless generation: `draft` proposes, `target` confirms; the text is the target's own.
+
+    target: a Hugging Face causal language model, or `torch.compile` of one. pipeline: compile the target with
+    these passes. draft: the text of a (lossy) pipeline over the target's own weights, which shares its cache;
+    another model of the same vocabulary, compiled or not; a `Retrieval` or the word `retrieval`; None for
+    plain decoding. lengths: how many tokens may be drafted in a round; 0 is always allowed, and taken
+    while drafting does not pay. Compiled targets compile once per length, so they get few by default. prior:
+    the acceptance that is assumed before anything was seen.
+
+    Greedy text equals the target's up to ties of its own rounding; sampled text has the target's
+    distribution. Raises OptionError for a draft of another vocabulary or a target that cannot take tokens
+    back.
+    """
+    model = LanguageModel.of(target, pipeline)
+    drafting: LanguageModel | Retrieval | None
+    if draft is None or isinstance(draft, Retrieval):
+        drafting = draft
+    elif draft == "retrieval":
+        drafting = Retrieval()
+    elif isinstance(draft, str):
+        drafting = LanguageModel.of(model.module, draft)
+    elif isinstance(draft, nn.Module):
+        drafting = LanguageModel.of(draft, None)
+        check_same_vocabulary(model, drafting)
+    else:
+        raise OptionError(
+            f"draft = {shown(draft)}: expected a pipeline's text, a model, a Retrieval, 'retrieval' or None"
+        )
+    retrieves = isinstance(drafting, Retrieval)
+    if lengths is None:
+        few, many = ((8,), (2, 4, 8, 12)) if retrieves else ((3,), (1, 2, 3, 4, 6))
+        lengths = few if model.compiled else many
+    if any(not isinstance(n, int) or not 0 <= n <= 64 for n in lengths) or len(set(lengths)) != len(lengths):
+        raise OptionError(f"lengths = {tuple(lengths)}: expected different numbers, 0 to 64")
+    if not 0.0 < prior < 1.0:
+        raise OptionError(f"prior = {prior}: expected between 0 and 1")
+    slow = model.compiled or (isinstance(drafting, LanguageModel) and drafting.compiled)
+    return Speculator(
+        model, drafting, DraftLength([0, *[n for n in lengths if n]], prior=prior, first_is_slow=slow)
+    )
