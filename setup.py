@@ -42,6 +42,8 @@ setup(
         "filelock>=3.15",
         "platformdirs>=4.2",
         "rich>=13.7",
+        "onnx>=1.18",
+        "onnxruntime>=1.22",
         "setuptools>=68",
     ],
     extras_require={

@@ -107,7 +107,7 @@ def from_export(exported: torch.export.ExportedProgram) -> Program:
     """The program of a `torch.export` result. Weights are the exported state's own tensors, held once."""
     from torch.export.graph_signature import InputKind as Kind
 
-    functional = exported.run_decompositions({})
+    functional = exported.run_decompositions({}) if _has_regions(exported.graph) else exported
     signature, graph = functional.graph_signature, functional.graph
     module = fx.GraphModule(functional.graph_module, graph)
     user_inputs = iter(torch.utils._pytree.tree_leaves(functional.example_inputs or ()))
@@ -124,6 +124,12 @@ def from_export(exported: torch.export.ExportedProgram) -> Program:
             raise CaptureError(f"input {node.name} is a {spec.kind.name}, which is not supported")
     _write_back(module, signature, specs)
     return Program(module, specs, values, origin="export")
+
+
+def _has_regions(graph: fx.Graph) -> bool:
+    """True when a call runs a subgraph. PyTorch then brings everything into one graph, which costs as much
+    as the export; writes alone are left to `normalize`, as on the Dynamo side."""
+    return any(isinstance(n.target, torch._ops.HigherOrderOperator) for n in graph.nodes)
 
 
 def _held(exported: torch.export.ExportedProgram, name: str) -> Any:

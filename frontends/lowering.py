@@ -47,7 +47,7 @@ def lower(
         if isinstance(choice, Refusal) and op.opaque:
             row.update(kernel="definition", why=choice.reason)
         elif isinstance(choice, Refusal):
-            _inline_definition(program, op, node, traces)
+            inline_definition(program, op, node, traces)
             row.update(kernel=rest, why=choice.reason)
         else:
             _call_kernel(program, node, choice)
@@ -78,9 +78,10 @@ def _call_kernel(program: Program, node: fx.Node, choice: KernelChoice) -> None:
     program.graph.erase_node(node)
 
 
-def _inline_definition(
+def inline_definition(
     program: Program, op: SemanticOp, node: fx.Node, traces: dict[Any, fx.GraphModule]
 ) -> None:
+    """Put the ops of a semantic op's definition in the place of one call of it."""
     values = tuple(arguments(node).values())
     inputs: list[fx.Node] = []
     fx.node.map_arg(values, inputs.append)

@@ -30,7 +30,7 @@ _PUBLIC = {
     "speculate": "tilewright.frontends.speculate",
 }
 
-__all__ = ["Executable", "__version__", "evaluate", "explain", "optimize", "speculate"]
+__all__ = ["Executable", "__version__", "evaluate", "explain", "export", "optimize", "speculate"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,0 +1,54 @@
+"""`tilewright export`: a model, rewritten, as a folder that runs without this package."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from tilewright.frontends.cli import Result
+from tilewright.frontends.commands.shared import add_model, add_pipeline, compile_options, load, step
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model(parser)
+    add_pipeline(parser)
+    parser.add_argument("--format", default="onnx", help="onnx (default), pt2 or kernels")
+    parser.add_argument("-o", "--output", required=True, metavar="DIR", help="the folder to make")
+    parser.add_argument(
+        "--dynamic",
+        action="append",
+        default=[],
+        metavar="INPUT.AXIS=NAME",
+        help="a size that may change between calls; repeatable",
+    )
+    parser.add_argument("--static", action="store_true", help="a language model with fixed sizes only")
+
+
+def run(args: argparse.Namespace) -> Result:
+    from tilewright.frontends.export.api import check_request, export
+    from tilewright.frontends.export.entries import parse_axes
+
+    options = compile_options(args)
+    axes = parse_axes(args.dynamic)
+    check_request(args.format, Path(args.output))
+    manifest = export(
+        load(args),
+        path=args.output,
+        format=args.format,
+        dynamic=axes,
+        static=args.static,
+        kind=args.call,
+        length=args.length,
+        progress=step,
+        **options,
+    )
+    size = sum(record["bytes"] for record in manifest["files"].values())
+    lines = [f"{args.output}: {args.format}, {len(manifest['files'])} files, {size / 1e6:.1f} MB"]
+    for entry in manifest["entries"]:
+        figures = "".join(
+            f", {name}: {found['program']:.1e} from the program, {found['model']:.1e} from the model"
+            for name, found in entry.get("parity", {}).items()
+            if isinstance(found, dict)
+        )
+        lines.append(f"{entry['name']}: {entry['exactness']}{figures}")
+    return Result(manifest, lines)

@@ -1,0 +1,99 @@
+"""`tilewright.export`: a model, a pipeline and a format become an artifact."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from tilewright.compiler.diagnostics import OptionError, nearest
+from tilewright.frontends.compile import DEFAULT_PIPELINE, CompileOptions
+from tilewright.frontends.export.artifact import Artifact, check_place, new_artifact, read_manifest
+from tilewright.frontends.export.captured import describe_pipeline
+from tilewright.frontends.export.entries import Axes, Entry, entries_of, entry_of
+from tilewright.frontends.loaded_model import LoadedModel
+
+Progress = Callable[[str], Any]
+"""Told what is being done; gives a context manager."""
+FORMATS = ("onnx", "pt2", "kernels")
+
+
+@contextmanager
+def _silent(what: str) -> Iterator[None]:
+    yield
+
+
+def export(
+    model: nn.Module | LoadedModel | str,
+    args: Sequence[Any] = (),
+    pipeline: Any = DEFAULT_PIPELINE,
+    path: str | Path = "",
+    format: str = "onnx",
+    *,
+    kwargs: Mapping[str, Any] | None = None,
+    dynamic: Axes | None = None,
+    static: bool = False,
+    kind: str | None = None,
+    length: int | None = None,
+    progress: Progress = _silent,
+    **options: Any,
+) -> dict[str, Any]:
+    """Write a model, rewritten by a pipeline, as a folder that needs neither the model nor this package.
+
+    model: a module with one example call `args`, `kwargs`, or a loaded model or MODEL text, which brings its
+    own (a language model: prefill and decode with keys and values as tensors). path: the folder to make.
+    format: `onnx`, `pt2` or `kernels`. dynamic: {"input_ids": {1: "sequence"}}; static: no dynamic sizes for
+    a language model. options: those of the torch.compile backend. Returns the manifest. Raises ExportError,
+    ParityError, OptionError and those of the passes; nothing is left at `path` then.
+    """
+    parsed = CompileOptions.parse({"pipeline": pipeline, **options})
+    final = check_request(format, Path(path))
+    name, entries = _entries(model, args, kwargs or {}, dynamic or {}, static, kind, length, progress)
+    with new_artifact(final) as artifact:
+        described = _writer(format)(artifact, name, entries, parsed, progress)
+        with progress("writing to disk"):
+            artifact.finish({"kind": format, "pipeline": describe_pipeline(parsed.pipeline), **described})
+    return read_manifest(final)
+
+
+def check_request(format: str, path: Path) -> Path:
+    """What can be judged before a model is loaded; returns the absolute path. OptionError, ExportError."""
+    if format not in FORMATS:
+        raise OptionError(f"format = {format!r}", remedy=nearest(format, FORMATS))
+    if not path.name:
+        raise OptionError(f"path = {str(path)!r}", remedy="name the folder to make")
+    return check_place(path)
+
+
+Writer = Callable[[Artifact, str, list[Entry], CompileOptions, Progress], dict[str, Any]]
+
+
+def _writer(format: str) -> Writer:
+    from tilewright.frontends.export.onnx_export import write_onnx
+
+    return write_onnx
+
+
+def _entries(
+    model: nn.Module | LoadedModel | str,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    dynamic: Axes,
+    static: bool,
+    kind: str | None,
+    length: int | None,
+    progress: Progress,
+) -> tuple[str, list[Entry]]:
+    if isinstance(model, nn.Module):
+        return type(model).__name__, [entry_of("call", model, args, kwargs, dynamic)]
+    if args or kwargs:
+        raise OptionError("args and kwargs belong to a module; a loaded model brings its own call")
+    if isinstance(model, str):
+        from tilewright.frontends.loaders import resolve
+
+        with progress(f"loading {model}"):
+            model = resolve(model)
+    return model.name, entries_of(model, dynamic, static=static, kind=kind, length=length)

@@ -1,0 +1,161 @@
+"""An entry point as a program after its passes, with what the manifest says about it."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tilewright.compiler.diagnostics import CaptureError, ExportError
+from tilewright.compiler.pipeline import Pipeline
+from tilewright.compiler.program import InputKind, Program
+from tilewright.compiler.report import Report
+from tilewright.compiler.stage import Exactness
+from tilewright.frontends.capture import from_export
+from tilewright.frontends.compile import CompileOptions, optimize_program
+from tilewright.frontends.export.entries import Entry
+from tilewright.frontends.export.onnx_graph import tensor_bytes
+
+_STRENGTH = [e.value for e in (Exactness.BITWISE, Exactness.ROUNDING, Exactness.APPROXIMATE)]
+
+
+@dataclass
+class Captured:
+    """One entry point: the program, how it was rewritten, and its dynamic sizes."""
+
+    entry: Entry
+    program: Program
+    report: Report
+    axes: dict[str, str]
+    """Symbol of a dynamic size -> the user's name."""
+    bounds: dict[str, list[int | None]]
+    """The user's name -> [least, most] size that was captured; None: no bound."""
+
+    @property
+    def exactness(self) -> str:
+        """The weakest promise among the passes that changed something."""
+        changed = [p.exactness for p in self.report.passes if p.applied]
+        return max(changed, key=_STRENGTH.index, default=_STRENGTH[0])
+
+    def names(self) -> dict[str, str]:
+        """Placeholder -> name of the input."""
+        users = [spec.name for spec in self.program.inputs if spec.kind is InputKind.USER]
+        return dict(zip(users, self.entry.inputs, strict=True))
+
+    def inputs_for(self, tensors: list[Tensor]) -> list[Any]:
+        """The program's inputs in order, with these tensors as the user's."""
+        given = iter(tensors)
+        pairs = zip(self.program.inputs, self.program.example_inputs, strict=True)
+        return [next(given) if spec.kind is InputKind.USER else value for spec, value in pairs]
+
+
+def capture(entry: Entry, options: CompileOptions, model: str = "") -> Captured:
+    """Capture one entry point with torch.export and run the pipeline; ExportError, errors of the passes."""
+    symbol = torch.export.Dim.DYNAMIC  # type: ignore[attr-defined]
+    shapes = tuple({axis: symbol for axis in entry.axes.get(name, {})} or None for name in entry.inputs)
+    try:
+        with torch.no_grad():
+            exported = torch.export.export(
+                entry.module,
+                tuple(entry.tensors),
+                dynamic_shapes=(shapes,) if any(shapes) else None,
+                strict=False,
+                prefer_deferred_runtime_asserts_over_guards=True,
+            )
+    except (torch._dynamo.exc.TorchDynamoException, RuntimeError, ValueError) as error:
+        if any(shapes) and "dynamic" in str(error).lower():
+            raise ExportError(f"{entry.name}: {_first_line(error)}", remedy="name fewer axes") from error
+        raise CaptureError(f"{entry.name} cannot be captured: {_first_line(error)}") from error
+    program = from_export(exported)
+    for spec in program.inputs:
+        spec.source = spec.source.removeprefix("inner.")
+    axes, bounds = _symbols(entry, program, exported)
+    report = optimize_program(program, options, model)
+    program.module.recompile()
+    kept, _ = _symbols(entry, program, exported)
+    lost = sorted(set(axes.values()) - set(kept.values()))
+    if lost:
+        raise ExportError(
+            f"{entry.name}: the pipeline fixed the dynamic axis {', '.join(lost)}",
+            remedy="leave out the pass that needs a known size, or name no dynamic axis",
+        )
+    return Captured(entry, program, report, axes, bounds)
+
+
+def _symbols(
+    entry: Entry, program: Program, exported: Any
+) -> tuple[dict[str, str], dict[str, list[int | None]]]:
+    users = [spec.name for spec in program.inputs if spec.kind is InputKind.USER]
+    nodes = {n.name: n for n in program.graph.nodes if n.op == "placeholder"}
+    axes: dict[str, str] = {}
+    bounds: dict[str, list[int | None]] = {}
+    for placeholder, name in zip(users, entry.inputs, strict=True):
+        for axis, text in entry.axes.get(name, {}).items():
+            size = nodes[placeholder].meta["val"].shape[axis]
+            if isinstance(size, int) or size.node.expr.is_number:
+                continue
+            axes.setdefault(str(size.node.expr), text)
+            found = exported.range_constraints.get(size.node.expr)
+            if found is not None:
+                bounds[text] = [_number(found.lower), _number(found.upper)]
+    return axes, bounds
+
+
+def _number(bound: Any) -> int | None:
+    try:
+        value = int(bound)
+    except (TypeError, ValueError, OverflowError, AttributeError):
+        return None
+    return value if value < 1 << 40 else None
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:2])[:400] if lines else type(error).__name__
+
+
+def describe_model(name: str, captured: list[Captured]) -> dict[str, Any]:
+    """Name and SHA-256 of every weight (path, dtype, shape, values) of the entry points."""
+    rows: dict[str, Tensor] = {}
+    for one in captured:
+        for spec, value in zip(one.program.inputs, one.program.example_inputs, strict=True):
+            if spec.kind is InputKind.WEIGHT and isinstance(value, Tensor):
+                rows.setdefault(spec.source or spec.name, value)
+    digest = hashlib.sha256()
+    for path, value in sorted(rows.items()):
+        digest.update(f"{path} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(tensor_bytes(value))
+    return {"name": name, "weights": len(rows), "fingerprint": digest.hexdigest()}
+
+
+def describe_pipeline(pipeline: Any) -> dict[str, Any]:
+    """Text of a pipeline and SHA-256 of it and of the source of its passes."""
+    parsed = Pipeline.parse(pipeline)
+    digest = hashlib.sha256(parsed.text().encode())
+    for source in sorted({inspect.getsource(inspect.getmodule(type(p)) or type(p)) for p in parsed.passes}):
+        digest.update(source.encode())
+    return {"text": parsed.text(), "fingerprint": digest.hexdigest()}
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Versions of what took part in an export."""
+    found = {name: metadata.version(name) for name in ("torch", *packages)}
+    return {"python": platform.python_version(), **found}
+
+
+def describe_entry(captured: Captured, extra: Mapping[str, Any]) -> dict[str, Any]:
+    """The manifest's row of one entry point."""
+    return {
+        "name": captured.entry.name,
+        "exactness": captured.exactness,
+        "dynamic": captured.bounds,
+        "passes": {p.name: len(p.applied) for p in captured.report.passes if p.applied},
+        **extra,
+    }

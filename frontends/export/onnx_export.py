@@ -1,0 +1,54 @@
+"""`--format onnx`: one model file per entry point and one weight file for all of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tilewright.frontends.compile import CompileOptions
+from tilewright.frontends.export.api import Progress
+from tilewright.frontends.export.artifact import Artifact
+from tilewright.frontends.export.captured import capture, describe_entry, describe_model, versions
+from tilewright.frontends.export.entries import Entry
+from tilewright.frontends.export.onnx_file import (
+    WEIGHTS,
+    WeightFile,
+    check_parity,
+    operator_counts,
+    session,
+    write_model,
+)
+from tilewright.frontends.export.onnx_walk import to_onnx
+
+
+def write_onnx(
+    artifact: Artifact, name: str, entries: list[Entry], options: CompileOptions, progress: Progress
+) -> dict[str, Any]:
+    """Capture, rewrite, write and check every entry point; returns the manifest's description."""
+    rows, done = [], []
+    with artifact.path(WEIGHTS).open("wb") as file:
+        weights = WeightFile(file)
+        for entry in entries:
+            with progress(f"{entry.name}: capturing and rewriting"):
+                captured = capture(entry, options, name)
+            with progress(f"{entry.name}: writing ONNX"):
+                model = to_onnx(captured.program, captured.names(), entry.outputs, captured.axes)
+                write_model(artifact, f"{entry.name}.onnx", model, weights)
+                file.flush()
+            with progress(f"{entry.name}: checking in onnxruntime"):
+                parity = check_parity(captured, model, session(artifact.folder / f"{entry.name}.onnx"))
+            extra = {
+                "file": f"{entry.name}.onnx",
+                "inputs": model.inputs,
+                "outputs": model.outputs,
+                "operators": operator_counts(model.proto),
+                "parity": parity,
+            }
+            rows.append(describe_entry(captured, extra))
+            done.append(captured)
+    if artifact.path(WEIGHTS).stat().st_size == 0:
+        artifact.path(WEIGHTS).unlink()
+    return {
+        "model": describe_model(name, done),
+        "versions": versions("onnx", "onnxruntime"),
+        "entries": rows,
+    }

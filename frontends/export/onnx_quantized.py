@@ -1,0 +1,124 @@
+"""Quantized linear layers: MatMulNBits for grids with groups, MatMulInteger for a scale per row and token.
+
+onnxruntime's fast kernels take integer zero points only, so a format whose grids have a float offset is
+written as its symmetric part, which they run, and a product of the groups' sums with the rest:
+w = s (c - m) + r, r = offset + s m, hence x w^T = x (s (c - m))^T + sums(x) r^T.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+from tilewright.compiler.quantizers import Quantized
+from tilewright.compiler.weight_format import WeightFormat
+from tilewright.frontends.export.onnx_graph import MICROSOFT, OnnxGraph, Unsupported, rank_of, shape_of
+from tilewright.frontends.export.onnx_pointwise import Arguments, Converter
+
+_INT8_ACTIVATIONS, _FLOAT_ACTIVATIONS = 4, 1
+"""`accuracy_level` of MatMulNBits."""
+
+
+def _quantized_linear(g: OnnxGraph, node: fx.Node, a: Arguments) -> str:
+    return _several(g, a["x"], [a["packed"]], [a["bias"]], [a["rows"]], a["format"])[0]
+
+
+def _quantized_linear_multi(g: OnnxGraph, node: fx.Node, a: Arguments) -> list[str]:
+    return _several(g, a["x"], a["packed"], a["biases"], a["rows"], a["format"])
+
+
+def _several(
+    g: OnnxGraph,
+    x: fx.Node,
+    packed: list[fx.Node],
+    biases: list[fx.Node | None],
+    rows: list[int],
+    text: str,
+) -> list[str]:
+    """All weights that read one input as one product over their rows, split again behind it."""
+    form, columns = WeightFormat.parse(text), int(shape_of(x)[-1])
+    if not all(g.is_held(p) for p in packed):
+        raise Unsupported("a quantized weight that only the call knows")
+    parts = [form.unpack(g.tensor(p), n, columns) for p, n in zip(packed, rows, strict=True)]
+    offset = torch.cat([p.offset for p in parts])
+    codes, scale = torch.cat([p.codes for p in parts]), torch.cat([p.scale for p in parts])
+    weight, label = Quantized(codes, scale, offset, form.group), g.program.path_of(packed[0])
+    found = (_grouped if form.group else _per_row)(g, x, weight, form, label)
+    if any(bias is not None for bias in biases):
+        shifts = [torch.zeros(n) if b is None else _held(g, b) for b, n in zip(biases, rows, strict=True)]
+        found = g.node("Add", [found, g.weight(torch.cat(shifts), f"{label}.bias")])
+    if len(rows) == 1:
+        return [found]
+    return g.node_many("Split", [found, g.constant(rows, torch.int64)], len(rows), axis=-1)
+
+
+def _held(g: OnnxGraph, bias: fx.Node) -> Tensor:
+    if not g.is_held(bias):
+        raise Unsupported("a bias that only the call knows")
+    return g.tensor(bias).float()
+
+
+def _grouped(g: OnnxGraph, x: fx.Node, weight: Quantized, form: WeightFormat, label: str) -> str:
+    """com.microsoft::MatMulNBits, 4 bits for narrower codes too."""
+    columns, given = int(shape_of(x)[-1]), g.name(x)
+    bits, middle = (8 if form.bits == 8 else 4), form.middle
+    shift = (1 << (bits - 1)) - middle
+    rows, count = weight.scale.shape
+    if form.group & (form.group - 1) or form.group < 16:
+        raise Unsupported(f"a quantization group of {form.group}, which is no power of two")
+    codes = F.pad(weight.codes + shift, (0, count * form.group - columns), value=1 << (bits - 1))
+    stored = codes.reshape(rows, count, form.group).to(torch.uint8)
+    if bits == 4:
+        stored = stored[..., 0::2] | stored[..., 1::2] << 4
+    level = _FLOAT_ACTIVATIONS if form.activation == "none" else _INT8_ACTIVATIONS
+    scales = g.weight(weight.scale.float().flatten(), f"{label}.scales")
+    inputs = [given, g.weight(stored, f"{label}.codes"), scales]
+    sizes: dict[str, Any] = {"K": columns, "N": rows, "bits": bits, "block_size": form.group}
+    found = g.node("MatMulNBits", inputs, domain=MICROSOFT, accuracy_level=level, **sizes)
+    rest = weight.offset.float() + middle * weight.scale.float()
+    if not rest.any():
+        return found
+    if columns % form.group:
+        raise Unsupported(f"an offset grid over {columns} columns, which are no whole groups of {form.group}")
+    shape = g.constant([0] * (rank_of(x) - 1) + [count, form.group], torch.int64)
+    groups = g.shared("groups", "Reshape", [given, shape])
+    sums = g.shared("sums", "ReduceSum", [groups, g.constant([-1], torch.int64)], keepdims=0)
+    added = g.node("MatMul", [sums, g.weight(rest.t().contiguous(), f"{label}.rest")])
+    return g.node("Add", [found, added])
+
+
+def _per_row(g: OnnxGraph, x: fx.Node, weight: Quantized, form: WeightFormat, label: str) -> str:
+    """A scale per row: MatMulInteger on int8 activations with a scale per token, else DequantizeLinear.
+
+    Both sides signed: with unsigned activations and signed weights the AVX2 kernels saturate.
+    """
+    signed = (weight.codes.to(torch.int16) - form.middle).to(torch.int8)
+    scale = weight.scale.float().flatten()
+    if (weight.offset.float() + form.middle * weight.scale.float()).any():
+        raise Unsupported("a scale per row with an offset")
+    stored = g.weight(signed.t().contiguous(), f"{label}.codes")
+    scales = g.weight(scale, f"{label}.scales")
+    if form.activation == "none":
+        return g.node("MatMul", [g.name(x), g.node("DequantizeLinear", [stored, scales], axis=1)])
+    codes, step = _tokens(g, g.name(x))
+    whole = g.cast(g.node("MatMulInteger", [codes, stored]), torch.int32, torch.float32)
+    return g.node("Mul", [whole, g.node("Mul", [step, scales])])
+
+
+def _tokens(g: OnnxGraph, x: str) -> tuple[str, str]:
+    """(int8 codes, float32 step) of activations with one step per token, as `fake_activation` has them."""
+    last, tiny = g.constant([-1], torch.int64), g.constant(torch.finfo(torch.float32).tiny, torch.float32)
+    top = g.shared("top", "ReduceMax", [g.shared("top", "Abs", [x]), last], keepdims=1)
+    step = g.shared("step", "Div", [top, g.constant(127.0, torch.float32)])
+    step = g.shared("step", "Max", [step, tiny])
+    rounded = g.shared("codes", "Round", [g.shared("codes", "Div", [x, step])])
+    return g.cast(rounded, torch.float32, torch.int8), step
+
+
+QUANTIZED: dict[str, Converter] = {
+    "tilewright::quantized_linear": _quantized_linear,
+    "tilewright::quantized_linear_multi": _quantized_linear_multi,
+}

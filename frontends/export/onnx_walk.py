@@ -1,0 +1,202 @@
+"""From a program to an ONNX model: every node by its converter, what has none reported all at once."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from onnx import FunctionProto, ModelProto, ValueInfoProto, helper
+from torch import Tensor, fx
+
+from tilewright.compiler.diagnostics import ExportError
+from tilewright.compiler.graph import dead_code
+from tilewright.compiler.ops import semantic_op
+from tilewright.compiler.program import InputKind, Program
+from tilewright.compiler.schema import arguments, target_name
+from tilewright.frontends.export.onnx_graph import (
+    IR_VERSION,
+    OPSET,
+    OnnxGraph,
+    Unsupported,
+    dtype_of,
+    label,
+    onnx_type,
+)
+from tilewright.frontends.export.onnx_layout import LAYOUT
+from tilewright.frontends.export.onnx_pointwise import POINTWISE, Converter
+from tilewright.frontends.export.onnx_quantized import QUANTIZED
+from tilewright.frontends.export.onnx_semantic import SEMANTIC, fits
+from tilewright.frontends.lowering import inline_definition
+
+CONVERTERS: dict[str, Converter] = {**POINTWISE, **LAYOUT, **SEMANTIC, **QUANTIZED}
+CHECKS = ("aten::_assert_tensor_metadata", "aten::_assert_scalar", "aten::sym_constrain_range_for_size")
+"""Calls that only check; nothing is written for them."""
+_SHOWN = 20
+
+
+@dataclass
+class OnnxModel:
+    """A model without its weights: they go into a file of their own."""
+
+    proto: ModelProto
+    weights: dict[str, Tensor]
+    """Every initializer by name, in the order of first use."""
+    inputs: list[dict[str, Any]]
+    """name, dtype and shape (numbers and names of dynamic axes) of each input, in order."""
+    outputs: list[dict[str, Any]]
+    given: list[int]
+    """Which of the program's inputs each input is."""
+
+
+def to_onnx(
+    program: Program,
+    input_names: Mapping[str, str],
+    output_names: Sequence[str],
+    axes: Mapping[str, str],
+    functions: Sequence[FunctionProto] = (),
+) -> OnnxModel:
+    """The ONNX model of a program after its passes.
+
+    input_names: placeholder name -> name in the model; output_names: one per output; axes: symbol of a
+    dynamic size -> name. Raises ExportError that lists every operator without a counterpart.
+    """
+    _inline_the_rest(program)
+    g = OnnxGraph(program)
+    inputs, given = _inputs(g, input_names, axes)
+    _walk(g)
+    results = _results(g, list(output_names))
+    ins = [_value_info(name, dtype, shape) for name, dtype, shape in inputs]
+    outs, renamed = [], dict[str, str]()
+    for name, node, value in results:
+        if value in renamed or value not in {o for n in g.nodes for o in n.output}:
+            value = g.node("Identity", [value])
+        renamed[value] = name
+        outs.append((name, dtype_of(node), _shape(node, axes)))
+    _rename(g, renamed)
+    imports = [helper.make_opsetid("", OPSET), *[helper.make_opsetid(d, 1) for d in sorted(g.domains)]]
+    graph = helper.make_graph(g.nodes, "main", ins, [_value_info(*o) for o in outs])
+    proto = helper.make_model(graph, opset_imports=imports, producer_name="tilewright", functions=functions)
+    proto.ir_version = IR_VERSION
+    used = {name for node in g.nodes for name in node.input}
+    weights = {name: tensor for name, tensor in g.weights.items() if name in used}
+    return OnnxModel(proto, weights, [_row(i) for i in inputs], [_row(o) for o in outs], given)
+
+
+def _inline_the_rest(program: Program) -> None:
+    """Write semantic ops that no operator means as their definitions."""
+    traces: dict[Any, fx.GraphModule] = {}
+    for node in list(program.graph.nodes):
+        op = semantic_op(node.target) if node.op == "call_function" else None
+        if op is None or op.opaque or (target_name(node.target) in CONVERTERS and fits(node)):
+            continue
+        inline_definition(program, op, node, traces)
+    dead_code(program.graph)
+
+
+def _walk(g: OnnxGraph) -> None:
+    missing: dict[str, list[str]] = {}
+    for node in g.program.graph.nodes:
+        if node.op != "call_function" or target_name(node.target) in CHECKS or _is_write(node):
+            continue
+        g.at(node)
+        name = target_name(node.target)
+        convert = CONVERTERS.get(name)
+        try:
+            if any(arg not in g.values and not g.is_held(arg) for arg in node.all_input_nodes):
+                continue  # it reads something that is reported already
+            if convert is None:
+                raise Unsupported("has no ONNX operator")
+            g.values[node] = convert(g, node, arguments(node))
+        except Unsupported as error:
+            missing.setdefault(f"{label(node)}: {error}", []).append(node.name)
+    if missing:
+        rows = list(missing)[:_SHOWN]
+        more = f"; and {len(missing) - _SHOWN} more" if len(missing) > _SHOWN else ""
+        raise ExportError(
+            f"{len(missing)} calls cannot be written as ONNX: {'; '.join(rows)}{more}",
+            remedy="rewrite these lines, or export with format pt2",
+        )
+
+
+def _is_write(node: fx.Node) -> bool:
+    """The copy into an input that ends a program which changes its state."""
+    return target_name(node.target) == "aten::copy_" and isinstance(node.args[0], fx.Node)
+
+
+def _inputs(
+    g: OnnxGraph, names: Mapping[str, str], axes: Mapping[str, str]
+) -> tuple[list[tuple[str, torch.dtype, list[Any]]], list[int]]:
+    found, given = [], []
+    specs = {spec.name: (i, spec) for i, spec in enumerate(g.program.inputs)}
+    for node in g.program.graph.nodes:
+        if node.op != "placeholder":
+            continue
+        index, spec = specs[node.name]
+        if spec.kind is InputKind.WEIGHT and not spec.mutated:
+            continue
+        if not isinstance(node.meta.get("val"), Tensor):
+            if node.users:
+                raise ExportError(f"input {spec.name} is no tensor and the model reads it")
+            continue
+        name = g.fresh(names.get(node.name, _plain(spec.source or node.name)))
+        g.values[node] = name
+        found.append((name, dtype_of(node), _shape(node, axes)))
+        given.append(index)
+    return found, given
+
+
+def _results(g: OnnxGraph, names: list[str]) -> list[tuple[str, fx.Node, str]]:
+    """(name, node, value) of each output; what the program writes into its inputs comes last."""
+    end = next(n for n in reversed(g.program.graph.nodes) if n.op == "output")
+    values = [v for v in _leaves(end.args[0]) if isinstance(v, fx.Node)]
+    names += [f"output{i}" for i in range(len(names), len(values))]
+    found = [(name, v, g.name(v)) for name, v in zip(names, values, strict=False)]
+    for node in g.program.graph.nodes:
+        if node.op == "call_function" and _is_write(node):
+            target, value = node.args[0], node.args[1]
+            found.append((f"{g.name(target)}.next", value, g.name(value)))
+    return found
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    if isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _leaves(item)
+    else:
+        yield value
+
+
+def _rename(g: OnnxGraph, names: Mapping[str, str]) -> None:
+    """Give values the names that the outputs must have."""
+    taken = {name: g.fresh(name + ".inner") for name in names.values()}
+    swap = {**taken, **names}
+    for node in g.nodes:
+        for place in (node.input, node.output):
+            for i, name in enumerate(place):
+                if name in swap:
+                    place[i] = swap[name]
+
+
+def _shape(node: fx.Node, axes: Mapping[str, str]) -> list[Any]:
+    return [n if isinstance(n, int) else axis_text(n, axes) for n in node.meta["val"].shape]
+
+
+def axis_text(size: Any, axes: Mapping[str, str]) -> str:
+    """A symbolic size in the user's names: `past + 1`."""
+    return re.sub(r"[A-Za-z_]\w*", lambda m: axes.get(m[0], m[0]), str(size))
+
+
+def _value_info(name: str, dtype: torch.dtype, shape: list[Any]) -> ValueInfoProto:
+    return helper.make_tensor_value_info(name, onnx_type(dtype), shape)
+
+
+def _row(value: tuple[str, torch.dtype, list[Any]]) -> dict[str, Any]:
+    name, dtype, shape = value
+    return {"name": name, "dtype": str(dtype).removeprefix("torch."), "shape": shape}
+
+
+def _plain(source: str) -> str:
+    return re.sub(r"[^A-Za-z0-9_.]", "_", source)
