@@ -60,9 +60,10 @@ def _build(family: KernelFamily, key: KernelKey) -> Built:
     path = _load_cpp(name, text, key) if key.target.kind == "cpu" else _load_triton(family, name, text, key)
     for op in (name, f"{name}_train"):
         torch.library.register_fake(f"{NAMESPACE}::{op}", family.fake(key))
-    torch.library.register_autograd(
-        f"{NAMESPACE}::{name}_train", family.backward(key), setup_context=family.save(key)
-    )
+    if family.save is not None and family.backward is not None:
+        torch.library.register_autograd(
+            f"{NAMESPACE}::{name}_train", family.backward(key), setup_context=family.save(key)
+        )
     space = getattr(torch.ops, NAMESPACE)
     built = Built(getattr(space, name).default, getattr(space, f"{name}_train").default, path)
     _LOADED[name] = built

@@ -20,6 +20,7 @@ from tilewright.kernels.gated_mlp.family import GATED_MLP
 from tilewright.kernels.hadamard.family import HADAMARD
 from tilewright.kernels.linear.family import LINEAR, LINEAR_MULTI
 from tilewright.kernels.load import Built, build_kernel, built_kernels
+from tilewright.kernels.paged.family import PAGED_FAMILIES
 from tilewright.kernels.quantized_linear.family import QUANTIZED_LINEAR, QUANTIZED_LINEAR_MULTI
 from tilewright.kernels.rms_norm.family import ADD_RMS_NORM, RMS_NORM
 from tilewright.runtime.contracts import KernelKey, Refusal, Target
@@ -37,6 +38,7 @@ FAMILIES: dict[str, KernelFamily] = {
         HADAMARD,
         ATTENTION,
         BLOCK_SPARSE_ATTENTION,
+        *PAGED_FAMILIES,
     )
 }
 
@@ -130,6 +132,8 @@ def select_for_node(
     """`select` for a graph node: metas are the `val`s of its arguments in schema order. Compiles nothing."""
     if training and op_name in INFERENCE_ONLY:
         return Refusal(f"{op_name} in training: torch's own has a backward kernel, ours has none")
+    if training and op_name in FAMILIES and FAMILIES[op_name].backward is None:
+        return Refusal(f"{op_name} in training: it is for inference, there is no gradient")
     key = select(op_name, target, metas)
     return key if isinstance(key, Refusal) else KernelChoice(key, training)
 

@@ -261,8 +261,9 @@ def paged_append(
     if low is not None and high is not None:
         fresh = pages[slots == 0]
         low[fresh], high[fresh] = math.inf, -math.inf
-        low.index_reduce_(0, pages, keys, "amin")
-        high.index_reduce_(0, pages, keys, "amax")
+        at = pages[:, None, None].expand_as(keys)
+        low.scatter_reduce_(0, at, keys, "amin")
+        high.scatter_reduce_(0, at, keys, "amax")
 
 
 def _check_bounds(
@@ -291,8 +292,16 @@ def _check_bounds(
     _check_index("page_bounds", "first", first, torch.int64, 1, q.shape[0])
 
 
-def _fake_bounds(q: Tensor, low: Tensor, high: Tensor, page_table: Tensor, *rest: Any) -> Tensor:
-    lengths, page, first, group = (*rest, *(None, "max")[len(rest) - 2 :])
+def _fake_bounds(
+    q: Tensor,
+    low: Tensor,
+    high: Tensor,
+    page_table: Tensor,
+    lengths: Tensor,
+    page: int,
+    first: Tensor | None = None,
+    group: str = "max",
+) -> Tensor:
     _check_bounds(q, low, high, page_table, lengths, page, first, group)
     return q.new_empty((q.shape[0], low.shape[1], page_table.shape[1]), dtype=_wide(q))
 

@@ -55,10 +55,10 @@ class KernelFamily:
     """How the Triton sources are launched and compiled; None where there are none."""
     fake: Callable[[KernelKey], Callable[..., Any]]
     """Shapes and dtypes of the outputs for fake tensors."""
-    save: Callable[[KernelKey], Callable[..., None]]
-    """`setup_context` for torch.library.register_autograd."""
-    backward: Callable[[KernelKey], Callable[..., Any]]
-    """The gradient of the semantic op's definition, in plain PyTorch."""
+    save: Callable[[KernelKey], Callable[..., None]] | None
+    """`setup_context` for torch.library.register_autograd; None where the op is for inference only."""
+    backward: Callable[[KernelKey], Callable[..., Any]] | None
+    """The gradient of the semantic op's definition, in plain PyTorch; None with `save`."""
     rewrite_args: Callable[[KernelKey, Sequence[Any]], tuple[Any, ...]]
     """Full semantic-op arguments -> the kernel op's positional arguments (nodes pass through untouched)."""
     examples: Callable[[], Sequence[tuple[Any, ...]]]

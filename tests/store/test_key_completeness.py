@@ -86,6 +86,35 @@ def block_sparse_arguments():
     yield (q, q, q, *[a.to("meta") if isinstance(a, torch.Tensor) else a for a in layout.arguments()], None)
 
 
+def paged_arguments(op):
+    """Every combination of what a kernel of a pool is specialised by."""
+    index, place = meta(2, 20, dtype=torch.int32), meta(2, dtype=torch.int64)
+    listed = meta(2, 3, 8, dtype=torch.int32)
+    for dtype, (size, value, page), flag in itertools.product(
+        DTYPES, ((64, 64, 16), (32, 48, 8)), (False, True)
+    ):
+        q, one = meta(2, 9, 1, size, dtype=dtype), meta(2, 3, 1, size, dtype=dtype)
+        k, v = meta(40, 3, page, size, dtype=dtype), meta(40, 3, page, value, dtype=dtype)
+        plane, given = meta(40, 3, size, dtype=dtype), place if flag else None
+        yield from {
+            "paged_attention": [(q, k, v, index, place, given, p, None) for p in (None, listed)],
+            "token_attention": [(q, k, v, index, place, listed, given, None)],
+            "paged_append": [
+                (
+                    k,
+                    v,
+                    index,
+                    place,
+                    one,
+                    meta(2, 3, 1, value, dtype=dtype),
+                    *([plane] * 2 if flag else [None] * 2),
+                )
+            ],
+            "page_bounds": [(q, plane, plane, index, place, page, given, g) for g in ("max", "sum")],
+            "attention_mass": [(q, one, meta(2, 9, 1), given, None, c) for c in (False, True)],
+        }[op]
+
+
 ARGUMENTS = {
     "rms_norm": lambda: norm_arguments("rms_norm"),
     "add_rms_norm": lambda: norm_arguments("add_rms_norm"),
@@ -93,6 +122,11 @@ ARGUMENTS = {
     "linear": lambda: linear_arguments((1,)),
     "linear_multi": lambda: linear_arguments((2, 3)),
     "block_sparse_attention": lambda: block_sparse_arguments(),
+    "paged_attention": lambda: paged_arguments("paged_attention"),
+    "token_attention": lambda: paged_arguments("token_attention"),
+    "paged_append": lambda: paged_arguments("paged_append"),
+    "page_bounds": lambda: paged_arguments("page_bounds"),
+    "attention_mass": lambda: paged_arguments("attention_mass"),
 }
 """Arguments that, with a family's examples, give every option of its kernels each of its values. A family
 without a row is tried on its examples alone."""
@@ -140,6 +174,8 @@ def registration(family, key, args):
     generator = torch.Generator().manual_seed(0)
     given = filled(list(family.rewrite_args(key, args)), generator)
     outputs = family.fake(key)(*given)
+    if family.backward is None:  # inference only
+        return [family.schema(key), described(torch.utils._pytree.tree_map(torch.zeros_like, outputs))]
     outputs = filled(outputs, generator)
     context = Context()
     family.save(key)(context, tuple(given), outputs)

@@ -1,0 +1,303 @@
+"""The paged ops as kernel families: selection and shapes. They are for inference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tilewright.compiler.ops.paged import PAGE_SIZES
+from tilewright.kernels.common.cpp import LANES
+from tilewright.kernels.common.family import (
+    KernelFamily,
+    check_target,
+    config_of,
+    dtype_name,
+    make_key,
+)
+from tilewright.kernels.paged import cpp, cpp_append, cpp_scores
+from tilewright.kernels.paged.signature import (
+    append_schema,
+    attention_names,
+    attention_schema,
+    bounds_schema,
+    mass_schema,
+    present,
+)
+from tilewright.runtime.contracts import KernelKey, Refusal, Target
+
+DTYPES = ("float32", "bfloat16", "float16")
+MAX_HEAD = 128
+POOL_LEGALITY = (
+    "the pool and the new rows are of one dtype: float32, bfloat16 or float16",
+    f"pages hold {', '.join(map(str, PAGE_SIZES))} tokens; the last axis of the pool is contiguous",
+    f"D and E are known, multiples of 8 (16 on AVX-512) and at most {MAX_HEAD}",
+    "tables and lists are int32, lengths int64",
+)
+PAGED_NAMES = ("q", "k_pages", "v_pages", "page_table", "lengths", "first", "picked", "scale")
+TOKEN_NAMES = ("q", "k_pages", "v_pages", "page_table", "lengths", "positions", "first", "scale")
+
+
+def pool_options(
+    given: dict[str, Any], rows: str, target: Target
+) -> tuple[str, dict[str, int | bool | str]] | Refusal:
+    """(dtype, options) of a pool k_pages, v_pages with the new rows of argument `rows`."""
+    refused = check_target([t for t in given.values() if isinstance(t, Tensor)], target)
+    if refused is not None:
+        return refused
+    k, v = given["k_pages"], given["v_pages"]
+    dtype = dtype_name(k, DTYPES, "k_pages")
+    if isinstance(dtype, Refusal):
+        return dtype
+    if not k.dim() == v.dim() == given[rows].dim() == 4 or not k.dtype == v.dtype == given[rows].dtype:
+        return Refusal(f"{rows}, k_pages and v_pages must have 4 axes and one dtype")
+    sizes = {"head": k.shape[3], "value": v.shape[3], "page": k.shape[2]}
+    refused = check_sizes(sizes, target)
+    if refused is not None:
+        return refused
+    if sizes["page"] not in PAGE_SIZES:
+        return Refusal(f"pages of {sizes['page']} tokens; the kernels take {', '.join(map(str, PAGE_SIZES))}")
+    if k.stride(3) != 1 or v.stride(3) != 1:
+        return Refusal("the last axis of k_pages or v_pages is not contiguous")
+    return dtype, {name: int(size) for name, size in sizes.items()}
+
+
+def check_sizes(sizes: dict[str, Any], target: Target) -> Refusal | None:
+    """Why head sizes do not fit the vectors of a target, None when they do."""
+    if not all(isinstance(n, int) for n in sizes.values()):
+        return Refusal(f"sizes {sizes} are not known when compiling")
+    step = LANES.get(target.arch, 8)
+    for name in ("head", "value"):
+        size = sizes.get(name, step)
+        if size % step or not 0 < size <= MAX_HEAD:
+            return Refusal(f"{name} size {size} is not a multiple of {step} up to {MAX_HEAD}")
+    return None
+
+
+def _configure(op: str, names: Sequence[str]) -> Callable[[Sequence[Any], Target], KernelKey | Refusal]:
+    def configure(args: Sequence[Any], target: Target) -> KernelKey | Refusal:
+        given = dict(zip(names, args, strict=True))
+        found = pool_options(given, "q", target)
+        if isinstance(found, Refusal):
+            return found
+        dtype, options = found
+        options["first"] = given["first"] is not None
+        if op == "paged_attention":
+            options["picked"] = given["picked"] is not None
+        return make_key(op, target, dtype, **options)
+
+    return configure
+
+
+def _rewrite(names: Sequence[str]) -> Callable[[KernelKey, Sequence[Any]], tuple[Any, ...]]:
+    def rewrite(key: KernelKey, args: Sequence[Any]) -> tuple[Any, ...]:
+        given = dict(zip(names, args, strict=True))
+        scale = config_of(key)["head"] ** -0.5 if given["scale"] is None else given["scale"]
+        return (*present(attention_names(key), given), scale)
+
+    return rewrite
+
+
+def _fake_attention(key: KernelKey) -> Callable[..., Any]:
+    def fake(q: Tensor, k_pages: Tensor, v_pages: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+        return q.new_empty((*q.shape[:3], v_pages.shape[3])), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+    return fake
+
+
+def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+def _attention_examples(op: str) -> Callable[[], Sequence[tuple[Any, ...]]]:
+    def examples() -> Sequence[tuple[Any, ...]]:
+        found: list[tuple[Any, ...]] = []
+        for dtype, size, page, padded in (
+            (torch.float32, 64, 16, False),
+            (torch.bfloat16, 128, 16, True),
+            (torch.float16, 64, 64, False),
+        ):
+            q, pages = _meta(2, 9, 1, size, dtype=dtype), _meta(40, 3, page, size, dtype=dtype)
+            table, lengths = _meta(2, 20, dtype=torch.int32), _meta(2, dtype=torch.int64)
+            listed, first = _meta(2, 3, 8, dtype=torch.int32), lengths if padded else None
+            if op == "token_attention":
+                found.append((q, pages, pages, table, lengths, listed, first, None))
+                continue
+            found.append((q, pages, pages, table, lengths, first, None, None))
+            found.append((q, pages, pages, table, lengths, first, listed, None))
+        return found
+
+    return examples
+
+
+APPEND_NAMES = ("k_pages", "v_pages", "page_table", "starts", "k", "v", "low", "high")
+BOUNDS_NAMES = ("q", "low", "high", "page_table", "lengths", "page", "first", "group")
+MASS_NAMES = ("q", "k", "lse", "first", "scale", "causal")
+
+
+def _configure_append(args: Sequence[Any], target: Target) -> KernelKey | Refusal:
+    given = dict(zip(APPEND_NAMES, args, strict=True))
+    found = pool_options(given, "k", target)
+    if isinstance(found, Refusal):
+        return found
+    dtype, options = found
+    planes = [given[name] for name in ("low", "high") if given[name] is not None]
+    if len(planes) == 1 or any(x.dtype != given["k"].dtype or x.stride(-1) != 1 for x in planes):
+        return Refusal("low and high come together, in the dtype of the pool with a contiguous last axis")
+    options["planes"] = bool(planes)
+    return make_key("paged_append", target, dtype, **options)
+
+
+def _configure_bounds(args: Sequence[Any], target: Target) -> KernelKey | Refusal:
+    given = dict(zip(BOUNDS_NAMES, args, strict=True))
+    found = _rows(given, ("q", "low", "high"), target)
+    if isinstance(found, Refusal):
+        return found
+    if given["low"].stride(-1) != 1 or given["high"].stride(-1) != 1:
+        return Refusal("the last axis of low or high is not contiguous")
+    head, padded = int(given["q"].shape[3]), given["first"] is not None
+    group, page = str(given["group"]), int(given["page"])
+    return make_key("page_bounds", target, found, head=head, page=page, group=group, first=padded)
+
+
+def _configure_mass(args: Sequence[Any], target: Target) -> KernelKey | Refusal:
+    given = dict(zip(MASS_NAMES, args, strict=True))
+    found = _rows(given, ("q", "k"), target)
+    if isinstance(found, Refusal):
+        return found
+    head, padded = int(given["q"].shape[3]), given["first"] is not None
+    return make_key("attention_mass", target, found, head=head, causal=bool(given["causal"]), first=padded)
+
+
+def _rows(given: dict[str, Any], names: Sequence[str], target: Target) -> str | Refusal:
+    """The dtype that the named tensors share, when they are of a head size the kernels take."""
+    refused = check_target([t for t in given.values() if isinstance(t, Tensor)], target)
+    refused = refused or check_sizes({"head": given[names[0]].shape[-1]}, target)
+    if refused is not None:
+        return refused
+    if len({given[name].dtype for name in names}) > 1:
+        return Refusal(f"{', '.join(names)} must have one dtype")
+    return dtype_name(given[names[0]], DTYPES, names[0])
+
+
+def _rewrite_mass(key: KernelKey, args: Sequence[Any]) -> tuple[Any, ...]:
+    given = dict(zip(MASS_NAMES, args, strict=True))
+    scale = config_of(key)["head"] ** -0.5 if given["scale"] is None else given["scale"]
+    return (*[given[name] for name in ("q", "k", "lse", "first") if given[name] is not None], scale)
+
+
+def _append_examples() -> Sequence[tuple[Any, ...]]:
+    found: list[tuple[Any, ...]] = []
+    for dtype, size, page in ((torch.float32, 64, 16), (torch.bfloat16, 128, 16), (torch.float16, 64, 64)):
+        pages, rows = _meta(40, 3, page, size, dtype=dtype), _meta(2, 3, 1, size, dtype=dtype)
+        table, starts = _meta(2, 20, dtype=torch.int32), _meta(2, dtype=torch.int64)
+        plane = _meta(40, 3, size, dtype=dtype)
+        found.append((pages, pages, table, starts, rows, rows, None, None))
+        found.append((pages, pages, table, starts, rows, rows, plane, plane))
+    return found
+
+
+def _bounds_examples() -> Sequence[tuple[Any, ...]]:
+    found: list[tuple[Any, ...]] = []
+    for dtype, size, page in ((torch.float32, 64, 16), (torch.bfloat16, 128, 16), (torch.float16, 64, 64)):
+        q, plane = _meta(2, 9, 1, size, dtype=dtype), _meta(40, 3, size, dtype=dtype)
+        table, lengths = _meta(2, 20, dtype=torch.int32), _meta(2, dtype=torch.int64)
+        found.append((q, plane, plane, table, lengths, page, None, "max"))
+        found.append((q, plane, plane, table, lengths, page, lengths, "sum"))
+    return found
+
+
+def _mass_examples() -> Sequence[tuple[Any, ...]]:
+    found: list[tuple[Any, ...]] = []
+    for dtype, size, causal in (
+        (torch.float32, 64, True),
+        (torch.bfloat16, 128, False),
+        (torch.float16, 64, True),
+    ):
+        q, k = _meta(2, 9, 7, size, dtype=dtype), _meta(2, 3, 20, size, dtype=dtype)
+        first = None if causal else _meta(2, dtype=torch.int64)
+        found.append((q, k, _meta(2, 9, 7), first, None, causal))
+    return found
+
+
+def _present(names: Sequence[str], left_out: Sequence[str]) -> Callable[..., tuple[Any, ...]]:
+    def rewrite(key: KernelKey, args: Sequence[Any]) -> tuple[Any, ...]:
+        given = dict(zip(names, args, strict=True))
+        last = [n for n in names if n not in left_out and given[n] is not None]
+        return tuple(given[name] for name in last)
+
+    return rewrite
+
+
+def _family(
+    op: str,
+    configure: Callable[[Sequence[Any], Target], KernelKey | Refusal],
+    generate: dict[str, Callable[[KernelKey, str], str]],
+    **parts: Any,
+) -> KernelFamily:
+    def for_target(args: Sequence[Any], target: Target) -> KernelKey | Refusal:
+        if target.kind not in generate:
+            return Refusal(f"{op} has no generator for {target}; there is one for {', '.join(generate)}")
+        return configure(args, target)
+
+    parts |= {"dtypes": DTYPES, "configure": for_target, "generate": generate}
+    return KernelFamily(op=op, save=None, backward=None, **parts)
+
+
+def _attention_family(op: str, names: Sequence[str]) -> KernelFamily:
+    return _family(
+        op,
+        legality=POOL_LEGALITY,
+        configure=_configure(op, names),
+        schema=attention_schema,
+        generate={"cpu": cpp.generate},
+        triton=None,
+        fake=_fake_attention,
+        rewrite_args=_rewrite(names),
+        examples=_attention_examples(op),
+    )
+
+
+PAGED_FAMILIES = (
+    _attention_family("paged_attention", PAGED_NAMES),
+    _attention_family("token_attention", TOKEN_NAMES),
+    _family(
+        "paged_append",
+        legality=POOL_LEGALITY,
+        configure=_configure_append,
+        schema=append_schema,
+        generate={"cpu": cpp_append.generate},
+        triton=None,
+        fake=lambda key: lambda *args: None,
+        rewrite_args=_present(APPEND_NAMES, ()),
+        examples=_append_examples,
+    ),
+    _family(
+        "page_bounds",
+        legality=(POOL_LEGALITY[0], POOL_LEGALITY[2]),
+        configure=_configure_bounds,
+        schema=bounds_schema,
+        generate={"cpu": cpp_scores.generate_bounds},
+        triton=None,
+        fake=lambda key: (
+            lambda q, low, high, page_table, *rest: q.new_empty(
+                (q.shape[0], low.shape[1], page_table.shape[1]), dtype=torch.float32
+            )
+        ),
+        rewrite_args=_present(BOUNDS_NAMES, ("page", "group")),
+        examples=_bounds_examples,
+    ),
+    _family(
+        "attention_mass",
+        legality=("q and k are of one dtype: float32, bfloat16 or float16", POOL_LEGALITY[2]),
+        configure=_configure_mass,
+        schema=mass_schema,
+        generate={"cpu": cpp_scores.generate_mass},
+        triton=None,
+        fake=lambda key: lambda q, k, *rest: q.new_empty(k.shape[:3], dtype=torch.float32),
+        rewrite_args=_rewrite_mass,
+        examples=_mass_examples,
+    ),
+)

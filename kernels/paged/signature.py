@@ -1,0 +1,67 @@
+"""The arguments of the paged kernels for a configuration: what is absent is not in the schema."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tilewright.kernels.common.family import config_of
+from tilewright.runtime.contracts import KernelKey
+
+ATTENTION = ("q", "k_pages", "v_pages", "page_table", "lengths")
+APPEND = ("k_pages", "v_pages", "page_table", "starts", "k", "v")
+BOUNDS = ("q", "low", "high", "page_table", "lengths")
+
+
+def entries_of(key: KernelKey) -> str:
+    """What an attention runs over: all, picked (pages) or tokens."""
+    if key.op == "token_attention":
+        return "tokens"
+    return "picked" if config_of(key)["picked"] else "all"
+
+
+def attention_names(key: KernelKey) -> list[str]:
+    """The tensor arguments of an attention kernel in order."""
+    listed = {"all": [], "picked": ["picked"], "tokens": ["positions"]}[entries_of(key)]
+    return [*ATTENTION, *listed, *(["first"] if config_of(key)["first"] else [])]
+
+
+def attention_schema(key: KernelKey) -> str:
+    """`(Tensor q, ..., float scale) -> (Tensor, Tensor)`."""
+    given = [f"Tensor {name}" for name in attention_names(key)]
+    return f"({', '.join([*given, 'float scale'])}) -> (Tensor, Tensor)"
+
+
+def append_names(key: KernelKey) -> list[str]:
+    """The tensor arguments of an append kernel in order."""
+    return [*APPEND, *(["low", "high"] if config_of(key)["planes"] else [])]
+
+
+def append_schema(key: KernelKey) -> str:
+    """`(Tensor(a!) k_pages, ...) -> ()`."""
+    written = dict(zip(("k_pages", "v_pages", "low", "high"), "abcd", strict=True))
+    given = [
+        f"Tensor({written[name]}!) {name}" if name in written else f"Tensor {name}"
+        for name in append_names(key)
+    ]
+    return f"({', '.join(given)}) -> ()"
+
+
+def bounds_names(key: KernelKey) -> list[str]:
+    """The tensor arguments of a bounds kernel in order."""
+    return [*BOUNDS, *(["first"] if config_of(key)["first"] else [])]
+
+
+def bounds_schema(key: KernelKey) -> str:
+    """`(Tensor q, ...) -> Tensor`."""
+    return f"({', '.join(f'Tensor {name}' for name in bounds_names(key))}) -> Tensor"
+
+
+def mass_schema(key: KernelKey) -> str:
+    """`(Tensor q, Tensor k, Tensor lse, [Tensor first,] float scale) -> Tensor`."""
+    names = ["q", "k", "lse", *(["first"] if config_of(key)["first"] else [])]
+    return f"({', '.join([*(f'Tensor {name}' for name in names), 'float scale'])}) -> Tensor"
+
+
+def present(names: list[str], given: dict[str, Any]) -> list[Any]:
+    """The values of the named arguments."""
+    return [given[name] for name in names]
