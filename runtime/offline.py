@@ -21,7 +21,13 @@ TARGETS = (
     Target("cuda", "sm_120"),
     Target("hip", "gfx942"),
 )
-SHARED_LIMIT_KIB = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "sm_120": 99, "gfx942": 64}
+FURTHER_TARGETS = (Target("cuda", "sm_89"), Target("hip", "gfx950"))
+"""Compiled for export, with the configurations of `STAND_INS`."""
+STAND_INS = {"sm_89": "sm_120", "gfx950": "gfx942"}
+"""Arch -> the arch whose configurations it takes: as much shared memory, or less."""
+SHARED_LIMIT_KIB = {
+    "sm_80": 163, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99, "gfx942": 64, "gfx950": 160,
+}  # fmt: skip
 """Shared memory one block may use, by the vendors' tables; the compilers do not check it offline."""
 
 
@@ -45,6 +51,20 @@ class Resources:
     def over_limit(self, target: Target) -> bool:
         """True when the block's shared memory does not fit the target."""
         return self.shared_bytes > SHARED_LIMIT_KIB[target.arch] * 1024
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A kernel compiled for one target."""
+
+    text: str
+    """PTX, or AMD assembly."""
+    binary: bytes
+    """cubin, or hsaco."""
+    used: Resources
+    warps: int
+    scratch_bytes: int
+    """Global memory that a program of the grid wants, 0 for none."""
 
 
 def import_source(path: Path, name: str) -> ModuleType:
@@ -77,12 +97,29 @@ def compile_offline(
     taken to be multiples of 16. constexprs: the compile-time arguments. OfflineFailed when a compiler
     refuses.
     """
+    return compile_whole(
+        source_path, fn_name, signature, constexprs, target, num_warps=num_warps, num_stages=num_stages
+    ).used
+
+
+def compile_whole(
+    source_path: Path,
+    fn_name: str,
+    signature: Mapping[str, str],
+    constexprs: Mapping[str, int],
+    target: Target,
+    *,
+    num_warps: int = 4,
+    num_stages: int = 2,
+) -> Compiled:
+    """`compile_offline` with everything the compiler made."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    if target not in TARGETS:
-        raise OfflineFailed(f"target {target} is not one of {', '.join(map(str, TARGETS))}")
+    known = (*TARGETS, *FURTHER_TARGETS)
+    if target not in known:
+        raise OfflineFailed(f"target {target} is not one of {', '.join(map(str, known))}")
     function = getattr(import_source(source_path, fn_name), fn_name)
     types = {**signature, **dict.fromkeys(constexprs, "constexpr")}
     aligned = [i for i, kind in enumerate(signature.values()) if kind.startswith("*") or kind == "i32"]
@@ -100,9 +137,10 @@ def compile_offline(
     except (triton.CompilationError, RuntimeError, subprocess.CalledProcessError) as error:
         text = " ".join(str(error).split())
         raise OfflineFailed(f"{fn_name} for {target}: {text[:400]}") from error
-    if target.kind == "hip":
-        return _amd_resources(built.asm["amdgcn"], built.metadata.shared)
-    return _nvidia_resources(built.asm["ptx"], built.metadata.shared)
+    text, binary = ("amdgcn", "hsaco") if target.kind == "hip" else ("ptx", "cubin")
+    read = _amd_resources if target.kind == "hip" else _nvidia_resources
+    used, scratch = read(built.asm[text], built.metadata.shared), built.metadata.global_scratch_size
+    return Compiled(built.asm[text], built.asm[binary], used, num_warps, scratch)
 
 
 def _nvidia_resources(ptx: str, shared: int) -> Resources:

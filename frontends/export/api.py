@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +19,8 @@ from tilewright.frontends.loaded_model import LoadedModel
 
 Progress = Callable[[str], Any]
 """Told what is being done; gives a context manager."""
-FORMATS = ("onnx", "pt2", "kernels")
+_WRITERS = {"onnx": ("onnx_export", "write_onnx"), "kernels": ("kernels_export", "write_kernels")}
+FORMATS = tuple(_WRITERS)
 
 
 @contextmanager
@@ -72,9 +74,9 @@ Writer = Callable[[Artifact, str, list[Entry], CompileOptions, Progress], dict[s
 
 
 def _writer(format: str) -> Writer:
-    from tilewright.frontends.export.onnx_export import write_onnx
-
-    return write_onnx
+    module, function = _WRITERS[format]
+    found: Writer = getattr(importlib.import_module(f"tilewright.frontends.export.{module}"), function)
+    return found
 
 
 def _entries(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import platform
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
@@ -21,7 +22,6 @@ from tilewright.compiler.stage import Exactness
 from tilewright.frontends.capture import from_export
 from tilewright.frontends.compile import CompileOptions, optimize_program
 from tilewright.frontends.export.entries import Entry
-from tilewright.frontends.export.onnx_graph import tensor_bytes
 
 _STRENGTH = [e.value for e in (Exactness.BITWISE, Exactness.ROUNDING, Exactness.APPROXIMATE)]
 
@@ -48,6 +48,12 @@ class Captured:
         """Placeholder -> name of the input."""
         users = [spec.name for spec in self.program.inputs if spec.kind is InputKind.USER]
         return dict(zip(users, self.entry.inputs, strict=True))
+
+    def weights(self) -> dict[str, Tensor]:
+        """The model's own weights by path."""
+        pairs = zip(self.program.inputs, self.program.example_inputs, strict=True)
+        held = [(s, v) for s, v in pairs if s.kind is InputKind.WEIGHT and isinstance(v, Tensor)]
+        return {spec.source or spec.name: value for spec, value in held}
 
     def inputs_for(self, tensors: list[Tensor]) -> list[Any]:
         """The program's inputs in order, with these tensors as the user's."""
@@ -121,17 +127,36 @@ def _first_line(error: BaseException) -> str:
     return " ".join(lines[:2])[:400] if lines else type(error).__name__
 
 
-def describe_model(name: str, captured: list[Captured]) -> dict[str, Any]:
-    """Name and SHA-256 of every weight (path, dtype, shape, values) of the entry points."""
-    rows: dict[str, Tensor] = {}
-    for one in captured:
-        for spec, value in zip(one.program.inputs, one.program.example_inputs, strict=True):
-            if spec.kind is InputKind.WEIGHT and isinstance(value, Tensor):
-                rows.setdefault(spec.source or spec.name, value)
+def shape_row(captured: Captured, side: str) -> list[dict[str, Any]]:
+    """name, dtype and shape of the `inputs` or `outputs`; dynamic sizes by the user's names."""
+    graph = captured.program.graph
+    if side == "inputs":
+        users = captured.names()
+        nodes = [n for n in graph.nodes if n.op == "placeholder" and n.name in users]
+        names = [users[n.name] for n in nodes]
+    else:
+        end = next(n for n in reversed(graph.nodes) if n.op == "output")
+        nodes = [n for n in end.all_input_nodes if isinstance(n.meta.get("val"), Tensor)]
+        names = captured.entry.outputs
+    rows = []
+    for name, node in zip(names, nodes, strict=False):
+        value = node.meta["val"]
+        shape = [n if isinstance(n, int) else axis_text(n, captured.axes) for n in value.shape]
+        rows.append({"name": name, "dtype": str(value.dtype).removeprefix("torch."), "shape": shape})
+    return rows
+
+
+def axis_text(size: Any, axes: Mapping[str, str]) -> str:
+    """A symbolic size in the user's names: `past + 1`."""
+    return re.sub(r"[A-Za-z_]\w*", lambda m: axes.get(m[0], m[0]), str(size))
+
+
+def describe_model(name: str, rows: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Name and SHA-256 of every weight (path, dtype, shape, values)."""
     digest = hashlib.sha256()
     for path, value in sorted(rows.items()):
         digest.update(f"{path} {value.dtype} {tuple(value.shape)}\n".encode())
-        digest.update(tensor_bytes(value))
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return {"name": name, "weights": len(rows), "fingerprint": digest.hexdigest()}
 
 

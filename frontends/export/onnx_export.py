@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
+
+from torch import Tensor
 
 from tilewright.frontends.compile import CompileOptions
 from tilewright.frontends.export.api import Progress
@@ -24,7 +27,7 @@ def write_onnx(
     artifact: Artifact, name: str, entries: list[Entry], options: CompileOptions, progress: Progress
 ) -> dict[str, Any]:
     """Capture, rewrite, write and check every entry point; returns the manifest's description."""
-    rows, done = [], []
+    rows, held = [], dict[str, Tensor]()
     with artifact.path(WEIGHTS).open("wb") as file:
         weights = WeightFile(file)
         for entry in entries:
@@ -44,11 +47,13 @@ def write_onnx(
                 "parity": parity,
             }
             rows.append(describe_entry(captured, extra))
-            done.append(captured)
+            held |= captured.weights()
+            del captured, model
+            gc.collect()  # graphs are cycles, and hold what passes derived from the weights
     if artifact.path(WEIGHTS).stat().st_size == 0:
         artifact.path(WEIGHTS).unlink()
     return {
-        "model": describe_model(name, done),
+        "model": describe_model(name, held),
         "versions": versions("onnx", "onnxruntime"),
         "entries": rows,
     }

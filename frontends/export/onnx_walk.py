@@ -16,6 +16,7 @@ from tilewright.compiler.graph import dead_code
 from tilewright.compiler.ops import semantic_op
 from tilewright.compiler.program import InputKind, Program
 from tilewright.compiler.schema import arguments, target_name
+from tilewright.frontends.export.captured import axis_text
 from tilewright.frontends.export.onnx_graph import (
     IR_VERSION,
     OPSET,
@@ -182,11 +183,6 @@ def _rename(g: OnnxGraph, names: Mapping[str, str]) -> None:
 
 def _shape(node: fx.Node, axes: Mapping[str, str]) -> list[Any]:
     return [n if isinstance(n, int) else axis_text(n, axes) for n in node.meta["val"].shape]
-
-
-def axis_text(size: Any, axes: Mapping[str, str]) -> str:
-    """A symbolic size in the user's names: `past + 1`."""
-    return re.sub(r"[A-Za-z_]\w*", lambda m: axes.get(m[0], m[0]), str(size))
 
 
 def _value_info(name: str, dtype: torch.dtype, shape: list[Any]) -> ValueInfoProto:
