@@ -12,12 +12,14 @@ from tilewright.compiler.ops.paged import PAGE_SIZES
 from tilewright.kernels.common.cpp import LANES
 from tilewright.kernels.common.family import (
     KernelFamily,
+    TritonKernel,
     check_target,
     config_of,
     dtype_name,
     make_key,
 )
-from tilewright.kernels.paged import cpp, cpp_append, cpp_scores
+from tilewright.kernels.paged import cpp, cpp_append, cpp_scores, triton
+from tilewright.kernels.paged import triton_rows as rows
 from tilewright.kernels.paged.signature import (
     append_schema,
     attention_names,
@@ -35,6 +37,7 @@ POOL_LEGALITY = (
     f"pages hold {', '.join(map(str, PAGE_SIZES))} tokens; the last axis of the pool is contiguous",
     f"D and E are known, multiples of 8 (16 on AVX-512) and at most {MAX_HEAD}",
     "tables and lists are int32, lengths int64",
+    "on a GPU indices are not checked, and rows of an append without a page are not written",
 )
 PAGED_NAMES = ("q", "k_pages", "v_pages", "page_table", "lengths", "first", "picked", "scale")
 TOKEN_NAMES = ("q", "k_pages", "v_pages", "page_table", "lengths", "positions", "first", "scale")
@@ -237,12 +240,7 @@ def _family(
     generate: dict[str, Callable[[KernelKey, str], str]],
     **parts: Any,
 ) -> KernelFamily:
-    def for_target(args: Sequence[Any], target: Target) -> KernelKey | Refusal:
-        if target.kind not in generate:
-            return Refusal(f"{op} has no generator for {target}; there is one for {', '.join(generate)}")
-        return configure(args, target)
-
-    parts |= {"dtypes": DTYPES, "configure": for_target, "generate": generate}
+    parts |= {"dtypes": DTYPES, "configure": configure, "generate": generate}
     return KernelFamily(op=op, save=None, backward=None, **parts)
 
 
@@ -252,8 +250,8 @@ def _attention_family(op: str, names: Sequence[str]) -> KernelFamily:
         legality=POOL_LEGALITY,
         configure=_configure(op, names),
         schema=attention_schema,
-        generate={"cpu": cpp.generate},
-        triton=None,
+        generate={"cpu": cpp.generate, "cuda": triton.generate, "hip": triton.generate},
+        triton=TritonKernel(triton.parameters, triton.constants, triton.warps, triton.launcher),
         fake=_fake_attention,
         rewrite_args=_rewrite(names),
         examples=_attention_examples(op),
@@ -268,8 +266,10 @@ PAGED_FAMILIES = (
         legality=POOL_LEGALITY,
         configure=_configure_append,
         schema=append_schema,
-        generate={"cpu": cpp_append.generate},
-        triton=None,
+        generate={"cpu": cpp_append.generate, "cuda": rows.generate_append, "hip": rows.generate_append},
+        triton=TritonKernel(
+            rows.append_parameters, rows.no_constants, rows.append_warps, rows.append_launcher
+        ),
         fake=lambda key: lambda *args: None,
         rewrite_args=_present(APPEND_NAMES, ()),
         examples=_append_examples,
@@ -279,8 +279,12 @@ PAGED_FAMILIES = (
         legality=(POOL_LEGALITY[0], POOL_LEGALITY[2]),
         configure=_configure_bounds,
         schema=bounds_schema,
-        generate={"cpu": cpp_scores.generate_bounds},
-        triton=None,
+        generate={
+            "cpu": cpp_scores.generate_bounds,
+            "cuda": rows.generate_bounds,
+            "hip": rows.generate_bounds,
+        },
+        triton=TritonKernel(rows.bounds_parameters, rows.no_constants, rows.warps, rows.bounds_launcher),
         fake=lambda key: (
             lambda q, low, high, page_table, *rest: q.new_empty(
                 (q.shape[0], low.shape[1], page_table.shape[1]), dtype=torch.float32
@@ -294,8 +298,8 @@ PAGED_FAMILIES = (
         legality=("q and k are of one dtype: float32, bfloat16 or float16", POOL_LEGALITY[2]),
         configure=_configure_mass,
         schema=mass_schema,
-        generate={"cpu": cpp_scores.generate_mass},
-        triton=None,
+        generate={"cpu": cpp_scores.generate_mass, "cuda": rows.generate_mass, "hip": rows.generate_mass},
+        triton=TritonKernel(rows.mass_parameters, rows.mass_constants, rows.warps, rows.mass_launcher),
         fake=lambda key: lambda q, k, *rest: q.new_empty(k.shape[:3], dtype=torch.float32),
         rewrite_args=_rewrite_mass,
         examples=_mass_examples,

@@ -18,6 +18,8 @@ from tilewright.runtime.offline import OfflineFailed, Resources, compile_offline
 from tilewright.tools.offline_compile import Row, compile_row, default_keys
 
 SM80 = Target("cuda", "sm_80")
+PRODUCTS = ("block_sparse_attention", "paged_attention", "token_attention", "attention_mass")
+"""Ops that hold tiles of matrix products, for which 128 registers are few."""
 
 
 def test_the_kernels_in_the_interpreter() -> None:
@@ -36,7 +38,7 @@ def test_one_configuration_compiles_without_spilling(op: str, target: Target) ->
     key, columns = next(iter(default_keys(FAMILIES[op], target)))
     row = compile_row(FAMILIES[op], key, columns)
     assert row.complaint == ""
-    assert 8 <= row.used.registers <= (255 if op == "block_sparse_attention" else 128)
+    assert 8 <= row.used.registers <= (255 if op in PRODUCTS else 128)
 
 
 @pytest.mark.slow
