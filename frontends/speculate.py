@@ -296,7 +296,8 @@ def speculate(
     these passes. draft: the text of a (lossy) pipeline over the target's own weights, which shares its cache;
     another model of the same vocabulary, compiled or not; a `Retrieval` or the word `retrieval`; None for
     plain decoding. lengths: how many tokens may be drafted in a round; 0 is always allowed, and taken
-    while drafting does not pay. Compiled targets compile once per length, so they get few by default. prior:
+    while drafting does not pay. Compiled targets compile once per length, so they get few by default, and at
+    most 7, because the kernels for few rows end at 8. prior:
     the acceptance that is assumed before anything was seen.
 
     Greedy text equals the target's up to ties of its own rounding; sampled text has the target's
@@ -320,7 +321,7 @@ def speculate(
         )
     retrieves = isinstance(drafting, Retrieval)
     if lengths is None:
-        few, many = ((8,), (2, 4, 8, 12)) if retrieves else ((3,), (1, 2, 3, 4, 6))
+        few, many = ((7,), (2, 4, 8, 12)) if retrieves else ((3,), (1, 2, 3, 4, 6))
         lengths = few if model.compiled else many
     if any(not isinstance(n, int) or not 0 <= n <= 64 for n in lengths) or len(set(lengths)) != len(lengths):
         raise OptionError(f"lengths = {tuple(lengths)}: expected different numbers, 0 to 64")

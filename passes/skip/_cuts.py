@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +11,8 @@ from torch import fx
 from tilewright.compiler import PassLog
 from tilewright.compiler.blocks import Block, BlockStructure, Layer
 from tilewright.compiler.diagnostics import OptionError
+from tilewright.compiler.graph import copy_source
+from tilewright.compiler.influence import Influence
 from tilewright.compiler.legality import STATE
 
 _HALVES = {"attention": ("self-attention", "cross-attention", "mixer"), "mlp": ("mlp", "conv")}
@@ -18,11 +20,13 @@ _HALVES = {"attention": ("self-attention", "cross-attention", "mixer"), "mlp": (
 
 @dataclass(frozen=True)
 class Cut:
-    """What read `exit` will read `entry`; `writes` of state that only the part between them makes go too."""
+    """What read `exit` will read `entry` times `gain`; `writes` of state that only the part between them
+    makes go too."""
 
     entry: fx.Node
     exit: fx.Node
     writes: tuple[fx.Node, ...]
+    gain: float = 1.0
 
 
 def chosen(structure: BlockStructure, numbers: list[int], max_share: float, log: PassLog) -> list[Layer]:
@@ -31,7 +35,7 @@ def chosen(structure: BlockStructure, numbers: list[int], max_share: float, log:
         log.note(f"no layers: {structure.refusal}")
         return []
     count = len(structure.layers)
-    if numbers[-1] >= count:
+    if numbers and numbers[-1] >= count:
         raise OptionError(f"{log.name}: layer {numbers[-1]}: the model has {count} layers, 0 to {count - 1}")
     if len(numbers) > max_share * count:
         raise OptionError(
@@ -41,13 +45,63 @@ def chosen(structure: BlockStructure, numbers: list[int], max_share: float, log:
     return [structure.layers[n] for n in numbers]
 
 
-def cuts_of(structure: BlockStructure, layer: Layer, part: str, log: PassLog) -> list[Cut]:
-    """The cuts that take out a layer (`all`) or its `attention` or `mlp`; refusals go to the log."""
+def by_measurement(
+    measured: Influence, count: int, rule: str, max_ratio: float, log: PassLog | None
+) -> list[int]:
+    """The layers that a measured order drops first; OptionError where perplexity would grow too much."""
+    numbers, ratio = measured.chosen(count, rule)
+    if ratio > max_ratio:
+        raise OptionError(
+            f"drop-layers: without layers {sorted(numbers)} perplexity grew {ratio:.3f} times when measured, "
+            f"above max_ppl_ratio={max_ratio:g}",
+            remedy="drop fewer layers, or raise max_ppl_ratio where speculation makes up for it",
+        )
+    if log is not None:
+        log.note(f"layers {sorted(numbers)} by {rule}: perplexity x {ratio:.3f} when measured")
+    return sorted(numbers)
+
+
+def around(graph: fx.Graph, cut: Cut) -> fx.Node:
+    """What a cut's readers read: its entry, scaled where its gain differs from 1 by a percent or more."""
+    if abs(cut.gain - 1.0) < 0.01:
+        return cut.entry
+    with graph.inserting_after(cut.exit):
+        scaled = graph.call_function(torch.ops.aten.mul.Scalar, (cut.entry, cut.gain))
+    copy_source(cut.exit, scaled)
+    scaled.meta["val"] = cut.exit.meta["val"]
+    return scaled
+
+
+def copy_around(
+    graph: fx.Graph, structure: BlockStructure, numbers: Sequence[int], gains: Sequence[float]
+) -> None:
+    """Make every exit of these layers a scaled copy of its entry and leave the rest where it is."""
+    moved: dict[fx.Node, fx.Node] = {}
+    for number in numbers:
+        for block in structure.layers[number].blocks:
+            entry = moved.get(block.entry, block.entry)
+            args = (entry, gains[number] if gains else 1.0)
+            with graph.inserting_after(block.exit):
+                copy = graph.call_function(torch.ops.aten.mul.Scalar, args)
+            copy.meta["val"] = block.exit.meta["val"]
+            block.exit.replace_all_uses_with(copy)
+            copy.args = args
+            moved[block.exit] = copy
+
+
+def cuts_of(
+    structure: BlockStructure, layer: Layer, part: str, gains: Sequence[float], log: PassLog
+) -> list[Cut]:
+    """The cuts that take out a layer (`all`) or its `attention` or `mlp`; refusals go to the log.
+
+    gains: of each layer, empty for 1.
+    """
     for block, verdict in layer.failures():
         log.refused(block.exit, f"{block.name} may not be bypassed: {verdict.rule}: {verdict.reason}")
         return []
     if part == "all":
-        return [Cut(b.entry, b.exit, _own_writes(b, set(b.nodes))) for b in layer.blocks]
+        gain = gains[layer.index] if gains else 1.0
+        return [Cut(b.entry, b.exit, _own_writes(b, set(b.nodes)), gain) for b in layer.blocks]
     return [cut for block in layer.blocks for cut in _halves(structure, block, part, log)]
 
 

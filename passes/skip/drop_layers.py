@@ -3,6 +3,7 @@
 paper: arXiv:2403.03853 (ShortGPT). A residual block whose output is close to its input can go: what read its
 exit reads its entry. Which layers may go is measured (`tilewright.frontends.influence`), never guessed by
 position: a layer next to a harmless one can be a cliff. The dropped layers' caches are not written any more.
+`keep_variance` scales what goes around a layer to the RMS that its output had (Presto!, arXiv:2410.05167).
 """
 
 from __future__ import annotations
@@ -10,26 +11,16 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Literal
 
-import torch
-from torch import fx
-
-from tilewright.compiler import (
-    Exactness,
-    Example,
-    GraphPass,
-    PassLog,
-    Program,
-    Stage,
-    Tensor,
-    graph_pass,
-    ops,
-)
-from tilewright.compiler.blocks import find_blocks
+from tilewright.compiler import Exactness, Example, GraphPass, PassLog, Program, Stage, graph_pass
+from tilewright.compiler.blocks import BlockStructure, find_blocks
 from tilewright.compiler.diagnostics import PipelineError
 from tilewright.compiler.graph import dead_code, output_node
-from tilewright.passes.skip._cuts import Cut, chosen, cuts_of
+from tilewright.compiler.influence import Influence
+from tilewright.passes.skip._cuts import Cut, around, by_measurement, chosen, copy_around, cuts_of
+from tilewright.passes.skip._drop_examples import drop_examples
 
 _DONE = "tw_dropped_layers"
 """Mark on the graph's output: what was dropped, so that a second run does not drop the layers behind."""
@@ -51,7 +42,17 @@ class DropLayers(GraphPass):
     """
 
     layers: str = ""
-    """Numbers of the layers to drop, from 0, joined by +: `14+25`; empty drops none."""
+    """Numbers of the layers to drop, from 0, joined by +: `14+25`."""
+    count: int = 0
+    """Drop this many layers, by the measurements in `importance`."""
+    importance: str = ""
+    """A file of measurements (`tilewright.frontends.influence`), of this very model."""
+    rule: Literal["influence", "perplexity"] = "perplexity"
+    """Which measured order `count` follows: least block influence, or least perplexity one by one."""
+    max_ppl_ratio: float = 1.15
+    """Refuse `count` where the file says that perplexity grows by more than this factor."""
+    keep_variance: bool = False
+    """Scale what goes around a dropped layer by its measured gain; needs `importance`."""
     part: Literal["all", "attention", "mlp"] = "all"
     """Drop whole layers, or one half of each."""
     max_share: float = 0.25
@@ -62,11 +63,19 @@ class DropLayers(GraphPass):
             raise self.option_error("layers", "expected numbers joined by +, such as 3+7")
         if len(set(self.numbers())) != len(self.numbers()):
             raise self.option_error("layers", "a layer is named twice")
+        if self.count < 0 or (self.layers and self.count):
+            raise self.option_error("count", "expected 0 or more, and 0 where layers are named")
+        if bool(self.importance) != (self.count > 0 or self.keep_variance):
+            raise self.option_error("importance", "a file belongs to count or keep_variance, and only there")
+        if self.keep_variance and self.part != "all":
+            raise self.option_error("keep_variance", "gains are measured for whole layers: part=all")
         if not 0.0 <= self.max_share <= 1.0:
             raise self.option_error("max_share", "expected 0 to 1")
+        if not self.max_ppl_ratio >= 1.0:
+            raise self.option_error("max_ppl_ratio", "expected 1 or more")
 
     def numbers(self) -> list[int]:
-        """The chosen layers in ascending order."""
+        """The layers named, in ascending order."""
         return sorted(int(n) for n in self.layers.split("+") if n)
 
     def apply(self, program: Program, log: PassLog) -> None:
@@ -78,7 +87,7 @@ class DropLayers(GraphPass):
             for write in cut.writes:
                 program.graph.erase_node(write)
             log.applied(cut.exit, rule=self.part, removed=[cut.exit])
-            cut.exit.replace_all_uses_with(cut.entry)
+            cut.exit.replace_all_uses_with(around(program.graph, cut))
         if cuts:
             output_node(program.graph).meta[_DONE] = self.text()
             removed = dead_code(program.graph)
@@ -86,7 +95,7 @@ class DropLayers(GraphPass):
         log.finish(("residual block",))
 
     def _cuts(self, program: Program, log: PassLog) -> list[Cut]:
-        if not self.layers:
+        if not self.layers and not self.count:
             log.note("no layer is named: every layer stays")
             return []
         done = output_node(program.graph).meta.get(_DONE)
@@ -99,47 +108,32 @@ class DropLayers(GraphPass):
                 remedy="name all layers in one pass",
             )
         structure = find_blocks(program.graph, program.inputs)
-        layers = chosen(structure, self.numbers(), self.max_share, log)
-        return [cut for layer in layers for cut in cuts_of(structure, layer, self.part, log)]
+        numbers, gains = self._choice(program, structure, log)
+        layers = chosen(structure, numbers, self.max_share, log)
+        return [cut for layer in layers for cut in cuts_of(structure, layer, self.part, gains, log)]
+
+    def _choice(
+        self, program: Program, structure: BlockStructure, log: PassLog | None = None
+    ) -> tuple[list[int], list[float]]:
+        """(layers to drop, the gain of each layer of the model; empty for 1)."""
+        if not self.importance or structure.refusal:
+            return self.numbers(), []
+        measured = Influence.load(Path(self.importance))
+        measured.check(program, len(structure.layers))
+        numbers = self.numbers()
+        if self.count:
+            numbers = by_measurement(measured, self.count, self.rule, self.max_ppl_ratio, log)
+        return numbers, measured.gain if self.keep_variance else []
 
     def reference(self, program: Program) -> None:
-        """Every chosen exit is a copy of its entry; nothing is removed."""
+        """Every chosen exit is a copy of its entry, times the gain; nothing is removed."""
         structure = find_blocks(program.graph, program.inputs)
-        moved: dict[fx.Node, fx.Node] = {}
-        for number in self.numbers() if not structure.refusal else []:
-            for block in structure.layers[number].blocks:
-                entry = moved.get(block.entry, block.entry)
-                with program.graph.inserting_after(block.exit):
-                    copy = program.graph.call_function(torch.ops.aten.clone.default, (entry,))
-                copy.meta["val"] = block.exit.meta["val"]
-                block.exit.replace_all_uses_with(copy)
-                copy.args = (entry,)
-                moved[block.exit] = copy
+        if not structure.refusal:
+            copy_around(program.graph, structure, *self._choice(program, structure))
 
     def exact_limit(self) -> DropLayers:
-        return replace(self, layers="")
+        return replace(self, layers="", count=0, importance="", keep_variance=False)
 
     @classmethod
     def examples(cls) -> Iterator[tuple[dict, Example]]:
-        def stack(x, *weights):
-            for up, down in zip(weights[::2], weights[1::2], strict=True):
-                x = x + ops.linear(torch.tanh(ops.linear(x, up)), down)
-            return ops.linear(torch.sin(x), weights[0])
-
-        weights = [Tensor(7, 5, weight=True), Tensor(5, 7, weight=True)] * 5
-        yield {"layers": "1+2", "max_share": 1.0}, Example(stack, (Tensor(3, 5), *weights), count=2)
-        yield {"layers": "3", "max_share": 1.0}, Example(stack, (Tensor(3, 5), *weights))
-
-        def leaky(x, *weights):
-            inner = []
-            for up, down in zip(weights[::2], weights[1::2], strict=True):
-                inner.append(torch.tanh(ops.linear(x, up)))
-                x = x + ops.linear(inner[-1], down)
-            return ops.linear(torch.sin(x), weights[0]), *inner
-
-        shut = Example(leaky, (Tensor(3, 5), *weights), refusal="may not be bypassed")
-        yield {"layers": "1", "max_share": 1.0}, shut
-        yield (
-            {"layers": "1", "part": "attention"},
-            Example(stack, (Tensor(3, 5), *weights), refusal="no step that is attention alone"),
-        )
+        yield from drop_examples()

@@ -1,0 +1,174 @@
+"""Measuring how much each layer of a language model matters, on sample text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from tilewright.compiler.blocks import find_blocks
+from tilewright.compiler.calibration import fingerprint
+from tilewright.compiler.diagnostics import CaptureError, OptionError
+from tilewright.compiler.influence import Influence, LayerRun, Rule, Streams
+from tilewright.compiler.pipeline import RunOptions
+from tilewright.compiler.program import Program
+from tilewright.compiler.replay import tensors_in
+from tilewright.frontends.api import next_token_loss
+from tilewright.frontends.capture import from_dynamo, normalize
+from tilewright.frontends.loaded_model import Call
+
+Progress = Callable[[str], None]
+"""progress(what was measured)."""
+
+
+class _Capturing:
+    """A backend that keeps the one program of a model and the inputs of each of its calls."""
+
+    def __init__(self) -> None:
+        self.program: Program | None = None
+        self.calls: list[tuple[Any, ...]] = []
+
+    def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        if self.program is not None:
+            raise CaptureError(
+                "the model was captured as several graphs, or its samples have different shapes",
+                remedy="give samples of one length to a model without graph breaks",
+            )
+        self.program = from_dynamo(gm, example_inputs)
+
+        def run(*args: Any) -> Any:
+            self.calls.append(args)
+            return gm.forward(*args)
+
+        return run
+
+
+class _Measuring:
+    """Perplexity of one program without some of its layers, over samples whose states are kept."""
+
+    def __init__(self, program: Program, calls: Sequence[tuple[Any, ...]], tokens: Sequence[Tensor]) -> None:
+        structure = find_blocks(program.graph, program.inputs)
+        if structure.refusal:
+            raise CaptureError(f"no layers: {structure.refusal}")
+        for layer in structure.layers:
+            for block, verdict in layer.failures():
+                raise CaptureError(f"{block.name} cannot be left out: {verdict.rule}: {verdict.reason}")
+        self.run, self.tokens = LayerRun(program, structure), tokens
+        placeholders = [n for n in program.graph.nodes if n.op == "placeholder"]
+        self.states = [[dict(zip(placeholders, args, strict=True))] for args in calls]
+        self.dropped: list[int] = []
+        self.streams = Streams.empty(len(structure.layers))
+        self.perplexity = self._again(0)
+        for states in self.states:
+            self.streams.take(self.run, states)
+
+    def _again(self, start: int) -> float:
+        """Run all samples from a stage on, keep their states, and return the perplexity."""
+        total, count = 0.0, 0
+        for states, tokens in zip(self.states, self.tokens, strict=True):
+            result, found = self.run.run(start, states[start], self.dropped)
+            states[start:] = found
+            loss, seen = next_token_loss(_logits(result), tokens)
+            total, count = total + loss, count + seen
+        return _exp(total / count)
+
+    def without(self, layer: int) -> float:
+        """Perplexity when this layer is left out beside those already dropped."""
+        total, count = 0.0, 0
+        for states, tokens in zip(self.states, self.tokens, strict=True):
+            result, _ = self.run.run(layer + 1, states[layer + 1], [*self.dropped, layer])
+            loss, seen = next_token_loss(_logits(result), tokens)
+            total, count = total + loss, count + seen
+        return _exp(total / count)
+
+    def drop(self, layer: int) -> float:
+        """Leave a layer out for good; returns the perplexity."""
+        self.dropped.append(layer)
+        return self._again(layer + 1)
+
+    def restore(self) -> None:
+        """All layers again."""
+        first = min(self.dropped, default=None)
+        self.dropped = []
+        if first is not None:
+            self._again(first + 1)
+
+
+def measure_influence(
+    module: nn.Module,
+    calls: Iterable[Call],
+    *,
+    count: int = 4,
+    rules: Sequence[Rule] = ("influence", "perplexity"),
+    pool: int = 12,
+    source: str = "",
+    progress: Progress | None = None,
+) -> Influence:
+    """Block influence of every layer, and perplexities when up to `count` layers are dropped.
+
+    calls: (args, kwargs) with `input_ids` [B, S] of one length. Rule `influence` drops the layers of least
+    influence; rule `perplexity` drops, one at a time, the layer whose loss raises perplexity least, out of
+    the `pool` remaining layers of least influence. Raises OptionError, CaptureError.
+    """
+    given = list(calls)
+    if not given or count < 0 or pool < 1:
+        raise OptionError(
+            f"{len(given)} samples, count = {count}, pool = {pool}: expected 1, 0 and 1 or more"
+        )
+    capturing = _Capturing()
+    torch._dynamo.reset()
+    compiled = torch.compile(module, backend=capturing, dynamic=False)
+    with torch.no_grad():
+        for args, kwargs in given:
+            compiled(*args, **kwargs)
+    torch._dynamo.reset()
+    program = capturing.program
+    if program is None:
+        raise CaptureError("nothing was captured", remedy="the call ran no tensor operation")
+    normalize(program, RunOptions(replay=False))
+    with torch.no_grad():
+        measuring = _Measuring(program, capturing.calls, [kwargs["input_ids"] for _, kwargs in given])
+        layers = len(measuring.run.layers)
+        if count >= layers:
+            raise OptionError(f"count = {count}: the model has {layers} layers")
+        sums = measuring.streams
+        found = Influence(
+            fingerprint(program),
+            source,
+            sums.tokens,
+            measuring.perplexity,
+            (1.0 - sums.cosine / sums.tokens).tolist(),
+            (sums.after / sums.before).sqrt().tolist(),
+        )
+        for rule in rules:
+            found.orders[rule] = _order(measuring, found, rule, count, pool, progress)
+            measuring.restore()
+    return found
+
+
+def _order(
+    measuring: _Measuring, found: Influence, rule: Rule, count: int, pool: int, progress: Progress | None
+) -> list[tuple[int, float]]:
+    ranked = sorted(range(len(found.influence)), key=found.influence.__getitem__)
+    order: list[tuple[int, float]] = []
+    for _ in range(count):
+        left = [n for n in ranked if n not in measuring.dropped]
+        layer = left[0] if rule == "influence" else min(left[:pool], key=measuring.without)
+        order.append((layer, measuring.drop(layer) / found.perplexity))
+        if progress is not None:
+            progress(f"{rule}: {len(order)} dropped, layer {layer}, perplexity x {order[-1][1]:.3f}")
+    return order
+
+
+def _logits(result: Any) -> Tensor:
+    for tensor in tensors_in(result):
+        if tensor.is_floating_point() and tensor.dim() == 3:
+            return tensor
+    raise CaptureError("the model returned no logits [B, S, V]")
+
+
+def _exp(loss: float) -> float:
+    return math.exp(min(loss, 700.0))

@@ -1,0 +1,175 @@
+"""Block influence and perplexity without layers equal what the plain model gives with its modules deleted."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from tilewright.compiler.diagnostics import CaptureError, FactError, LoadError, OptionError
+from tilewright.compiler.influence import Influence
+from tilewright.compiler.pipeline import Pipeline
+from tilewright.frontends.influence import measure_influence
+
+LAYERS = 6
+
+
+def _llama(seed: int = 0) -> Any:
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=40,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.3,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def _calls() -> list[Any]:
+    ids = torch.randint(40, (3, 1, 23), generator=torch.Generator().manual_seed(1))
+    return [((), {"input_ids": row, "use_cache": False}) for row in ids]
+
+
+@torch.no_grad()
+def _perplexity(model: nn.Module, dropped: list[int]) -> float:
+    shorter: Any = copy.deepcopy(model)
+    for i in sorted(dropped, reverse=True):
+        del shorter.model.layers[i]
+    losses = [shorter(labels=k["input_ids"], **k).loss for _, k in _calls()]
+    return math.exp(float(sum(losses) / len(losses)))
+
+
+@torch.no_grad()
+def test_influence_and_both_orders_equal_the_obvious_way() -> None:
+    model = _llama()
+    found = measure_influence(model, _calls(), count=3, pool=LAYERS)
+    states = [model(output_hidden_states=True, **k).hidden_states for _, k in _calls()]
+    # The last hidden state stands behind the final norm: its cosine is not that of the last layer.
+    for i in range(LAYERS - 1):
+        x, y = (torch.cat([s[j] for s in states], 1).flatten(0, 1) for j in (i, i + 1))
+        want = 1 - float(torch.cosine_similarity(x, y, dim=-1).mean())
+        assert found.influence[i] == pytest.approx(want, abs=1e-5)
+        assert found.gain[i] == pytest.approx(
+            float(y.square().mean().sqrt() / x.square().mean().sqrt()), 1e-4
+        )
+    assert found.tokens == 3 * 23
+    assert found.perplexity == pytest.approx(_perplexity(model, []), rel=1e-4)
+    ranked = sorted(range(LAYERS), key=found.influence.__getitem__)
+    assert [n for n, _ in found.orders["influence"]] == ranked[:3]
+    dropped: list[int] = []
+    for layer, ratio in found.orders["perplexity"]:
+        best = {i: _perplexity(model, [*dropped, i]) for i in range(LAYERS) if i not in dropped}
+        assert layer == min(best, key=best.__getitem__)
+        assert ratio == pytest.approx(best[layer] / found.perplexity, rel=1e-4)
+        dropped.append(layer)
+    for n, (_, ratio) in enumerate(found.orders["influence"], 1):
+        assert ratio == pytest.approx(_perplexity(model, ranked[:n]) / found.perplexity, rel=1e-4)
+
+
+def test_files_are_whole_and_of_this_model(tmp_path: Path) -> None:
+    found = measure_influence(_llama(), _calls(), count=2, rules=("influence",), source="test")
+    found.save(tmp_path / "a.json")
+    assert Influence.load(tmp_path / "a.json") == found
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+    for change, message in (
+        ({"format": "x"}, "no importance data"),
+        ({"gain": "x"}, "damaged"),
+        ({"influence": [None]}, "damaged"),
+        ({"orders": {"influence": [[9, 1.0]]}}, "does not exist"),
+        ({"more": 1}, "damaged"),
+    ):
+        data = json.loads((tmp_path / "a.json").read_text())
+        (tmp_path / "b.json").write_text(json.dumps({**data, **change}))
+        with pytest.raises(LoadError, match=message):
+            Influence.load(tmp_path / "b.json")
+    with pytest.raises(LoadError, match="cannot be read"):
+        Influence.load(tmp_path / "none.json")
+    with pytest.raises(OptionError, match="measured for 2 dropped layers"):
+        found.chosen(3, "influence")
+    with pytest.raises(OptionError, match="measured for 0"):
+        found.chosen(1, "perplexity")
+
+
+def test_bad_input() -> None:
+    with pytest.raises(OptionError, match="0 samples"):
+        measure_influence(_llama(), [])
+    with pytest.raises(OptionError, match="the model has 6 layers"):
+        measure_influence(_llama(), _calls(), count=6)
+    plain = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 9))
+    with pytest.raises(CaptureError, match="no layers"):
+        measure_influence(_Taking(plain), [((), {"input_ids": torch.ones(1, 5).long()})])
+
+
+class _Taking(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self.inner(input_ids)  # type: ignore[no-any-return]
+
+
+def test_the_pass_takes_its_layers_from_the_file(tmp_path: Path) -> None:
+    from tilewright.frontends.compile import REPORTS
+
+    model, path = _llama(), tmp_path / "layers.json"
+    found = measure_influence(model, _calls(), count=2, pool=LAYERS)
+    found.save(path)
+
+    def compiled(target: nn.Module, options: str) -> Any:
+        torch._dynamo.reset()
+        text = f"drop-layers{{{options}}}"
+        return torch.compile(
+            target, backend="tilewright", options={"pipeline": text, "lower": "eager", "kernels": False}
+        )
+
+    ids = _calls()[0][1]["input_ids"]
+    with torch.no_grad():
+        for rule in ("influence", "perplexity"):
+            shorter: Any = copy.deepcopy(model)
+            for i in sorted(found.chosen(2, rule)[0], reverse=True):
+                del shorter.model.layers[i]
+            want = shorter(ids, use_cache=False).logits
+            options = f"count=2,importance={path},rule={rule},max_share=0.5,max_ppl_ratio=1e9"
+            torch.testing.assert_close(compiled(model, options)(ids, use_cache=False).logits, want)
+        notes = " ".join(REPORTS[-1].passes[-1].notes)
+        assert f"perplexity x {found.chosen(2, 'perplexity')[1]:.3f}" in notes
+        louder: Any = copy.deepcopy(model)
+        first = found.chosen(1, "influence")[0][0]
+        gain = found.gain[first]
+        louder.model.layers[first].forward = lambda x, *_, **__: x * gain
+        options = f"count=1,importance={path},rule=influence,max_ppl_ratio=1e9,keep_variance=true"
+        got = compiled(model, options)(ids, use_cache=False).logits
+        torch.testing.assert_close(got, louder(ids, use_cache=False).logits)
+        found.orders["perplexity"][1] = (found.orders["perplexity"][1][0], 2.0)
+        worse = tmp_path / "worse.json"
+        found.save(worse)
+        for other, options, message in (
+            (_llama(7), f"count=1,importance={path}", "of another model"),
+            (model, f"count=2,importance={worse},max_share=0.5", "perplexity grew 2.000 times"),
+            (model, f"count=3,importance={path},max_share=0.5", "measured for 2"),
+        ):
+            with pytest.raises(Exception, match=message) as caught:
+                compiled(other, options)(ids, use_cache=False)
+            chain = [caught.value, caught.value.__cause__, getattr(caught.value, "inner_exception", None)]
+            assert any(isinstance(e, (OptionError, FactError)) for e in chain)
+        for options, message in (
+            ("count=1", "importance"),
+            (f"importance={path}", "count"),
+            (f"count=1,importance={path},layers=2", "layers"),
+            ("keep_variance=true,layers=1", "importance"),
+            ("layers=1,max_ppl_ratio=0.5", "max_ppl_ratio"),
+        ):
+            with pytest.raises(OptionError, match=message):
+                Pipeline.parse(f"drop-layers{{{options}}}")
+    torch._dynamo.reset()

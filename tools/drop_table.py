@@ -1,0 +1,75 @@
+"""Block influence of a language model's layers, and perplexity without some of them, on two pieces of a text:
+measured on one, checked on the other. Writes the file that `drop-layers{importance=...}` reads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tilewright.frontends.api import evaluate
+from tilewright.frontends.calibration import token_windows
+from tilewright.frontends.commands.evaluate import read_text
+from tilewright.frontends.influence import measure_influence
+from tilewright.frontends.loaded_model import Call, LoadedModel
+from tilewright.frontends.loaders import resolve
+
+RULES = ("influence", "perplexity")
+
+
+def held_out(model: LoadedModel, calls: Sequence[Call], pipeline: str) -> float:
+    """Perplexity ratio of the model behind a pipeline, eager, on other text."""
+    torch._dynamo.reset()
+    options: dict[str, Any] = {"pipeline": pipeline, "lower": "eager", "kernels": False, "replay": False}
+    candidate = torch.compile(model.module, backend="tilewright", options=options, dynamic=False)
+    return evaluate(model.module, candidate, calls, labels=True).ratio
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="drop_table", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("model", nargs="?", default="smollm2")
+    parser.add_argument("--text", metavar="FILE", help="UTF-8 text (default: a bundled page)")
+    parser.add_argument("--length", type=int, default=256, metavar="N", help="tokens of a sample")
+    parser.add_argument("--samples", type=int, default=1, metavar="N", help="samples to measure on")
+    parser.add_argument("--check", type=int, default=1, metavar="N", help="samples behind them to check on")
+    parser.add_argument("--count", type=int, default=4, metavar="K", help="layers to drop at most")
+    parser.add_argument("--pool", type=int, default=12, metavar="N", help="candidates of a greedy step")
+    parser.add_argument("--write", metavar="FILE", help="where the importance data goes")
+    given = parser.parse_args(argv)
+    model = resolve(given.model)
+    if model.tokenizer is None:
+        raise SystemExit(f"{model.name} has no tokenizer")
+    text, used = read_text(given.text), given.length * given.samples
+    calls, source = token_windows(model.tokenizer, text, length=given.length, samples=given.samples)
+    found = measure_influence(
+        model.module, calls, count=given.count, pool=given.pool, source=source,
+        progress=lambda line: print(line, file=sys.stderr, flush=True),
+    )  # fmt: skip
+    print("block influence: " + " ".join(f"{v:.3f}" for v in found.influence))
+    print(f"perplexity {found.perplexity:.2f} on {source}")
+    if given.write:
+        found.save(Path(given.write))
+    other: list[Call] = []
+    if given.check:
+        other, where = token_windows(
+            model.tokenizer, text, length=given.length, samples=given.check, first=used
+        )
+        print(f"held out: {where}")
+    for rule in RULES:
+        for k in range(1, given.count + 1):
+            layers, ratio = found.chosen(k, rule)
+            names = "+".join(map(str, sorted(layers)))
+            line = f"{rule:<10} k={k}  {names:<16} x {ratio:.3f}"
+            if other and k in (1, 2, given.count):
+                line += f"  held out x {held_out(model, other, f'drop-layers{{layers={names}}}'):.3f}"
+            print(line, flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
