@@ -19,7 +19,11 @@ from tilewright.frontends.loaded_model import LoadedModel
 
 Progress = Callable[[str], Any]
 """Told what is being done; gives a context manager."""
-_WRITERS = {"onnx": ("onnx_export", "write_onnx"), "kernels": ("kernels_export", "write_kernels")}
+_WRITERS = {
+    "onnx": ("onnx_export", "write_onnx"),
+    "pt2": ("pt2_export", "write_pt2"),
+    "kernels": ("kernels_export", "write_kernels"),
+}
 FORMATS = tuple(_WRITERS)
 
 

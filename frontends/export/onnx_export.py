@@ -15,12 +15,13 @@ from tilewright.frontends.export.entries import Entry
 from tilewright.frontends.export.onnx_file import (
     WEIGHTS,
     WeightFile,
-    check_parity,
     operator_counts,
+    runner,
     session,
     write_model,
 )
 from tilewright.frontends.export.onnx_walk import to_onnx
+from tilewright.frontends.export.parity import check_parity
 
 
 def write_onnx(
@@ -38,7 +39,8 @@ def write_onnx(
                 write_model(artifact, f"{entry.name}.onnx", model, weights)
                 file.flush()
             with progress(f"{entry.name}: checking in onnxruntime"):
-                parity = check_parity(captured, model, session(artifact.folder / f"{entry.name}.onnx"))
+                opened = session(artifact.folder / f"{entry.name}.onnx")
+                parity = check_parity(captured, captured.program.module, runner(opened, model, captured))
             extra = {
                 "file": f"{entry.name}.onnx",
                 "inputs": model.inputs,
@@ -48,7 +50,7 @@ def write_onnx(
             }
             rows.append(describe_entry(captured, extra))
             held |= captured.weights()
-            del captured, model
+            del captured, model, opened
             gc.collect()  # graphs are cycles, and hold what passes derived from the weights
     if artifact.path(WEIGHTS).stat().st_size == 0:
         artifact.path(WEIGHTS).unlink()

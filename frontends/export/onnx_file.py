@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -12,21 +10,14 @@ import torch
 from onnx import ModelProto, TensorProto
 from torch import Tensor
 
-from tilewright.compiler.diagnostics import ParityError
-from tilewright.compiler.parity import relative_rms
 from tilewright.frontends.export.artifact import Artifact
 from tilewright.frontends.export.captured import Captured
-from tilewright.frontends.export.onnx_graph import INLINE_BYTES, OnnxGraph, digest, onnx_type, tensor_bytes
+from tilewright.frontends.export.onnx_graph import INLINE_BYTES, digest, onnx_type, tensor_bytes
 from tilewright.frontends.export.onnx_walk import OnnxModel
 
 WEIGHTS = "weights.data"
 _ALIGNMENT = 4096
 """Offset of a weight in its file: a whole page, so that a runtime can map it."""
-ROUNDING_LIMIT, INT8_LIMIT = 1e-4, 0.1
-"""Relative RMS between onnxruntime and the program: same function in float32; activations cut to 8 bits."""
-
-__all__ = ["WEIGHTS", "OnnxGraph", "WeightFile", "check_parity", "session", "write_model"]
-
 
 class WeightFile:
     """Weights one after the other; equal ones of several models are held once."""
@@ -77,51 +68,15 @@ def session(path: Path, *, threads: int = 0, library: Path | None = None) -> Any
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
-def check_parity(captured: Captured, model: OnnxModel, opened: Any) -> dict[str, Any]:
-    """Run the example call, and one with other dynamic sizes, in onnxruntime and in PyTorch.
+def runner(opened: Any, model: OnnxModel, captured: Captured) -> Callable[[list[Tensor]], list[Tensor]]:
+    """The session as a function of the entry point's tensors."""
 
-    `program`: worst relative RMS against the rewritten program; `model`: against the original model.
-    ParityError when the former exceeds what the formats explain.
-    """
-    limit = INT8_LIMIT if _cuts_activations(captured) else ROUNDING_LIMIT
-    found: dict[str, Any] = {"limit": limit}
-    calls = {"example": captured.entry.tensors, "other sizes": captured.entry.resized()}
-    for name, tensors in calls.items():
-        if tensors is None:
-            continue
+    def run(tensors: list[Tensor]) -> list[Tensor]:
         given = captured.inputs_for(tensors)
         feed = {row["name"]: given[i].numpy() for row, i in zip(model.inputs, model.given, strict=True)}
-        got = [torch.from_numpy(value) for value in opened.run(None, feed)]
-        with torch.no_grad():
-            program = _tensors(captured.program.module(*given))
-            original = _tensors(captured.entry.module(*tensors))
-        found[name] = {"program": _worst(got, program), "model": _worst(got, original)}
-        if not found[name]["program"] <= limit:
-            raise ParityError(
-                f"{captured.entry.name}: onnxruntime differs from PyTorch by {found[name]['program']:.1e}, "
-                f"limit {limit:.0e} ({name})"
-            )
-    return found
+        return [torch.from_numpy(value) for value in opened.run(None, feed)]
 
-
-def _cuts_activations(captured: Captured) -> bool:
-    """True when a quantized linear layer takes 8-bit activations."""
-    nodes = [n for n in captured.program.graph.nodes if "quantized_linear" in str(n.target)]
-    return any(re.search(r"\.int8-(group|token)\.", str(n.args[-1])) for n in nodes)
-
-
-def _tensors(values: Any) -> list[Tensor]:
-    return [v for v in (values if isinstance(values, (list, tuple)) else (values,)) if isinstance(v, Tensor)]
-
-
-def _worst(got: Sequence[Tensor], want: Sequence[Tensor]) -> float:
-    """The worst relative RMS over outputs of equal shape; infinite where one differs in shape."""
-    errors = [0.0]
-    for g, w in zip(got, want, strict=False):
-        if g.shape != w.shape:
-            return math.inf
-        errors.append(relative_rms(g, w) if w.is_floating_point() else float(not torch.equal(g, w)))
-    return max(errors)
+    return run
 
 
 def operator_counts(proto: ModelProto) -> Mapping[str, int]:

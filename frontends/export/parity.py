@@ -1,0 +1,68 @@
+"""Runs an exported entry point beside the program and the model it was made from."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from tilewright.compiler.diagnostics import ParityError
+from tilewright.compiler.parity import relative_rms
+from tilewright.frontends.export.captured import Captured
+
+ROUNDING_LIMIT, INT8_LIMIT = 1e-4, 0.1
+"""Relative RMS between the export and the program: same function in float32; activations cut to 8 bits,
+where a sum rounded in another order falls on another step."""
+
+
+def check_parity(
+    captured: Captured, program: fx.GraphModule, run: Callable[[list[Tensor]], list[Tensor]]
+) -> dict[str, Any]:
+    """Run the example call, and one with other dynamic sizes, through the export `run` and in PyTorch.
+
+    program: the rewritten program before lowering. Result: worst relative RMS against that `program`, and
+    against the original `model`. ParityError when the former exceeds what the formats explain.
+    """
+    limit = INT8_LIMIT if _cuts_activations(program) else ROUNDING_LIMIT
+    found: dict[str, Any] = {"limit": limit}
+    calls = {"example": captured.entry.tensors, "other sizes": captured.entry.resized()}
+    for name, tensors in calls.items():
+        if tensors is None:
+            continue
+        got = run(tensors)
+        with torch.no_grad():
+            rewritten = _tensors(program(*captured.inputs_for(tensors)))
+            original = _tensors(captured.entry.module(*tensors))
+        found[name] = {"program": _worst(got, rewritten), "model": _worst(got, original)}
+        if not found[name]["program"] <= limit:
+            raise ParityError(
+                f"{captured.entry.name}: the export differs from the program by "
+                f"{found[name]['program']:.1e}, limit {limit:.0e} ({name})"
+            )
+    return found
+
+
+def _cuts_activations(program: fx.GraphModule) -> bool:
+    """True when a quantized linear layer takes 8-bit activations."""
+    nodes = [n for n in program.graph.nodes if "quantized_linear" in str(n.target)]
+    return any(re.search(r"\.int8-(group|token)\.", str(n.args[-1])) for n in nodes)
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    return [v for v in (values if isinstance(values, (list, tuple)) else (values,)) if isinstance(v, Tensor)]
+
+
+def _worst(got: Sequence[Tensor], want: Sequence[Tensor]) -> float:
+    """The worst relative RMS over the outputs; infinite where their number or a shape differs."""
+    if len(got) < len(want):
+        return math.inf
+    errors = [0.0]
+    for g, w in zip(got, want, strict=False):
+        if g.shape != w.shape:
+            return math.inf
+        errors.append(relative_rms(g, w) if w.is_floating_point() else float(not torch.equal(g, w)))
+    return max(errors)

@@ -1,0 +1,127 @@
+"""`--format pt2`: an AOTInductor package per entry point, and the kernels of ours that it calls beside it."""
+
+from __future__ import annotations
+
+import gc
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from tilewright.compiler.diagnostics import BuildError, ExportError
+from tilewright.compiler.ops import semantic_op
+from tilewright.compiler.program import InputKind, Program, copy_graph
+from tilewright.frontends.compile import INDUCTOR_PATCHES, CompileOptions
+from tilewright.frontends.export.api import Progress
+from tilewright.frontends.export.artifact import Artifact
+from tilewright.frontends.export.captured import (
+    Captured,
+    capture,
+    describe_entry,
+    describe_model,
+    shape_row,
+    versions,
+)
+from tilewright.frontends.export.entries import Entry
+from tilewright.frontends.export.package import check_archive, open_package
+from tilewright.frontends.export.parity import check_parity
+from tilewright.frontends.lowering import lower
+from tilewright.kernels.common.cpp import NAMESPACE
+from tilewright.runtime.build import LIBRARY
+
+
+def write_pt2(
+    artifact: Artifact, name: str, entries: list[Entry], options: CompileOptions, progress: Progress
+) -> dict[str, Any]:
+    """Capture, rewrite, lower, compile and check every entry point; returns the manifest's description."""
+    rows, held = [], dict[str, Tensor]()
+    for entry in entries:
+        with progress(f"{entry.name}: capturing and rewriting"):
+            captured = capture(entry, options, name)
+            shapes = {side: shape_row(captured, side) for side in ("inputs", "outputs")}
+            defined = fx.GraphModule(captured.program.module, copy_graph(captured.program.graph))
+            lower(captured.program, captured.report, use_kernels=options.kernels)
+        operators = _write_operators(artifact, captured)
+        file = f"{entry.name}.pt2"
+        with progress(f"{entry.name}: compiling"):
+            _compile(captured, artifact.path(file))
+        with progress(f"{entry.name}: checking"):
+            check_archive(artifact.folder / file)
+            loaded = open_package(artifact.folder / file, [artifact.folder / name for name in operators])
+            parity = check_parity(captured, defined, lambda tensors, call=loaded: list(call(*tensors)))
+        extra = {**shapes, "file": file, "operators": operators, "parity": parity}
+        rows.append(describe_entry(captured, extra))
+        held |= captured.weights()
+        del captured, defined, loaded
+        gc.collect()
+    return {"model": describe_model(name, held), "versions": versions("triton"), "entries": rows}
+
+
+def _write_operators(artifact: Artifact, captured: Captured) -> list[str]:
+    """Copy the library of each kernel the lowered program calls. ExportError for ops that only Python has."""
+    missing = sorted({str(n.target) for n in captured.program.graph.nodes if semantic_op(n.target)})
+    if missing:
+        raise ExportError(
+            f"{captured.entry.name} calls {', '.join(missing)}, which no compiled kernel runs here",
+            remedy="tilewright explain says why; other options of the pass may have a kernel",
+        )
+    paths = {row["kernel"]: Path(row["source"]).parent for row in captured.report.kernels if row["source"]}
+    called = {
+        n.target._schema.name.split("::")[1]
+        for n in captured.program.graph.nodes
+        if isinstance(n.target, torch._ops.OpOverload) and n.target.namespace == NAMESPACE
+    }
+    names = []
+    for kernel in sorted(called):
+        names.append(f"operators/{kernel}.so")
+        if not artifact.path(names[-1]).exists():
+            shutil.copyfile(paths[kernel] / LIBRARY, artifact.path(names[-1]))
+    return names
+
+
+def _compile(captured: Captured, path: Path) -> None:
+    entry = captured.entry
+    symbol = torch.export.Dim.DYNAMIC  # type: ignore[attr-defined]
+    shapes = tuple({axis: symbol for axis in entry.axes.get(name, {})} or None for name in entry.inputs)
+    try:
+        with torch.no_grad():
+            exported = torch.export.export(
+                bound_module(captured.program),
+                tuple(entry.tensors),
+                dynamic_shapes=shapes if any(shapes) else None,
+                strict=False,
+                prefer_deferred_runtime_asserts_over_guards=True,
+            )
+            torch._inductor.aoti_compile_and_package(
+                exported, package_path=str(path), inductor_configs={**INDUCTOR_PATCHES, "size_asserts": True}
+            )
+    except torch._inductor.exc.InductorError as error:
+        raise BuildError(f"{entry.name}: {str(error).splitlines()[0][:300]}") from error
+
+
+def bound_module(program: Program) -> fx.GraphModule:
+    """The program as a module that holds its weights and derived tensors; only the user's inputs are left."""
+    graph, root = copy_graph(program.graph), nn.Module()
+    kinds = {spec.name: spec for spec in program.inputs}
+    values = dict(zip(kinds, program.example_inputs, strict=True))
+    held = 0
+    for node in list(graph.nodes):
+        if node.op == "placeholder" and kinds[node.name].kind is InputKind.WEIGHT:
+            if kinds[node.name].mutated:
+                raise ExportError(f"the model changes its buffer {kinds[node.name].source}")
+            tensor = values[node.name]
+        elif node.op == "get_attr":
+            tensor = program.module.get_buffer(str(node.target))
+        else:
+            continue
+        if node.users:
+            name, held = f"tensor_{held}", held + 1
+            root.register_buffer(name, tensor.detach())
+            with graph.inserting_after(node):
+                read = graph.get_attr(name)
+            read.meta = dict(node.meta)
+            node.replace_all_uses_with(read)
+        graph.erase_node(node)
+    return fx.GraphModule(root, graph)
