@@ -62,7 +62,7 @@ def explicit_sizes(node: fx.Node, asked: Any) -> list[Any] | None:
     """A node's sizes as arguments: ints, -1 for a single dynamic size, else what was asked for."""
     sizes = list(shape(node) or ())
     dynamic = [i for i, s in enumerate(sizes) if type(s) is not int]
-    if len(dynamic) == 1 and 0 not in sizes:
+    if len(dynamic) == 1 and 0 not in [s for s in sizes if type(s) is int]:
         return [-1 if i in dynamic else s for i, s in enumerate(sizes)]
     if not dynamic:
         return sizes

@@ -32,6 +32,8 @@ class Tensor:
         """The tensor, drawn from `generator`: bools are True with probability 0.7, integers lie in 0..3."""
         if self.dtype == torch.bool:
             return torch.rand(self.shape, generator=generator) > 0.3
+        if self.dtype.is_complex:
+            return torch.randn(self.shape, generator=generator, dtype=self.dtype) * self.gain
         if not self.dtype.is_floating_point:
             return torch.randint(0, 4, self.shape, generator=generator, dtype=self.dtype)
         return (torch.randn(self.shape, generator=generator) * self.gain).to(self.dtype)

@@ -118,7 +118,9 @@ def random_like(meta: Any, generator: torch.Generator) -> Any:
         if mask.dim() and mask.shape[-1]:
             mask[..., 0] = True
         return mask
-    if meta.dtype.is_floating_point or meta.dtype.is_complex:
+    if meta.dtype.is_complex:
+        return torch.randn(shape, generator=generator, dtype=torch.complex64).mul_(1.5).to(meta.dtype)
+    if meta.dtype.is_floating_point:
         return torch.randn(shape, generator=generator, dtype=torch.float32).mul_(1.5).to(meta.dtype)
     count = 1
     for s in shape:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map
 
-from tilewright.compiler.finite_field import composites, handlers, reductions  # noqa: F401  (they register the ops)
+from tilewright.compiler.finite_field import complex_pairs, composites, handlers, reductions  # noqa: F401  (they register the ops)
 from tilewright.compiler.finite_field.planes import OutOfScope, Redraw, lift
 from tilewright.compiler.finite_field.value import Value, variable
 from tilewright.compiler.parity import float64_evaluation, relative_rms
@@ -61,7 +61,8 @@ def as_values(inputs: list[Any], seed: int) -> list[Any]:
             if leaf.tensor.is_floating_point():
                 return Value(lift(leaf.tensor), leaf.tensor.dtype, str(seed))
             return leaf.tensor
-        return variable(leaf.shape, leaf.dtype, generator, str(seed)) if leaf.is_floating_point() else leaf
+        number = leaf.is_floating_point() or leaf.is_complex()
+        return variable(leaf.shape, leaf.dtype, generator, str(seed)) if number else leaf
 
     return list(tree_map(convert, inputs, is_leaf=lambda leaf: isinstance(leaf, Constant)))
 
@@ -156,6 +157,8 @@ def _float64_distance(
             return leaf.tensor
         if isinstance(leaf, Tensor) and leaf.is_floating_point():
             return torch.randn(leaf.shape, dtype=torch.float64, generator=generator)
+        if isinstance(leaf, Tensor) and leaf.is_complex():
+            return torch.randn(leaf.shape, dtype=torch.complex128, generator=generator)
         return leaf
 
     real = list(tree_map(convert, inputs, is_leaf=lambda leaf: isinstance(leaf, Constant)))

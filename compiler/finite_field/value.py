@@ -21,19 +21,25 @@ Handler = Callable[..., Any]
 H = TypeVar("H", bound=Handler)
 HANDLERS: dict[str, Handler] = {}
 """ATen op name -> handler(context, *args, **kwargs) that returns Planes, a tuple of them, or real tensors."""
+PAIRS: dict[str, Handler] = {}
+"""ATen op name -> handler(context, *args) that returns a Value, of ops that take or give complex tensors."""
 COMPOSITES: dict[object, Handler] = {}
 """Torch functions taken whole, because ATen would decompose them into inexact constants or in-place steps."""
 
 
 class Value(Tensor):
-    """A tensor of residues; `dtype` is a label that selects code paths, rounding is not modelled."""
+    """A tensor of residues; `dtype` is a label that selects code paths, rounding is not modelled.
+
+    A complex tensor holds pairs: its planes have one axis of two more than it has itself.
+    """
 
     planes: Planes
     key: str
 
     @staticmethod
     def __new__(cls: type[Value], planes: Planes, dtype: torch.dtype, key: str) -> Value:
-        value: Value = Tensor._make_wrapper_subclass(cls, planes.shape, dtype=dtype)
+        shape = planes.shape[:-1] if dtype.is_complex else planes.shape
+        value: Value = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype)
         value.planes = planes
         value.key = key
         return value
@@ -62,6 +68,7 @@ class Value(Tensor):
 
 def variable(shape: Sequence[int], dtype: torch.dtype, generator: torch.Generator, key: str) -> Value:
     """An independent uniform value of this shape."""
+    shape = (*shape, 2) if dtype.is_complex else shape
     p = residues.draw(tuple(shape), residues.P, generator)
     return Value(Planes(p, residues.draw(tuple(shape), residues.Q, generator)), dtype, key)
 
@@ -90,6 +97,7 @@ class Context:
         self.kwargs = kwargs
         found = list(values_in((*args, *kwargs.values())))
         self.key = found[0].key
+        self.complex = any(value.dtype.is_complex for value in found)
         self.dtype = found[0].dtype
         for value in found[1:]:
             self.dtype = torch.promote_types(self.dtype, value.dtype)
@@ -112,6 +120,13 @@ def dispatch(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
     ):
         raise OutOfScope(f"{function._schema.name} writes in place")
     context = Context(function, args, kwargs)
+    if context.complex or context.name == "aten::view_as_complex":
+        if context.name in PAIRS:
+            return PAIRS[context.name](context, *args, **kwargs)
+        if context.name not in MOVEMENT:
+            raise OutOfScope(f"{context.name} of complex numbers")
+        halves = [tree_map(lambda value, i=i: part(value, i), (args, kwargs)) for i in (0, 1)]
+        return join([dispatch(function, *half) for half in halves])
     handler = HANDLERS.get(context.name)
     if handler is not None:
         return context.wrap(handler(context, *args, **kwargs))
@@ -120,6 +135,23 @@ def dispatch(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
     if torch.Tag.pointwise in function.tags and torch.Tag.nondeterministic_seeded not in function.tags:
         return context.wrap(elementwise(context))
     raise OutOfScope(f"{context.name} is not known over residues")
+
+
+def part(value: Any, i: int) -> Any:
+    """The real (0) or imaginary (1) part of a complex Value as a real one; anything else as it is."""
+    if not isinstance(value, Value) or not value.dtype.is_complex:
+        return value
+    label = torch.float64 if value.dtype == torch.complex128 else torch.float32
+    return Value(field.each(lambda t: t[..., i], value.planes), label, value.key)
+
+
+def join(parts: Sequence[Value]) -> Value:
+    """The complex Value of a real and an imaginary part."""
+    real, imaginary = field.unify([value.planes for value in parts])
+    field.refuse_inf(real, "a complex -inf")
+    q = None if real.q is None or imaginary.q is None else torch.stack((real.q, imaginary.q), -1)
+    label = torch.complex128 if parts[0].dtype == torch.float64 else torch.complex64
+    return Value(Planes(torch.stack((real.p, imaginary.p), -1), q), label, parts[0].key)
 
 
 _MOVES = """

@@ -111,11 +111,12 @@ class MatchRope(Rewrite):
         """Why the parts are not the halves or pairs of the channels; None when they are."""
         half, parts = shape[-1] // 2, m["parts"]
         if parts in ("unbind", "select"):
-            tail = [2, half] if m.form.startswith("half") else [half, 2]
+            halves = m.form.startswith("half")
+            tail = [2, half] if halves else [half, 2]
             wanted, got = [*shape[:-1], *tail], list(m["pair"])
             if len(got) != len(wanted) or not all(g in (w, -1) for g, w in zip(got, wanted, strict=True)):
                 return f"its channels are folded to {got}, expected {wanted}"
-            axis = len(shape) - 1 if tail[0] == 2 else len(shape)
+            axis = len(shape) - 1 if halves else len(shape)
             return (
                 None
                 if m["axis"] % len(got) == axis
@@ -211,6 +212,7 @@ class MatchRope(Rewrite):
             return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
 
         yield {}, Example(reordered, (x, narrow, narrow))
+        yield {}, Example(unbound, (Tensor(2, 3, 5, 4), Tensor(5, 2), Tensor(5, 2)))
         yield {}, Example(grouped, (wide, Tensor(5, 1, 4), Tensor(5, 1, 4)))
         yield {}, Example(front, (x, table, table))
         yield {}, Example(listed, (x, table, table))

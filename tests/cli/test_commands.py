@@ -109,3 +109,17 @@ def test_kernels_cache_and_doctor(capsys: pytest.CaptureFixture[str]) -> None:
 def test_completion_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--print-completion", "bash"]) == OK
     assert "explain" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_bench_compares_memory_in_fresh_processes(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ("--memory", "--against", "eager", "--rounds", "1", "--json")
+    code, out = run(capsys, "bench", "tiny-llama", *flags)
+    data = json.loads(out)
+    assert code == OK
+    assert data["baseline"] == "eager"
+    assert set(data["sides"]) == {"tilewright", "eager"}
+    for side in data["sides"].values():
+        assert 2**26 < side["peak_bytes_of_calls"] <= side["peak_bytes_with_compilation"] < 2**34
+    # Compiling imports a compiler; eager does not.
+    assert data["ratio"] > 1
