@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._guards import TracingContext
+from torch._guards import CompileContext, TracingContext
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from tilewright.compiler.diagnostics import CaptureError
@@ -41,7 +41,7 @@ def from_dynamo(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Program:
     training = torch.is_grad_enabled() and any(
         isinstance(t, torch.Tensor) and t.requires_grad for t in example_inputs
     )
-    interpreter = fx.Interpreter(expand_vmap(gm, context.fake_mode, fakes))
+    interpreter = _KnownNumbers(expand_vmap(gm, context.fake_mode, fakes))
     with context.fake_mode, torch.fx.traceback.preserve_node_meta():
         flat = make_fx(
             lambda *a: interpreter.run(*a),
@@ -53,6 +53,27 @@ def from_dynamo(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Program:
     drop_inert_autocast(flat)
     specs = _adopt_placeholders(gm, flat, example_inputs)
     return Program(flat, specs, list(example_inputs), origin="dynamo", training=training)
+
+
+_SETTLED = 3
+
+
+class _KnownNumbers(fx.Interpreter):
+    """Reads a number that a module holds (an eps, a scale) as that number, with a guard on it.
+
+    Under dynamic=True Dynamo makes such numbers inputs. One that changes from call to call becomes an input
+    again after a few compilations.
+    """
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        if n.op != "call_method" or n.target != "item" or not isinstance(result, torch.SymFloat):
+            return result
+        source = getattr(n.args[0], "_dynamo_source", None)
+        held = source is not None and source.guard_source.is_unspecialized_nn_module()
+        compilation = CompileContext.current_compile_id()
+        again = 0 if compilation is None else compilation.frame_compile_id or 0
+        return float(result) if held and again < _SETTLED and result.node.has_hint() else result
 
 
 def _fakify(context: TracingContext, value: Any) -> Any:

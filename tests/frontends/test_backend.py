@@ -129,6 +129,31 @@ def test_dynamic_shapes_compile_once() -> None:
     assert len(REPORTS) - before == 1
 
 
+def test_a_number_of_a_module_is_known_under_dynamic_shapes_and_guarded() -> None:
+    class Norm(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.eps = nn.Parameter(torch.ones(6)), 1e-3
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.weight * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps))
+
+    model = Norm().eval()
+    compiled = torch.compile(model, backend="tilewright", options=EAGER, dynamic=True, fullgraph=True)
+    before = len(REPORTS)
+    with torch.no_grad():
+        for rows in (3, 5, 9):
+            assert_same(compiled(torch.ones(rows, 6)), model(torch.ones(rows, 6)))
+        assert len(REPORTS) - before == 1
+        assert [k["op"] for k in REPORTS[-1].kernels] == ["rms_norm"]
+        for step in range(1, 7):
+            model.eps = float(step)
+            assert_same(compiled(torch.ones(4, 6)), model(torch.ones(4, 6)))
+    # One that keeps changing becomes an input again.
+    assert len(REPORTS) - before == 4
+    assert REPORTS[-1].kernels == []
+
+
 def test_in_place_state_is_declared_and_right() -> None:
     class Counter(nn.Module):
         def __init__(self) -> None:

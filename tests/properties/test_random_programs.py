@@ -254,7 +254,7 @@ def residual(p):
 def view(p):
     i, form = pick(p), p.rng.randrange(6)
     forms = [
-        lambda x: x.view(-1, WIDTH).view(2, ROWS, WIDTH),
+        lambda x: x.contiguous().view(-1, WIDTH).view(2, ROWS, WIDTH),
         lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
         lambda x: torch.cat(x.chunk(2, -1)[::-1], -1),
         lambda x: x.flip(1) if form else x,
