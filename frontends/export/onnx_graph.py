@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from onnx import NodeProto, TensorProto, helper
+from onnx import FunctionProto, NodeProto, TensorProto, helper
 from torch import Tensor, fx
 
 from tilewright.compiler.graph_text import op_name
@@ -51,6 +51,9 @@ class OnnxGraph:
         self.values: dict[fx.Node, Any] = {}
         """Name of what a graph node computes, or a list of names."""
         self.domains: set[str] = set()
+        self.functions: dict[str, FunctionProto] = {}
+        self.tables: dict[Any, Any] = {}
+        """What converters have worked out once for several nodes, by their own keys."""
         self._constants: dict[Any, str] = {}
         self._taken: set[str] = set()
         self._hint = "value"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from onnx import FunctionProto, ModelProto, ValueInfoProto, helper
+from onnx import ModelProto, ValueInfoProto, helper
 from torch import Tensor, fx
 
 from tilewright.compiler.diagnostics import ExportError
@@ -30,9 +30,10 @@ from tilewright.frontends.export.onnx_layout import LAYOUT
 from tilewright.frontends.export.onnx_pointwise import POINTWISE, Converter
 from tilewright.frontends.export.onnx_quantized import QUANTIZED
 from tilewright.frontends.export.onnx_semantic import SEMANTIC, fits
+from tilewright.frontends.export.onnx_sparse import SPARSE
 from tilewright.frontends.lowering import inline_definition
 
-CONVERTERS: dict[str, Converter] = {**POINTWISE, **LAYOUT, **SEMANTIC, **QUANTIZED}
+CONVERTERS: dict[str, Converter] = {**POINTWISE, **LAYOUT, **SEMANTIC, **QUANTIZED, **SPARSE}
 CHECKS = ("aten::_assert_tensor_metadata", "aten::_assert_scalar", "aten::sym_constrain_range_for_size")
 """Calls that only check; nothing is written for them."""
 _SHOWN = 20
@@ -57,7 +58,6 @@ def to_onnx(
     input_names: Mapping[str, str],
     output_names: Sequence[str],
     axes: Mapping[str, str],
-    functions: Sequence[FunctionProto] = (),
 ) -> OnnxModel:
     """The ONNX model of a program after its passes.
 
@@ -79,6 +79,7 @@ def to_onnx(
     _rename(g, renamed)
     imports = [helper.make_opsetid("", OPSET), *[helper.make_opsetid(d, 1) for d in sorted(g.domains)]]
     graph = helper.make_graph(g.nodes, "main", ins, [_value_info(*o) for o in outs])
+    functions = list(g.functions.values())
     proto = helper.make_model(graph, opset_imports=imports, producer_name="tilewright", functions=functions)
     proto.ir_version = IR_VERSION
     used = {name for node in g.nodes for name in node.input}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import shutil
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,13 +52,17 @@ def write_pt2(
         with progress(f"{entry.name}: checking"):
             check_archive(artifact.folder / file)
             loaded = open_package(artifact.folder / file, [artifact.folder / name for name in operators])
-            parity = check_parity(captured, defined, lambda tensors, call=loaded: list(call(*tensors)))
+            parity = check_parity(captured, defined, partial(_run, loaded))
         extra = {**shapes, "file": file, "operators": operators, "parity": parity}
         rows.append(describe_entry(captured, extra))
         held |= captured.weights()
         del captured, defined, loaded
         gc.collect()
     return {"model": describe_model(name, held), "versions": versions("triton"), "entries": rows}
+
+
+def _run(loaded: Callable[..., tuple[Tensor, ...]], tensors: list[Tensor]) -> list[Tensor]:
+    return list(loaded(*tensors))
 
 
 def _write_operators(artifact: Artifact, captured: Captured) -> list[str]:
