@@ -122,7 +122,7 @@ _RUN = """  const int64_t G = H / Hkv, rows = tokens * G, blocks = (rows + kRows
   int64_t piece = INT64_MAX;
   if (threads > 1 && B * Hkv * blocks < threads * 8) {
     piece = work / (threads * 8) + 1;
-    if (piece * kKeys < 2 * kChunk) piece = 2 * kChunk / kKeys;
+    if (piece * kKeys < 8 * kChunk) piece = 8 * kChunk / kKeys;  // nothing prefetches a part's first chunk
   }
 
   std::vector<Task> tasks;

@@ -31,44 +31,57 @@ inline __attribute__((always_inline)) void bounds(
     _mm_storeu_ps(s + i * 4, vsum4(sum[i][0], sum[i][1], sum[i][2], sum[i][3]));
 }
 
-// Pages begin .. end - 1 of one sequence and key head; to: their results.
-void score(const float* above, const float* below, int64_t G, const T* low, int64_t l_page, const T* high,
-           int64_t h_page, const int32_t* table, int64_t begin, int64_t end, int64_t first, int64_t length,
-           float* to) {
+// The least and greatest keys of a pool's pages, and the steps from page to page and head to head.
+struct Planes {
+  const T *low, *high;
+  int64_t l_page, l_head, h_page, h_head;
+};
+
+// Pages begin .. end - 1 of one sequence, all its heads: they lie side by side in memory. to: [heads, n].
+void score(const float* above, const float* below, int64_t G, int64_t heads, const Planes& x,
+           const int32_t* table, int64_t begin, int64_t end, int64_t first, int64_t length, float* to,
+           int64_t n) {
   for (int64_t i = begin; i < end; i += 4) {
-    const T *least[4], *most[4], *ahead;
+    const T *least[4], *most[4];
+    int64_t id[4];
     bool holds[4];
     for (int64_t j = 0; j < 4; ++j) {
-      const int64_t p = i + j < end ? i + j : end - 1, start = p * kPage, id = table[p];
-      holds[j] = id >= 0 && start < length && start + kPage > first;
-      least[j] = low + (id < 0 ? 0 : id) * l_page;
-      most[j] = high + (id < 0 ? 0 : id) * h_page;
+      const int64_t p = i + j < end ? i + j : end - 1, start = p * kPage;
+      holds[j] = table[p] >= 0 && start < length && start + kPage > first;
+      id[j] = table[p] < 0 ? 0 : table[p];
       const int64_t next = i + j + 8 < end && table[i + j + 8] >= 0 ? table[i + j + 8] : 0;
-      for (int64_t d = 0; d < D; d += 64 / sizeof(T)) {
-        ahead = low + next * l_page + d;
-        _mm_prefetch(reinterpret_cast<const char*>(ahead), _MM_HINT_T0);
-        ahead = high + next * h_page + d;
-        _mm_prefetch(reinterpret_cast<const char*>(ahead), _MM_HINT_T0);
-      }
-    }
-    float s[3 * 4], best[4];
-    for (int64_t r = 0; r < G;) {
-      const int64_t some = G - r < 3 ? G - r : 3;
-      const float *up = above + r * D, *down = below + r * D;
-      switch (some) {
-        case 1: bounds<1>(up, down, most, least, s); break;
-        case 2: bounds<2>(up, down, most, least, s); break;
-        case 3: bounds<3>(up, down, most, least, s); break;
-      }
-      for (int64_t m = 0; m < some; ++m)
-        for (int64_t j = 0; j < 4; ++j) {
-          const float x = s[m * 4 + j];
-          best[j] = r + m == 0 ? x : @JOIN@;
+      for (int64_t g = 0; g < heads; ++g)
+        for (int64_t d = 0; d < D; d += 64 / sizeof(T)) {
+          const T* low = x.low + next * x.l_page + g * x.l_head + d;
+          const T* high = x.high + next * x.h_page + g * x.h_head + d;
+          _mm_prefetch(reinterpret_cast<const char*>(low), _MM_HINT_T0);
+          _mm_prefetch(reinterpret_cast<const char*>(high), _MM_HINT_T0);
         }
-      r += some;
     }
-    for (int64_t j = 0; j < 4 && i + j < end; ++j)
-      to[i + j] = holds[j] ? best[j] : -std::numeric_limits<float>::infinity();
+    for (int64_t g = 0; g < heads; ++g) {
+      for (int64_t j = 0; j < 4; ++j) {
+        least[j] = x.low + id[j] * x.l_page + g * x.l_head;
+        most[j] = x.high + id[j] * x.h_page + g * x.h_head;
+      }
+      float s[3 * 4], best[4];
+      for (int64_t r = 0; r < G;) {
+        const int64_t some = G - r < 3 ? G - r : 3;
+        const float *up = above + (g * G + r) * D, *down = below + (g * G + r) * D;
+        switch (some) {
+          case 1: bounds<1>(up, down, most, least, s); break;
+          case 2: bounds<2>(up, down, most, least, s); break;
+          case 3: bounds<3>(up, down, most, least, s); break;
+        }
+        for (int64_t m = 0; m < some; ++m)
+          for (int64_t j = 0; j < 4; ++j) {
+            const float x = s[m * 4 + j];
+            best[j] = r + m == 0 ? x : @JOIN@;
+          }
+        r += some;
+      }
+      for (int64_t j = 0; j < 4 && i + j < end; ++j)
+        to[g * n + i + j] = holds[j] ? best[j] : -std::numeric_limits<float>::infinity();
+    }
   }
 }"""
 
@@ -88,17 +101,16 @@ _BOUNDS_RUN = """  const int64_t G = H / Hkv;
   Tensor out(sizes, 3, aoti_torch_dtype_float32());
   float* to = out.mutable_data<float>();
   const int64_t *ls = low.strides(), *hs = high.strides();
-  const T *low_p = low.data<T>(), *high_p = high.data<T>();
+  const Planes planes{low.data<T>(), high.data<T>(), ls[0], ls[1], hs[0], hs[1]};
   const int32_t* table = page_table.data<int32_t>();
   const int64_t* length = lengths.data<int64_t>();
   constexpr int64_t kStep = 64;  // pages of a task
   const int64_t steps = (n + kStep - 1) / kStep;
-  parallel_for(0, N > 0 ? B * Hkv * steps : 0, 1 + (1 << 14) / (kStep * D), [&](int64_t begin, int64_t end) {
+  parallel_for(0, N > 0 ? B * steps : 0, 1 + (1 << 14) / (kStep * D * Hkv), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t b = i / steps / Hkv, g = i / steps % Hkv, from = i % steps * kStep;
-      const int64_t row = (b * H + g * G) * D;
-      score(above + row, below + row, G, low_p + g * ls[1], ls[0], high_p + g * hs[1], hs[0], table + b * n,
-            from, from + kStep < n ? from + kStep : n, @FIRST@, length[b], to + (b * Hkv + g) * n);
+      const int64_t b = i / steps, from = i % steps * kStep;
+      score(above + b * H * D, below + b * H * D, G, Hkv, planes, table + b * n, from,
+            from + kStep < n ? from + kStep : n, @FIRST@, length[b], to + b * Hkv * n, n);
     }
   });
   if (N == 0)

@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import torch
 
+from tilewright.compiler import ops
 from tilewright.compiler.ops import all_ops
 from tilewright.compiler.parity import assert_parity
+from tilewright.frontends.api import explain
 from tilewright.kernels.common.abi import HEADER, TORCH_ABI
 from tilewright.kernels.paged.call import callable_for, reason_for
 from tilewright.kernels.paged.family import PAGED_FAMILIES
@@ -282,3 +284,30 @@ def test_avx512_compiles(dtype: torch.dtype) -> None:
         key = family.configure(args, Target("cpu", "avx512"))
         assert not isinstance(key, Refusal), str(key)
         compile_cpp(family.source(key)[1], "avx512", {HEADER: TORCH_ABI})
+
+
+class Step(torch.nn.Module):
+    """A decode step over a pool that it writes."""
+
+    def forward(self, q: Any, k: Any, v: Any, k_pages: Any, v_pages: Any, table: Any, lengths: Any) -> Any:
+        ops.paged_append(k_pages, v_pages, table, lengths - 1, k, v)
+        return ops.paged_attention(q, k_pages, v_pages, table, lengths)[0] * 2
+
+
+def test_a_compiled_step_writes_the_pool_and_runs_both_kernels() -> None:
+    k_pages, v_pages, table, lengths = pool([100], 3, 16, 64, 64, F32)
+    table[0] = torch.arange(table.shape[1]).clamp(max=k_pages.shape[0] - 1)
+    k_pages, v_pages = k_pages.nan_to_num(), v_pages.nan_to_num()
+    rows = torch.randn(1, 9, 1, 64), torch.randn(1, 3, 1, 64), torch.randn(1, 3, 1, 64)
+    mine, theirs = ([k_pages.clone(), v_pages.clone()] for _ in range(2))
+    step, options = Step().eval(), {"pipeline": "exact", "lower": "eager"}
+    with torch.no_grad():
+        report = explain(step, (*rows, *mine, table, lengths), **options)
+        got = torch.compile(step, backend="tilewright", options=options)(*rows, *mine, table, lengths)
+        want = step(*rows, *theirs, table, lengths)
+    kernels = {row["op"]: row["kernel"] for row in report.kernels}
+    assert kernels["paged_append"].startswith("paged_append_")
+    assert kernels["paged_attention"].startswith("paged_attention_")
+    torch.testing.assert_close(got, want)
+    assert torch.equal(mine[0], theirs[0])
+    assert torch.equal(mine[1], theirs[1])
