@@ -1,0 +1,117 @@
+"""The pages of one layer: tensors that grow by doubling, reference counts, a list of free pages."""
+
+from __future__ import annotations
+
+import heapq
+import math
+
+import torch
+from torch import Tensor
+
+from tilewright.runtime.kv_store.errors import KVStoreError, OutOfPages
+
+FIRST_PAGES = 8
+"""Pages of a pool when it first holds anything."""
+
+
+class PagePool:
+    """k_pages [N, Hkv, P, D] and v_pages [N, Hkv, P, E] of one layer, `low` and `high` [N, Hkv, D] if asked.
+
+    The tensors are replaced when the pool grows: fetch them anew for every call. A page that nobody refers
+    to is given out again, lowest number first, so that equal schedules use equal pages.
+    """
+
+    def __init__(
+        self,
+        heads: int,
+        size: int,
+        value_size: int,
+        *,
+        page: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        limit: int | None = None,
+        extremes: bool = False,
+    ) -> None:
+        """limit: most pages ever held; None for no limit. KVStoreError for sizes below 1."""
+        for name, value in dict(heads=heads, size=size, value_size=value_size, page=page).items():
+            if value < 1:
+                raise KVStoreError(f"{name} = {value}: expected 1 or more")
+        if limit is not None and limit < 1:
+            raise KVStoreError(f"limit = {limit}: expected 1 page or more, or None")
+        self.page, self.limit = page, limit
+        options = {"dtype": dtype, "device": device}
+        self.k_pages = torch.zeros(0, heads, page, size, **options)  # type: ignore[arg-type]
+        self.v_pages = torch.zeros(0, heads, page, value_size, **options)  # type: ignore[arg-type]
+        self.low: Tensor | None = self.k_pages.new_zeros(0, heads, size) if extremes else None
+        self.high: Tensor | None = self.k_pages.new_zeros(0, heads, size) if extremes else None
+        self._references: list[int] = []
+        self._free: list[int] = []
+
+    @property
+    def used(self) -> int:
+        """Pages that something refers to."""
+        return len(self._references) - len(self._free)
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of the keys and values of one page."""
+        rows = math.prod(self.k_pages.shape[1:]) + math.prod(self.v_pages.shape[1:])
+        return rows * self.k_pages.element_size()
+
+    def references(self, page: int) -> int:
+        """How many views refer to a page."""
+        self._check(page)
+        return self._references[page]
+
+    def allocate(self) -> int:
+        """A page with one reference; its contents are what they were. OutOfPages at the limit."""
+        if not self._free:
+            self._grow()
+        page = heapq.heappop(self._free)
+        self._references[page] = 1
+        return page
+
+    def retain(self, page: int) -> None:
+        """One more reference to a page that is held."""
+        self._check(page)
+        self._references[page] += 1
+
+    def release(self, page: int) -> None:
+        """One reference less; the page is free after the last."""
+        self._check(page)
+        self._references[page] -= 1
+        if not self._references[page]:
+            heapq.heappush(self._free, page)
+
+    def copy(self, page: int) -> int:
+        """A new page with the contents of `page`."""
+        self._check(page)
+        new = self.allocate()
+        for plane in self._planes():
+            plane[new] = plane[page]
+        return new
+
+    def _planes(self) -> list[Tensor]:
+        return [x for x in (self.k_pages, self.v_pages, self.low, self.high) if x is not None]
+
+    def _check(self, page: int) -> None:
+        if not 0 <= page < len(self._references) or not self._references[page]:
+            raise KVStoreError(f"page {page} is not held")
+
+    def _grow(self) -> None:
+        old = len(self._references)
+        new = max(FIRST_PAGES, 2 * old)
+        if self.limit is not None:
+            new = min(new, self.limit)
+        if new <= old:
+            raise OutOfPages(f"all {old} pages are in use; the limit is {self.limit}")
+        for name in ("k_pages", "v_pages", "low", "high"):
+            plane: Tensor | None = getattr(self, name)
+            if plane is not None:
+                grown = plane.new_zeros(new, *plane.shape[1:])
+                grown[:old] = plane
+                setattr(self, name, grown)
+        self._references += [0] * (new - old)
+        for page in range(old, new):
+            heapq.heappush(self._free, page)
