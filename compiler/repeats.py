@@ -34,7 +34,8 @@ class Piece:
     instance_of: int
     """Position of the first piece with the same code: its own position, unless it is a repetition."""
     alone: bool = False
-    """One call of nodes alone that needs no compilation, and the getitems of its results."""
+    """One call of nodes alone that needs no compilation, and the getitems of its results; `inputs` leaves out
+    its constants."""
 
 
 @dataclass(frozen=True)
@@ -259,8 +260,9 @@ def _pieces(calls: Sequence[fx.Node], runs: Sequence[_Run], single: set[int]) ->
             number += 1
         windows = [calls[run.start + k * run.period :][: run.period] for k in range(run.count)]
         if run.start in single:
-            given: Any = calls[run.start].args  # as the call has them: one value may stand twice
-            yield replace(_piece(windows[0], number), inputs=tuple(given), alone=True)
+            given = calls[run.start].args  # as the call has them: one value may stand twice
+            values = tuple(a for a in given if isinstance(a, fx.Node))
+            yield replace(_piece(windows[0], number), inputs=values, alone=True)
             number += 1
         else:
             for piece in _instances(windows, number):

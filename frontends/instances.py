@@ -14,10 +14,13 @@ from torch import fx
 from torch._guards import TracingContext, tracing
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from tilewright.compiler import ops
+from tilewright.compiler.diagnostics import VerifyError
 from tilewright.compiler.graph import fake_mode_of, output_node
 from tilewright.compiler.program import Program
 from tilewright.compiler.repeats import Piece, cut, layout_of, sink_writes
 from tilewright.frontends.chains import is_chain
+from tilewright.runtime.contracts import REUSE
 
 Compiled = Callable[..., Any]
 CompileOne = Callable[[fx.GraphModule, Sequence[Any]], Compiled]
@@ -31,6 +34,9 @@ class _Step:
     arguments: tuple[int, ...]
     results: tuple[int, ...]
     dead: tuple[int, ...]
+    gate: int | None = None
+    """Behind this call the steps up to `resume` are left out where the gate's residual is reused."""
+    resume: int = 0
 
 
 def compile_pieces(program: Program, compile_one: CompileOne) -> tuple[Compiled, list[int]] | None:
@@ -41,7 +47,7 @@ def compile_pieces(program: Program, compile_one: CompileOne) -> tuple[Compiled,
     if program.training or fake_mode_of(*program.graph.nodes) is None:
         return None
     sink_writes(program.graph)
-    pieces = cut(program.graph, is_chain)
+    pieces = cut(program.graph, _stands_alone)
     if not pieces:
         return None
     mode = fake_mode_of(*program.graph.nodes)
@@ -67,10 +73,22 @@ def compile_pieces(program: Program, compile_one: CompileOne) -> tuple[Compiled,
     return _chain(program, pieces, runs), list(calls.values())
 
 
+def _stands_alone(node: fx.Node) -> bool:
+    return is_chain(node) or node.target in (ops.step_reuse_begin, ops.step_reuse_end)
+
+
+def _is_reused(gate: int) -> bool:
+    access = REUSE.get()
+    return access is not None and access.reuses(gate)
+
+
 def _direct(piece: Piece) -> Compiled:
     """A call that stands alone, without anything around it; results that nobody reads are left out."""
     call = piece.nodes[0]
     op: Any = call.target
+    constants = tuple(a for a in call.args if not isinstance(a, fx.Node))
+    if constants:  # gates: their number comes last
+        return lambda *given: (op(*given, *constants),)
     if piece.outputs == (call,):
         return lambda *given: (op(*given),)
     read = [cast(int, n.args[1]) for n in piece.outputs]
@@ -112,12 +130,19 @@ def _chain(program: Program, pieces: Sequence[Piece], runs: Sequence[Compiled]) 
         values: list[Any] = [*args, *[None] * (size - len(args))]
         for slot, name in held:
             values[slot] = buffers[name]
-        for step in steps:
+        at = 0
+        while at < len(steps):
+            step = steps[at]
             results = step.run(*[values[i] for i in step.arguments])
             for i, result in zip(step.results, results, strict=True):
                 values[i] = result
             for i in step.dead:
                 values[i] = None
+            at += 1
+            if step.gate is not None and _is_reused(step.gate):
+                at = step.resume
+                for i in steps[at].arguments:  # exit and measured are not read: any tensor will do
+                    values[i] = values[step.results[0]]
         returned = [values[slots[v]] if isinstance(v, fx.Node) else v for v in leaves]
         return tree_unflatten(returned, structure)
 
@@ -142,6 +167,26 @@ def _steps(
             tuple(slots[n] for n in piece.inputs),
             tuple(slots[n] for n in piece.outputs),
             tuple(dead.get(k, ())),
+            *_gate(pieces, k),
         )
         for k, (piece, run) in enumerate(zip(pieces, runs, strict=True))
     ]
+
+
+def _gate(pieces: Sequence[Piece], at: int) -> tuple[int | None, int]:
+    """(gate, the piece of its end) where a piece is the begin of one.
+
+    VerifyError when something between them is read behind: it would be missing where they are left out.
+    """
+    node = pieces[at].nodes[0]
+    if node.target is not ops.step_reuse_begin:
+        return None, 0
+    gate = cast(int, node.args[2])
+    ends = (ops.step_reuse_end, gate)
+    end = next(k for k, p in enumerate(pieces) if (p.nodes[0].target, p.nodes[0].args[-1]) == ends)
+    inner = {n for piece in pieces[at + 1 : end] for n in piece.outputs}
+    for piece in pieces[end + 1 :]:
+        for n in piece.inputs:
+            if n in inner:
+                raise VerifyError(f"{n.name} is computed inside reuse gate {gate} and read behind it")
+    return gate, end

@@ -78,3 +78,23 @@ class ScratchState:
 
 STATE: ContextVar[StateAccess | None] = ContextVar("tilewright_state", default=None)
 """The state of the call that is running, None outside of any request."""
+
+
+class ReuseAccess(Protocol):
+    """What a program asks whether a stretch of blocks is computed at this step, and keeps its residual in."""
+
+    def decide(self, gate: int, entry: Any, probe: Any) -> bool:
+        """Whether the kept residual is added instead; asked once a call, before the stretch."""
+
+    def reuses(self, gate: int) -> bool:
+        """What was decided in this call."""
+
+    def residual(self, gate: int) -> Any:
+        """The residual of the stretch, from the last step that computed it."""
+
+    def keep(self, gate: int, residual: Any, measured: Any) -> None:
+        """Take in a computed residual, and what the next decisions may measure."""
+
+
+REUSE: ContextVar[ReuseAccess | None] = ContextVar("tilewright_reuse", default=None)
+"""Of the call that is running; None: every step is computed."""

@@ -14,6 +14,7 @@ from tilewright.compiler.ops import norm as _norm
 from tilewright.compiler.ops import paged as _paged
 from tilewright.compiler.ops import quantized_linear as _quantized_linear
 from tilewright.compiler.ops import rope as _rope
+from tilewright.compiler.ops import step_reuse as _step_reuse
 from tilewright.compiler.ops import step_state as _step_state
 from tilewright.compiler.ops.registry import SemanticOp, all_ops, semantic_op
 
@@ -22,6 +23,8 @@ block_sparse_attention = _block_sparse.block_sparse_attention.overload
 block_sparse_attention_backward = _block_sparse.block_sparse_attention_backward.overload
 merge_attention = _block_sparse.merge_attention.overload
 block_mass = _block_mass.block_mass.overload
+step_reuse_begin = _step_reuse.step_reuse_begin.overload
+step_reuse_end = _step_reuse.step_reuse_end.overload
 step_state_get = _step_state.step_state_get.overload
 step_state_put = _step_state.step_state_put.overload
 linear = _linear.linear.overload
@@ -40,6 +43,7 @@ paged_attention = _paged.paged_attention.overload
 token_attention = _paged.token_attention.overload
 paged_append = _paged.paged_append.overload
 page_bounds = _paged.page_bounds.overload
+top_pages = _paged.top_pages.overload
 attention_mass = _attention_mass.attention_mass.overload
 
 __all__ = [
@@ -67,7 +71,10 @@ __all__ = [
     "rms_norm",
     "rope",
     "semantic_op",
+    "step_reuse_begin",
+    "step_reuse_end",
     "step_state_get",
     "step_state_put",
     "token_attention",
+    "top_pages",
 ]

@@ -279,3 +279,54 @@ def test_processors_see_the_prefix_of_each_position() -> None:
     ids = torch.tensor([PROMPTS[2]])
     made = _speculator(target, _model())
     assert torch.equal(target.generate(ids, custom_generate=made, **how), target.generate(ids, **how))
+
+
+SUBJECTS = ("rivers", "bread", "the moon", "chess", "trains", "bees", "glass", "salt", "maps", "rain")
+TASKS = (
+    "Write one sentence about {}.",
+    "List three facts about {}.",
+    "Why do people like {}?",
+    "Explain {} to a child.",
+    "Write a short poem about {}.",
+    "Write a Python function about {}.",
+    "Ask me a question about {}.",
+    "What is the history of {}?",
+    "Name two books about {}.",
+    "Repeat three times: I like {}.",
+)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_a_hundred_prompts_of_smollm2_alone_and_in_ragged_batches() -> None:
+    """Token-identical, but for positions where the target's own two best logits are a rounding apart."""
+    from tilewright.frontends.bundled_models import BUNDLED
+
+    model = BUNDLED["smollm2"]()
+    tokenizer: Any = model.tokenizer
+    prompts = [
+        tokenizer(task.format(subject), return_tensors="pt")["input_ids"][0].tolist()
+        for task in TASKS
+        for subject in SUBJECTS
+    ]
+    plain = _speculator(model.module, None)
+    want = [plain.generate([p], 16)[0] for p in prompts]
+    dropping = _eager(model.module, "drop-layers{layers=14}")
+    for draft in (Retrieval(shortest=1), dropping):
+        made = _speculator(model.module, draft, 4)
+        alone = [made.generate([p], 16)[0] for p in prompts]
+        rows = [row for i in range(0, 100, 4) for row in made.generate(prompts[i : i + 4], 16)]
+        for got_row, want_row in zip([*alone, *rows], want * 2, strict=True):
+            _assert_same_but_for_ties(model.module, got_row, want_row)
+    torch._dynamo.reset()
+
+
+def _assert_same_but_for_ties(model: Any, got: list[int], want: list[int]) -> None:
+    at = next((i for i, (a, b) in enumerate(zip(got, want, strict=False)) if a != b), None)
+    if at is None:
+        assert len(got) == len(want)
+        return
+    logits = model(torch.tensor([want[:at]])).logits[0, -1]
+    best = logits.topk(2).values
+    bound = 8 * torch.finfo(logits.dtype).eps * float(logits.abs().max())
+    assert float(best[0] - best[1]) < bound, f"token {at}: {got[at]} instead of {want[at]}"

@@ -1,0 +1,44 @@
+"""A stretch of residual blocks whose result may be reused from an earlier step.
+
+`begin` stands before the stretch and asks `runtime.contracts.REUSE`; `end` stands behind it and either adds
+the kept residual to the stretch's entry or keeps a new one. Whether what lies between is left out when its
+result is not wanted is for lowering to say: the meaning does not depend on it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tilewright.compiler.ops.registry import define
+from tilewright.runtime.contracts import REUSE
+
+
+@define(
+    "step_reuse_begin(Tensor entry, Tensor probe, int gate) -> Tensor",
+    flops=lambda *_, out: 0,
+    fake=lambda entry, probe, gate: torch.empty_like(entry),
+)
+def step_reuse_begin(entry: Tensor, probe: Tensor, gate: int) -> Tensor:
+    """`entry`, after the decision for this gate was made from it and `probe`."""
+    access = REUSE.get()
+    if access is not None:
+        access.decide(gate, entry, probe)
+    return entry.clone()
+
+
+@define(
+    "step_reuse_end(Tensor exit, Tensor entry, Tensor measured, int gate) -> Tensor",
+    flops=lambda *_, out: out.numel(),
+    fake=lambda exit, entry, measured, gate: torch.empty_like(exit),
+)
+def step_reuse_end(exit: Tensor, entry: Tensor, measured: Tensor, gate: int) -> Tensor:
+    """`exit`, or `entry` plus the kept residual where that was decided."""
+    access = REUSE.get()
+    if access is None:
+        return exit.clone()
+    if access.reuses(gate):
+        kept: Tensor = access.residual(gate)
+        return entry + kept
+    access.keep(gate, exit - entry, measured)
+    return exit.clone()

@@ -1,0 +1,85 @@
+"""A denoising loop's side of state between steps: which step and branch each call of the model belongs to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from tilewright.compiler.diagnostics import OptionError
+from tilewright.runtime.step_reuse import StepReuse
+from tilewright.runtime.step_state import Schedule, StepClock, StepState
+
+
+class StepRunner:
+    """Calls a compiled model inside the state of its request, branch and step.
+
+    The step follows from the timestep of the call, the branch from `branch(name)`, which has the form of
+    diffusers' `cache_context`: `pipe.transformer.cache_context = runner.branch`. Serves one request at a
+    time; two requests that take turns have two runners over the same StepReuse and StepState.
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        *,
+        reuse: StepReuse | None = None,
+        state: StepState | None = None,
+        schedule: Schedule | None = None,
+        models: dict[str, Callable[..., Any]] | None = None,
+        timestep: str = "timestep",
+    ) -> None:
+        """reuse: for `reuse-step-residual`. state, schedule, models: for passes that have a program per
+        phase; models[phase] stands for `model` at steps of that phase. timestep: name of the argument."""
+        if (state is None) != (schedule is None) or (models and state is None):
+            raise OptionError("state, schedule and models belong together")
+        self._model, self._models, self._timestep = model, dict(models or {}), timestep
+        self._reuse, self._state, self._schedule = reuse, state, schedule
+        self._request, self._branch = "", ""
+        self._clock: StepClock | None = None
+
+    @contextmanager
+    def request(self, name: str, timesteps: Sequence[float]) -> Iterator[StepRunner]:
+        """Run a request with these timesteps, falling; all it held is dropped at the end."""
+        if self._clock is not None:
+            raise OptionError(f"request {self._request!r} runs already", remedy="use one runner per request")
+        clock = StepClock(timesteps)
+        with ExitStack() as stack:
+            if self._reuse is not None:
+                self._reuse.begin(name, len(clock.timesteps))
+                stack.callback(self._reuse.end, name)
+            if self._state is not None:
+                self._state.begin(name, clock.timesteps)
+                stack.callback(self._state.end, name)
+            self._request, self._clock = name, clock
+            try:
+                yield self
+            finally:
+                self._clock = None
+
+    @contextmanager
+    def branch(self, name: str) -> Iterator[None]:
+        """Calls inside belong to this branch of guidance, such as `cond` or `uncond`."""
+        before, self._branch = self._branch, name
+        try:
+            yield
+        finally:
+            self._branch = before
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's own call; OptionError outside of a request or without a timestep argument."""
+        if self._clock is None:
+            raise OptionError("no request runs", remedy="call inside `with runner.request(name, timesteps):`")
+        if self._timestep not in kwargs:
+            raise OptionError(f"the call has no argument {self._timestep!r}", remedy="pass it by name")
+        value = kwargs[self._timestep]
+        step = self._clock.step(float(value.reshape(-1)[0]) if hasattr(value, "reshape") else float(value))
+        model = self._model
+        with ExitStack() as stack:
+            if self._reuse is not None:
+                stack.enter_context(self._reuse.call(self._request, self._branch, step))
+            if self._state is not None and self._schedule is not None:
+                phase = self._state.phase(self._schedule, self._request, self._branch, step)
+                model = self._models.get(phase.value, self._model)
+                stack.enter_context(self._state.call(self._request, self._branch, step))
+            return model(*args, **kwargs)
