@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import hashlib
 import inspect
 import platform
@@ -92,6 +94,8 @@ def capture(entry: Entry, options: CompileOptions, model: str = "") -> Captured:
             f"{entry.name}: the pipeline fixed the dynamic axis {', '.join(lost)}",
             remedy="leave out the pass that needs a known size, or name no dynamic axis",
         )
+    del exported
+    release_memory()
     return Captured(entry, program, report, axes, bounds)
 
 
@@ -125,6 +129,14 @@ def _number(bound: Any) -> int | None:
 def _first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return " ".join(lines[:2])[:400] if lines else type(error).__name__
+
+
+def release_memory() -> None:
+    """Collect graphs, which are cycles, and give free pages back: passes leave the heap full of holes."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it
+    if trim is not None:
+        trim(0)
 
 
 def shape_row(captured: Captured, side: str) -> list[dict[str, Any]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import shutil
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ from tilewright.frontends.export.captured import (
     capture,
     describe_entry,
     describe_model,
+    release_memory,
     shape_row,
     versions,
 )
@@ -66,7 +66,7 @@ def write_kernels(
         rows.append(describe_entry(captured, {**shapes, "refused": refused}))
         weights |= captured.weights()
         del captured
-        gc.collect()
+        release_memory()
     if not table:
         raise ExportError("no kernel of ours fits this model on any target", remedy="see tilewright explain")
     artifact.write("resources.json", json.dumps(list(table.values()), indent=1, sort_keys=True))

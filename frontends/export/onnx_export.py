@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from typing import Any
 
 from torch import Tensor
@@ -10,7 +9,13 @@ from torch import Tensor
 from tilewright.frontends.compile import CompileOptions
 from tilewright.frontends.export.api import Progress
 from tilewright.frontends.export.artifact import Artifact
-from tilewright.frontends.export.captured import capture, describe_entry, describe_model, versions
+from tilewright.frontends.export.captured import (
+    capture,
+    describe_entry,
+    describe_model,
+    release_memory,
+    versions,
+)
 from tilewright.frontends.export.entries import Entry
 from tilewright.frontends.export.onnx_file import (
     WEIGHTS,
@@ -51,7 +56,7 @@ def write_onnx(
             rows.append(describe_entry(captured, extra))
             held |= captured.weights()
             del captured, model, opened
-            gc.collect()  # graphs are cycles, and hold what passes derived from the weights
+            release_memory()
     if artifact.path(WEIGHTS).stat().st_size == 0:
         artifact.path(WEIGHTS).unlink()
     return {

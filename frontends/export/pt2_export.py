@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import shutil
 from collections.abc import Callable
 from functools import partial
@@ -23,6 +22,7 @@ from tilewright.frontends.export.captured import (
     capture,
     describe_entry,
     describe_model,
+    release_memory,
     shape_row,
     versions,
 )
@@ -57,7 +57,7 @@ def write_pt2(
         rows.append(describe_entry(captured, extra))
         held |= captured.weights()
         del captured, defined, loaded
-        gc.collect()
+        release_memory()
     return {"model": describe_model(name, held), "versions": versions("triton"), "entries": rows}
 
 
