@@ -77,11 +77,11 @@ def sides(layers: list[Layer], held: int, page: int, share: int) -> dict[str, Ca
     attend, bound = callable_for("paged_attention", all_args(0)), callable_for("page_bounds", bound_args(0))
     chosen = torch.zeros(1, KEY_HEADS, count, dtype=torch.int32)
     some = callable_for("paged_attention", (*all_args(0), None, chosen))
+    top = callable_for("top_pages", (torch.zeros(1, KEY_HEADS, used.shape[1]), count))
     append = callable_for("paged_append", append_args(0))
 
     def picked(i: int) -> object:
-        best = bound(*bound_args(i)).topk(count, sorted=False).indices
-        return some(*all_args(i), None, best.int())
+        return some(*all_args(i), None, top(bound(*bound_args(i)), count))
 
     return {
         "static cache": lambda i: F.scaled_dot_product_attention(

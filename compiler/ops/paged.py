@@ -335,3 +335,29 @@ def page_bounds(
     score = score.amax(2) if group == "max" else score.sum(2)
     holds = _held(page_table, page, lengths, first).unflatten(1, (-1, page)).any(-1)
     return score.masked_fill(~holds[:, None], -math.inf)
+
+
+def _fake_top(bounds: Tensor, count: int) -> Tensor:
+    if bounds.dim() != 3 or not bounds.dtype.is_floating_point or count < 1:
+        _fail(
+            "top_pages", f"bounds {list(bounds.shape)} must be floating [B, Hkv, n], count = {count} positive"
+        )
+    return bounds.new_empty((*bounds.shape[:2], min(count, bounds.shape[2])), dtype=torch.int32)
+
+
+@define(
+    "top_pages(Tensor bounds, int count) -> Tensor",
+    flops=lambda bounds, count, *, out: bounds.numel(),
+    fake=_fake_top,
+)
+def top_pages(bounds: Tensor, count: int) -> Tensor:
+    """`picked` for `paged_attention`: where the `count` greatest of each row of bounds [B, Hkv, n] are.
+
+    int32 [B, Hkv, min(count, n)], ascending; entries of -inf are not taken, -1 stands at the end instead. Of
+    equal bounds the first are taken; a NaN is above every number.
+    """
+    _fake_top(bounds, count)
+    best = torch.sort(bounds, dim=-1, descending=True, stable=True)
+    places, end = best.indices[..., :count], bounds.shape[2]
+    places = torch.where(best.values[..., :count] == -math.inf, end, places).sort(-1).values
+    return torch.where(places == end, -1, places).to(torch.int32)

@@ -17,6 +17,7 @@ _DECIDE = {
     "paged_append": (0, 1, 4, 5, 6, 7),
     "page_bounds": (0, 1, 2),
     "attention_mass": (0, 1),
+    "top_pages": (),
 }
 """By op, the tensors whose dtype and head size decide on a kernel."""
 _POOL = {"paged_attention": 1, "token_attention": 1, "paged_append": 0}

@@ -18,7 +18,7 @@ from tilewright.kernels.common.family import (
     dtype_name,
     make_key,
 )
-from tilewright.kernels.paged import cpp, cpp_append, cpp_scores, triton
+from tilewright.kernels.paged import cpp, cpp_append, cpp_scores, cpp_top, triton
 from tilewright.kernels.paged import triton_rows as rows
 from tilewright.kernels.paged.signature import (
     append_schema,
@@ -191,6 +191,24 @@ def _rewrite_mass(key: KernelKey, args: Sequence[Any]) -> tuple[Any, ...]:
     return (*[given[name] for name in ("q", "k", "lse", "first") if given[name] is not None], scale)
 
 
+def _configure_top(args: Sequence[Any], target: Target) -> KernelKey | Refusal:
+    bounds = args[0]
+    if target.kind != "cpu":
+        return Refusal(f"top_pages has a kernel for CPUs only, the target is {target}")
+    refused = check_target([bounds], target)
+    if refused is not None:
+        return refused
+    if bounds.dtype != torch.float32:
+        return Refusal(f"bounds are {bounds.dtype}; the kernel takes float32")
+    return make_key("top_pages", target, "float32")
+
+
+def _fake_top(key: KernelKey) -> Callable[..., Any]:
+    return lambda bounds, count: bounds.new_empty(
+        (*bounds.shape[:2], min(count, bounds.shape[2])), dtype=torch.int32
+    )
+
+
 def _append_examples() -> Sequence[tuple[Any, ...]]:
     found: list[tuple[Any, ...]] = []
     for dtype, size, page in ((torch.float32, 64, 16), (torch.bfloat16, 128, 16), (torch.float16, 64, 64)):
@@ -303,5 +321,19 @@ PAGED_FAMILIES = (
         fake=lambda key: lambda q, k, *rest: q.new_empty(k.shape[:3], dtype=torch.float32),
         rewrite_args=_rewrite_mass,
         examples=_mass_examples,
+    ),
+    KernelFamily(
+        op="top_pages",
+        dtypes=("float32",),
+        legality=("bounds are float32", "on a CPU"),
+        configure=_configure_top,
+        schema=lambda key: "(Tensor bounds, int count) -> Tensor",
+        generate={"cpu": cpp_top.generate},
+        triton=None,
+        fake=_fake_top,
+        save=None,
+        backward=None,
+        rewrite_args=lambda key, args: tuple(args),
+        examples=lambda: [(_meta(2, 3, 20), 4)],
     ),
 )

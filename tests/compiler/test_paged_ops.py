@@ -208,6 +208,23 @@ def test_bounds_are_bounds_and_empty_pages_are_never_picked(group) -> None:
                     assert bool((products.amax((1, 2)) <= score[b, :, i] + 1e-5).all())
 
 
+def test_top_pages_are_the_greatest_in_order() -> None:
+    bounds = torch.randint(0, 9, (2, 3, 40)).float()  # many are equal
+    bounds[0, 0] = -math.inf
+    bounds[0, 1, 5:] = -math.inf
+    bounds[1, 1, 7] = math.nan
+    for count in (1, 12, 40, 50):
+        picked = ops.top_pages(bounds, count)
+        assert picked.dtype == torch.int32
+        assert picked.shape == (2, 3, min(count, 40))
+        for row, got in zip(bounds.flatten(0, 1).tolist(), picked.flatten(0, 1).tolist(), strict=True):
+            worth = [math.inf if math.isnan(x) else x for x in row]
+            best = sorted((i for i in range(40) if worth[i] > -math.inf), key=lambda i: (-worth[i], i))[
+                :count
+            ]
+            assert got == sorted(best) + [-1] * (len(got) - len(best))
+
+
 @pytest.mark.parametrize("causal", [True, False])
 def test_mass_is_the_column_sum_of_the_probabilities(causal) -> None:
     q, k = torch.randn(2, 6, 300, 8), torch.randn(2, 2, 310, 8)
@@ -242,6 +259,7 @@ def wrong_calls():
         "group = 'mean'": lambda: ops.page_bounds(q, low, low, *given[2:], 8, None, "mean"),
         "H, 1, D": lambda: ops.page_bounds(pool.query(9, 2), low, low, *given[2:], 8),
         "must be int64": lambda: ops.attention_mass(q, pool.k, q[..., 0], given[3].int()),
+        "count = 0": lambda: ops.top_pages(q[..., 0], 0),
         "attention_mass: q": lambda: ops.attention_mass(q, pool.k, q),
     }
 
@@ -266,6 +284,7 @@ def test_all_ops_are_opaque_and_agree_with_their_fakes() -> None:
         (ops.paged_append, (*pool.given()[:3], starts, *rows, low, low.clone())),
         (ops.page_bounds, (q, low, low, *pool.given()[2:], 8)),
         (ops.page_bounds, (q, low, low, *pool.given()[2:], 8, starts, "sum")),
+        (ops.top_pages, (q[..., 0].contiguous(), 2)),
         (ops.attention_mass, (q, pool.k, q[..., 0].contiguous())),
     ):
         torch.library.opcheck(op, args, test_utils=tests)

@@ -214,6 +214,17 @@ def test_mass(size: int, dtype: torch.dtype, causal: bool, padded: bool) -> None
         torch.testing.assert_close(got, all_ops()["attention_mass"].definition(*args), rtol=2e-5, atol=1e-5)
 
 
+def test_top_pages() -> None:
+    bounds = torch.randint(-3, 9, (2, 3, 700)).float()
+    bounds[0, 0], bounds[0, 1, 5:] = -math.inf, -math.inf
+    bounds[1, 1, 7], bounds[1, 2, ::2], bounds[1, 0, ::3] = math.nan, -0.0, math.inf
+    for rows in (bounds, bounds.transpose(0, 1), bounds[:, :, :9], bounds[:, :, :0]):
+        for count in (1, 40, 900):
+            assert reason_for("top_pages", (rows, count)) == ""
+            got = callable_for("top_pages", (rows, count))(rows, count)
+            assert torch.equal(got, all_ops()["top_pages"].definition(rows, count))
+
+
 def test_what_no_kernel_takes_runs_the_definition_and_says_why() -> None:
     given = pool([40], 1, 16, 64, 64, F32)
     odd = pool([40], 1, 16, 12, 12, F32)
