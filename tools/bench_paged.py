@@ -44,8 +44,8 @@ class Layer:
     def random(cls, capacity: int, page: int) -> Layer:
         """A full cache of `capacity` tokens."""
         k, v = torch.randn(2, 1, KEY_HEADS, capacity, SIZE).unbind()
-        pages = [x[0].unflatten(1, (-1, page)).transpose(0, 1).contiguous() for x in (k, v)]
-        return cls(k, v, *pages, pages[0].amin(2), pages[0].amax(2))
+        keys, values = (x[0].unflatten(1, (-1, page)).transpose(0, 1).contiguous() for x in (k, v))
+        return cls(k, v, keys, values, keys.amin(2), keys.amax(2))
 
 
 def repeated(x: Tensor) -> Tensor:
