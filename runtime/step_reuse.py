@@ -11,8 +11,9 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
+import torch
 from torch import Tensor
 
 from tilewright.runtime.contracts import REUSE
@@ -40,6 +41,9 @@ class Lane:
 class Policy(Protocol):
     """Decides from what a lane remembers; may change the lane."""
 
+    keeps: ClassVar[str]
+    """What a lane remembers besides the residual: `probe` or `measured`."""
+
     def reuse(self, lane: Lane, step: int, steps: int, probe: Tensor) -> bool:
         """Whether this step reuses the residual; a lane without one is never asked."""
 
@@ -49,8 +53,8 @@ class Policy(Protocol):
 
 def relative_change(new: Tensor, old: Tensor) -> float:
     """L1 norm of the difference over that of `old`, of the sample of the batch where it is greatest."""
-    change = (new - old).flatten(1).double().abs().sum(1)
-    size = old.flatten(1).double().abs().sum(1)
+    change = (new - old).abs_().flatten(1).sum(1, dtype=torch.float64)
+    size = old.abs().flatten(1).sum(1, dtype=torch.float64)
     return float((change / size).nan_to_num(nan=math.inf, posinf=math.inf).max())
 
 
@@ -63,6 +67,7 @@ class Codebook:
     residual [B, frames * tokens, C] is compared with itself a frame on, between the shares of `window`.
     """
 
+    keeps: ClassVar[str] = "measured"
     rates: tuple[tuple[float, int], ...]
     frames: int = 0
     window: tuple[float, float] = (0.1, 0.9)
@@ -108,6 +113,7 @@ class Accumulated:
     """TeaCache (arXiv:2411.19108): reuse while the summed change of the probe, rescaled by a polynomial
     (highest power first), stays below the threshold. The first and the last step are computed."""
 
+    keeps: ClassVar[str] = "probe"
     threshold: float
     coefficients: tuple[float, ...] = (1.0, 0.0)
 
@@ -133,6 +139,7 @@ class FirstBlock:
     """First-block cache: reuse while the probe, the first blocks' residual, is close to that of the last
     computed step. At most `longest` steps in a row are left out (0: no limit)."""
 
+    keeps: ClassVar[str] = "probe"
     threshold: float
     warmup: int = 0
     longest: int = 0
@@ -244,7 +251,9 @@ class _Access:
         )  # fmt: skip
         if kept is not None and not fits:
             lane = Lane()
-        self._lanes[gate], self._probes[gate] = lane, probe.detach().clone()
+        # What is kept is copied: a compiled program may use the memory again.
+        kept_probe = probe.detach().clone() if self._policy.keeps == "probe" else probe
+        self._lanes[gate], self._probes[gate] = lane, kept_probe
         reuse = fits and not self._again
         self._reused[gate] = reuse and self._policy.reuse(
             lane, self._step, self._held.steps, self._probes[gate]
@@ -264,10 +273,12 @@ class _Access:
         if self._again:
             return
         lane, probe = self._lanes[gate], self._probes[gate]
-        measured = measured.detach().clone()
         self._policy.computed(lane, self._step, self._held.steps, probe, measured)
-        lane.residual, lane.measured, lane.probe = residual.detach(), measured, probe
-        lane.computed = self._step
+        lane.residual, lane.computed = residual.detach(), self._step
+        if self._policy.keeps == "probe":
+            lane.probe = probe
+        else:
+            lane.measured = measured.detach().clone()
 
     def commit(self) -> None:
         """Write what this call changed."""
