@@ -92,6 +92,13 @@ class PagePool:
             plane[new] = plane[page]
         return new
 
+    def measure(self, page: int, tokens: int) -> None:
+        """Set the extremes of a page to those of its first `tokens` keys, 1 or more."""
+        self._check(page)
+        if self.low is not None and self.high is not None:
+            keys = self.k_pages[page, :, :tokens]
+            self.low[page], self.high[page] = keys.amin(1), keys.amax(1)
+
     def _planes(self) -> list[Tensor]:
         return [x for x in (self.k_pages, self.v_pages, self.low, self.high) if x is not None]
 

@@ -33,6 +33,8 @@ class LayerView:
         self._table = torch.full((batch, TABLE_STEP), -1, dtype=torch.int32)
         self._lengths = torch.zeros(batch, dtype=torch.int64)
         self._open = True
+        # Sequences whose last page holds keys behind their end: its extremes count keys that are not theirs.
+        self._loose: set[int] = set()
 
     @property
     def lengths(self) -> list[int]:
@@ -79,6 +81,8 @@ class LayerView:
         ):
             raise KVStoreError(f"crop to {list(lengths)}: expected {self.batch} lengths up to {self._held}")
         for row, length in enumerate(lengths):
+            if length < self._held[row]:
+                self._loose.add(row)
             count = -(-length // self.pool.page)
             for page in self._pages[row][count:]:
                 if page >= 0:
@@ -119,6 +123,8 @@ class LayerView:
                 if page >= 0:
                     self.pool.retain(page)
             new._pages[i] = list(pages)
+            if length < self._held[row] or row in self._loose:
+                new._loose.add(i)
         new._held = wanted
         new._lengths = torch.tensor(wanted, dtype=torch.int64)
         new._fill_table()
@@ -170,6 +176,10 @@ class LayerView:
         for row, number in copies:
             self.pool.release(self._pages[row][-1])
             self._pages[row][-1] = number
+        for row in self._loose:
+            if self._held[row] % page:  # a page begun anew measures itself
+                self.pool.measure(self._pages[row][-1], self._held[row] % page)
+        self._loose.clear()
         for row, pages in enumerate(taken):
             self._pages[row] += pages
         if copies or any(taken):

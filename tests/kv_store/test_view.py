@@ -122,6 +122,34 @@ def test_shared_pages_are_shared_and_copied_when_written():
     assert torch.equal(pool.low[int(table[1, 2])], fork.rows(1)[1][:, 16:].amin(1))
 
 
+def extremes_are_exact(view):
+    table, _ = view.tables()
+    for row, held in enumerate(view.lengths):
+        keys = view.rows(row)[1]
+        for place in range(-(-held // view.pool.page)):
+            part = keys[:, place * view.pool.page : (place + 1) * view.pool.page]
+            assert torch.equal(view.pool.low[int(table[row, place])], part.amin(1))
+            assert torch.equal(view.pool.high[int(table[row, place])], part.amax(1))
+
+
+@pytest.mark.parametrize("length", [11, 16, 17])
+def test_extremes_forget_what_was_taken_back(length):
+    pool = make_pool(extremes=True)
+    view = LayerView(pool, 2, ops.paged_append)
+    k, v = rows(2, 21)
+    view.append(100 * k, v)
+    fork = view.fork([1, 0], [length, 21])
+    again = fork.fork([0])
+    for other in (fork, again):
+        other.append(*rows(other.batch, 2))
+        extremes_are_exact(other)
+    extremes_are_exact(view)
+    view.crop([length, 3])
+    view.append(*rows(2, 9))
+    for other in (fork, again, view):
+        extremes_are_exact(other)
+
+
 def test_out_of_pages_leaves_everything_as_it_was():
     pool = make_pool(limit=3)
     view = LayerView(pool, 2, ops.paged_append)
