@@ -26,6 +26,8 @@ from tilewright.frontends.compile import CompileOptions, optimize_program
 from tilewright.frontends.export.entries import Entry
 
 _STRENGTH = [e.value for e in (Exactness.BITWISE, Exactness.ROUNDING, Exactness.APPROXIMATE)]
+_UNBOUNDED = 1 << 30
+"""A size that no call reaches: PyTorch proves less about sizes without an end."""
 
 
 @dataclass
@@ -64,23 +66,42 @@ class Captured:
         return [next(given) if spec.kind is InputKind.USER else value for spec, value in pairs]
 
 
-def capture(entry: Entry, options: CompileOptions, model: str = "") -> Captured:
-    """Capture one entry point with torch.export and run the pipeline; ExportError, errors of the passes."""
-    symbol = torch.export.Dim.DYNAMIC  # type: ignore[attr-defined]
-    shapes = tuple({axis: symbol for axis in entry.axes.get(name, {})} or None for name in entry.inputs)
+def _exported(entry: Entry, dims: Mapping[str, Any]) -> torch.export.ExportedProgram:
+    shapes = tuple(
+        {axis: dims[text] for axis, text in entry.axes.get(name, {}).items()} or None for name in entry.inputs
+    )
     try:
         with torch.no_grad():
-            exported = torch.export.export(
+            return torch.export.export(
                 entry.module,
                 tuple(entry.tensors),
                 dynamic_shapes=(shapes,) if any(shapes) else None,
                 strict=False,
                 prefer_deferred_runtime_asserts_over_guards=True,
             )
+    except torch._dynamo.exc.UserError as error:
+        if any(dim is not torch.export.Dim.DYNAMIC for dim in dims.values()):  # type: ignore[attr-defined]
+            raise
+        raise _not_captured(entry, error) from error
     except (torch._dynamo.exc.TorchDynamoException, RuntimeError, ValueError) as error:
-        if any(shapes) and "dynamic" in str(error).lower():
-            raise ExportError(f"{entry.name}: {_first_line(error)}", remedy="name fewer axes") from error
-        raise CaptureError(f"{entry.name} cannot be captured: {_first_line(error)}") from error
+        raise _not_captured(entry, error) from error
+
+
+def _not_captured(entry: Entry, error: Exception) -> CaptureError | ExportError:
+    if any(entry.axes.values()) and "dynamic" in str(error).lower():
+        return ExportError(f"{entry.name}: {_first_line(error)}", remedy="name fewer axes")
+    return CaptureError(f"{entry.name} cannot be captured: {_first_line(error)}")
+
+
+def capture(entry: Entry, options: CompileOptions, model: str = "") -> Captured:
+    """Capture one entry point with torch.export and run the pipeline; ExportError, errors of the passes."""
+    names = {text for named in entry.axes.values() for text in named.values()}
+    try:
+        # One symbol for a name: sizes that are equal by name are equal in the graph.
+        exported = _exported(entry, {n: torch.export.Dim(n, min=2, max=_UNBOUNDED) for n in names})
+    except torch._dynamo.exc.UserError:
+        # The model bounds a size, or relates sizes: PyTorch finds the bounds.
+        exported = _exported(entry, dict.fromkeys(names, torch.export.Dim.DYNAMIC))  # type: ignore[attr-defined]
     program = from_export(exported)
     for spec in program.inputs:
         spec.source = spec.source.removeprefix("inner.")
@@ -123,7 +144,7 @@ def _number(bound: Any) -> int | None:
         value = int(bound)
     except (TypeError, ValueError, OverflowError, AttributeError):
         return None
-    return value if value < 1 << 40 else None
+    return value if value < _UNBOUNDED else None
 
 
 def _first_line(error: BaseException) -> str:
