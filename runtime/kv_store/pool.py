@@ -40,9 +40,8 @@ class PagePool:
         if limit is not None and limit < 1:
             raise KVStoreError(f"limit = {limit}: expected 1 page or more, or None")
         self.page, self.limit = page, limit
-        options = {"dtype": dtype, "device": device}
-        self.k_pages = torch.zeros(0, heads, page, size, **options)  # type: ignore[arg-type]
-        self.v_pages = torch.zeros(0, heads, page, value_size, **options)  # type: ignore[arg-type]
+        self.k_pages = torch.zeros(0, heads, page, size, dtype=dtype, device=device)
+        self.v_pages = self.k_pages.new_zeros(0, heads, page, value_size)
         self.low: Tensor | None = self.k_pages.new_zeros(0, heads, size) if extremes else None
         self.high: Tensor | None = self.k_pages.new_zeros(0, heads, size) if extremes else None
         self._references: list[int] = []
@@ -56,7 +55,7 @@ class PagePool:
     @property
     def page_bytes(self) -> int:
         """Bytes of the keys and values of one page."""
-        rows = math.prod(self.k_pages.shape[1:]) + math.prod(self.v_pages.shape[1:])
+        rows: int = math.prod(self.k_pages.shape[1:]) + math.prod(self.v_pages.shape[1:])
         return rows * self.k_pages.element_size()
 
     def references(self, page: int) -> int:

@@ -156,7 +156,8 @@ class LayerView:
 
     def _reserve(self, tokens: int) -> None:
         """Pages for `tokens` more positions, of this view alone where they are written; all or nothing."""
-        page, taken = self.pool.page, []
+        page = self.pool.page
+        taken: list[list[int]] = []
         copies: list[tuple[int, int]] = []
         try:
             for row, held in enumerate(self._held):
