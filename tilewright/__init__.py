@@ -19,6 +19,7 @@ if (_root / "setup.py").is_file() and str(_root) not in __path__:
 if TYPE_CHECKING:
     from tilewright.frontends.api import Executable, evaluate, explain, optimize
     from tilewright.frontends.export.api import export
+    from tilewright.frontends.kv_cache import kv_cache
     from tilewright.frontends.speculate import speculate
 
 _PUBLIC = {
@@ -26,11 +27,12 @@ _PUBLIC = {
     "evaluate": "tilewright.frontends.api",
     "explain": "tilewright.frontends.api",
     "export": "tilewright.frontends.export.api",
+    "kv_cache": "tilewright.frontends.kv_cache",
     "optimize": "tilewright.frontends.api",
     "speculate": "tilewright.frontends.speculate",
 }
 
-__all__ = ["Executable", "__version__", "evaluate", "explain", "export", "optimize", "speculate"]
+__all__ = ["Executable", "__version__", "evaluate", "explain", "export", "kv_cache", "optimize", "speculate"]
 
 
 def __getattr__(name: str) -> Any:
