@@ -273,7 +273,7 @@ class ExtentFile:
     def _transfer(self, data: Tensor, slot: int, *, write: bool) -> None:
         """One whole extent; the system may do it in parts."""
         done, start = 0, slot * self.extent_bytes
-        view = memoryview(data.numpy())
+        view = memoryview(data.numpy())  # type: ignore[arg-type]
         call, what = (self._io.pwrite, "writing") if write else (self._io.pread, "reading")
         while done < self.extent_bytes:
             try:
@@ -282,8 +282,10 @@ class ExtentFile:
                 full = error.errno in (errno.ENOSPC, errno.EDQUOT)
                 reason = "the disk is full" if full else str(error.strerror)
                 raise ExtentError(f"{what} an extent of {self.extent_bytes} bytes: {reason}") from None
+            if done + part < self.extent_bytes:
+                part -= part % BLOCK  # past the cache, the next request must begin at a block
             if part <= 0:
-                raise ExtentError(f"{what} an extent: the disk gave {done} of {self.extent_bytes} bytes")
+                raise ExtentError(f"{what} an extent: short, {done} of {self.extent_bytes} bytes")
             done += part
         if not self.direct:
             if write:

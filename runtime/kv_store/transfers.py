@@ -29,7 +29,8 @@ class Job:
         self._work = work
         self._claim = threading.Lock()
         self._done = threading.Event()
-        self.error: KVStoreError | None = None
+        self.error: Exception | None = None
+        """What the work raised, for whoever waits."""
 
     @property
     def done(self) -> bool:
@@ -42,8 +43,8 @@ class Job:
             return
         try:
             self._work()
-        except KVStoreError as error:
-            self.error = error
+        except Exception as error:
+            self.error = error  # raised again by Ticket.wait, on the thread that asked
         finally:
             self._done.set()
 
@@ -64,7 +65,7 @@ class Ticket:
         return all(job.done for job in self.jobs)
 
     def wait(self, timeout: float | None = None) -> None:
-        """Wait for all; raises the first error of a transfer, or KVStoreError after `timeout` seconds each."""
+        """Wait for all; raises the first error, or KVStoreError after `timeout` seconds each."""
         for job in self.jobs:
             if not job.wait(timeout):
                 raise KVStoreError(f"a transfer took more than {timeout} s")

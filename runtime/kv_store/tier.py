@@ -1,0 +1,362 @@
+"""A fast tier of fixed size before a slow one: who is resident, who is pinned, and what moves.
+
+Contents are extents (uint8, one size), named by session, layer and run of pages. Placement never changes a
+byte: an extent is read where it lies, in its frame, and comes back from the slow tier as it was written.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+from tilewright.runtime.kv_store.errors import KVStoreError
+from tilewright.runtime.kv_store.extents import ExtentStore, aligned
+from tilewright.runtime.kv_store.transfers import Job, Ticket, TransferThreads, Urgency
+
+
+class TierError(KVStoreError):
+    """The fast tier cannot do what was asked: all frames are pinned, or an extent to be evicted is."""
+
+
+class ExtentKey(NamedTuple):
+    """Names an extent."""
+
+    session: int
+    layer: int
+    run: int
+    """Which run of pages of the layer."""
+
+
+@dataclass
+class TierCounters:
+    """What moved; bytes and numbers of extents."""
+
+    hits: int = 0
+    """Asked for on demand and resident."""
+    misses: int = 0
+    """Asked for on demand and neither resident nor on its way."""
+    late: int = 0
+    """Asked for on demand while an earlier read of it was still under way."""
+    prefetched: int = 0
+    dropped: int = 0
+    """Prefetches given up for want of a frame."""
+    failed: int = 0
+    """Reads that ended in an error."""
+    bytes_read: int = 0
+    bytes_written: int = 0
+    clean_evictions: int = 0
+    """Evicted without a write: the slow tier had that version already."""
+
+
+@dataclass
+class _Extent:
+    frame: int | None = None
+    version: int = 0
+    dirty: bool = False
+    pins: int = 0
+    loading: Job | None = None
+
+
+class Fetch(Ticket):
+    """The ticket of a fetch: on demand it pins its extents until `TierManager.release`."""
+
+    def __init__(self, keys: Sequence[ExtentKey], jobs: list[Job], *, pinned: bool) -> None:
+        super().__init__(jobs)
+        self.keys = tuple(keys)
+        self.pinned = pinned
+
+
+class TierManager:
+    """Frames of the fast tier, least recently used out first. Safe to use from several threads.
+
+    A write to the slow tier runs on the thread that needs the frame, with the manager held; reads run on the
+    transfer threads.
+    """
+
+    def __init__(
+        self,
+        fast_bytes: int,
+        extent_bytes: int,
+        open_store: Callable[[], ExtentStore],
+        threads: TransferThreads | None = None,
+    ) -> None:
+        """fast_bytes: most bytes ever resident; open_store: makes the slow tier of one session.
+
+        KVStoreError where fast_bytes is below one extent.
+        """
+        if extent_bytes < 1 or fast_bytes < extent_bytes:
+            raise KVStoreError(f"fast_bytes = {fast_bytes}: expected an extent or more, {extent_bytes} bytes")
+        self.extent_bytes = extent_bytes
+        self.counters = TierCounters()
+        self.frames = fast_bytes // extent_bytes
+        self._memory = aligned(self.frames * extent_bytes).view(self.frames, extent_bytes)
+        self._free = list(range(self.frames))
+        self._extents: dict[ExtentKey, _Extent] = {}
+        self._recent: OrderedDict[ExtentKey, None] = OrderedDict()
+        """Extents that have a frame, least recently used first."""
+        self._stores: dict[int, ExtentStore] = {}
+        self._sessions = 0
+        self._open_store = open_store
+        self._threads = threads or TransferThreads()
+        self._owns_threads = threads is None
+        self._changed = threading.Condition(threading.RLock())
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes of the frames in use."""
+        return (self.frames - len(self._free)) * self.extent_bytes
+
+    def open_session(self) -> int:
+        """A new session with a slow tier of its own."""
+        store = self._open_store()
+        with self._changed:
+            self._sessions += 1
+            self._stores[self._sessions] = store
+            return self._sessions
+
+    def close_session(self, session: int) -> None:
+        """Forget all extents of a session. TierError where one is pinned."""
+        with self._changed:
+            if session not in self._stores:
+                raise KVStoreError(f"session {session} is not open")
+            keys = [key for key in self._extents if key.session == session]
+            self._refuse_pinned(keys, "closing the session of")
+            for key in keys:
+                self.drop(key)
+            self._stores.pop(session).close()
+
+    def close(self) -> None:
+        """Close every session and the threads, if they are this manager's own."""
+        for session in tuple(self._stores):
+            self.close_session(session)
+        if self._owns_threads:
+            self._threads.close()
+
+    @contextmanager
+    def edit(self, key: ExtentKey) -> Iterator[Tensor]:
+        """The frame of an extent, uint8 [extent_bytes], to be changed: made of zeros if the extent is new.
+
+        TierError without a free frame, ExtentError where it cannot be read.
+        """
+        with self._changed:
+            new = key not in self._extents and self._create(key)
+            ticket = Fetch([key], [], pinned=True) if new else self.fetch([key])
+        self.wait(ticket)
+        try:
+            yield self.frame(key)
+        finally:
+            with self._changed:
+                entry = self._extents[key]
+                entry.version += 1
+                entry.dirty = True
+            self.release(ticket)
+
+    @contextmanager
+    def resident(self, keys: Sequence[ExtentKey]) -> Iterator[list[Tensor]]:
+        """The frames of extents, uint8 [extent_bytes] each, to be read; pinned meanwhile."""
+        ticket = self.fetch(keys)
+        self.wait(ticket)
+        try:
+            yield [self.frame(key) for key in keys]
+        finally:
+            self.release(ticket)
+
+    def fetch(self, keys: Sequence[ExtentKey], urgency: Urgency = Urgency.DEMAND) -> Fetch:
+        """Begin to make extents resident. On demand they are pinned, from now until `release`.
+
+        A prefetch pins nothing, and is given up for an extent that finds no frame (counted). KVStoreError
+        for an unknown extent, TierError where a demand finds every frame pinned: nothing is pinned then.
+        """
+        demand = urgency is Urgency.DEMAND
+        jobs: list[Job] = []
+        with self._changed:
+            for key in keys:
+                if key not in self._extents:
+                    raise KVStoreError(f"there is no extent {tuple(key)}")
+            pinned: list[ExtentKey] = []
+            try:
+                for key in keys:
+                    if job := self._begin(key, urgency):
+                        jobs.append(job)
+                    if demand:
+                        self._extents[key].pins += 1
+                        pinned.append(key)
+            except KVStoreError:
+                for key in pinned:
+                    self._extents[key].pins -= 1
+                raise
+        return Fetch(keys, jobs, pinned=demand)
+
+    def prefetch(self, keys: Sequence[ExtentKey]) -> Fetch:
+        """A hint: begin to make extents resident, after everything asked for on demand."""
+        return self.fetch(keys, Urgency.PREFETCH)
+
+    def wait(self, ticket: Fetch) -> None:
+        """Wait for a fetch. On an error its pins are given back and the error is raised."""
+        try:
+            ticket.wait()
+        except Exception:
+            self.release(ticket)
+            raise
+
+    def release(self, ticket: Fetch) -> None:
+        """Unpin what a fetch pinned; twice is fine."""
+        with self._changed:
+            if ticket.pinned:
+                ticket.pinned = False
+                for key in ticket.keys:
+                    self._extents[key].pins -= 1
+
+    def frame(self, key: ExtentKey) -> Tensor:
+        """The frame of a pinned extent, uint8 [extent_bytes]; TierError where it is not pinned."""
+        with self._changed:
+            entry = self._extents.get(key)
+            if entry is None or entry.frame is None or entry.loading is not None or not entry.pins:
+                raise TierError(f"extent {tuple(key)} is not pinned in the fast tier: fetch it and wait")
+            return self._memory[entry.frame]
+
+    def demote(self, keys: Sequence[ExtentKey]) -> None:
+        """Move extents to the slow tier; only what it lacks is written. TierError where one is pinned."""
+        with self._changed:
+            self._refuse_pinned(keys, "evicting")
+            for key in keys:
+                entry = self._settled(key)
+                self._refuse_pinned([key], "evicting")  # again: settling may have let another thread in
+                if entry.frame is not None:
+                    self._evict(key, entry)
+
+    def flush(self, keys: Sequence[ExtentKey]) -> None:
+        """Write changed extents to the slow tier and keep them resident: their eviction is free then."""
+        with self._changed:
+            for key in keys:
+                self._write_back(key, self._settled(key))
+
+    def drop(self, key: ExtentKey) -> None:
+        """Forget an extent in both tiers. TierError where it is pinned."""
+        with self._changed:
+            entry = self._settled(key)
+            self._refuse_pinned([key], "dropping")
+            if entry.frame is not None:
+                self._vacate(key, entry)
+            del self._extents[key]
+            self._stores[key.session].drop(key)
+
+    def _create(self, key: ExtentKey) -> bool:
+        """Make an extent of zeros, pinned once; False where another thread made it meanwhile. Runs held."""
+        if key.session not in self._stores:
+            raise KVStoreError(f"session {key.session} is not open")
+        frame = self._await_frame(key)
+        if key in self._extents or key.session not in self._stores:
+            self._free.append(frame)
+            return False
+        self._memory[frame].zero_()
+        self._extents[key] = _Extent(frame, pins=1)
+        self._recent[key] = None
+        return True
+
+    def _begin(self, key: ExtentKey, urgency: Urgency) -> Job | None:
+        """Start the read of an extent that needs one; the job to wait for, if any. Runs held."""
+        entry, demand = self._extents[key], urgency is Urgency.DEMAND
+        if entry.frame is None:
+            frame = self._await_frame(key) if demand else self._take_frame()
+            if frame is None:
+                self.counters.dropped += 1
+                return None
+            if self._extents.get(key) is not entry:
+                self._free.append(frame)
+                raise KVStoreError(f"extent {tuple(key)} was dropped while it was fetched")
+            if entry.frame is not None:  # another thread fetched it while this one waited
+                self._free.append(frame)
+            else:
+                self.counters.misses += demand
+                self.counters.prefetched += not demand
+                return self._load(key, entry, frame, urgency)
+        self._recent.move_to_end(key)
+        if entry.loading is None:
+            self.counters.hits += demand
+        elif demand:
+            self.counters.late += 1
+            self._threads.submit(entry.loading, urgency)  # before the other prefetches
+        return entry.loading
+
+    def _load(self, key: ExtentKey, entry: _Extent, frame: int, urgency: Urgency) -> Job:
+        store, memory = self._stores[key.session], self._memory[frame]
+
+        def read() -> None:
+            whole = False
+            try:
+                store.read(key, memory)
+                whole = True
+            finally:
+                with self._changed:
+                    entry.loading = None
+                    if whole:
+                        self.counters.bytes_read += self.extent_bytes
+                    else:
+                        self.counters.failed += 1
+                        self._vacate(key, entry)
+                    self._changed.notify_all()
+
+        entry.frame, entry.loading = frame, Job(read)
+        self._recent[key] = None
+        self._threads.submit(entry.loading, urgency)
+        return entry.loading
+
+    def _await_frame(self, key: ExtentKey) -> int:
+        """A frame, waiting for prefetches under way if there is no other; TierError where all are pinned."""
+        while (frame := self._take_frame()) is None:
+            if not any(e.loading is not None and not e.pins for e in self._extents.values()):
+                raise TierError(
+                    f"no frame for extent {tuple(key)}: all {self.frames} of the fast tier are pinned"
+                )
+            self._changed.wait()
+        return frame
+
+    def _take_frame(self) -> int | None:
+        """A free frame, evicting the least recently used extent that may go; None where none may."""
+        if not self._free:
+            for key in self._recent:
+                entry = self._extents[key]
+                if not entry.pins and entry.loading is None:
+                    self._evict(key, entry)
+                    break
+        return self._free.pop() if self._free else None
+
+    def _evict(self, key: ExtentKey, entry: _Extent) -> None:
+        if not self._write_back(key, entry):
+            self.counters.clean_evictions += 1
+        self._vacate(key, entry)
+
+    def _write_back(self, key: ExtentKey, entry: _Extent) -> bool:
+        """Whether anything was written; on an error the extent stays resident and changed."""
+        if not entry.dirty or entry.frame is None:
+            return False
+        written = self._stores[key.session].write(key, entry.version, self._memory[entry.frame])
+        entry.dirty = False
+        self.counters.bytes_written += self.extent_bytes if written else 0
+        return written
+
+    def _vacate(self, key: ExtentKey, entry: _Extent) -> None:
+        if entry.frame is not None:
+            self._free.append(entry.frame)
+            entry.frame = None
+            del self._recent[key]
+
+    def _settled(self, key: ExtentKey) -> _Extent:
+        """An extent that nothing is moving; KVStoreError where it does not exist."""
+        while (entry := self._extents.get(key)) is not None and entry.loading is not None:
+            self._changed.wait()
+        if entry is None:
+            raise KVStoreError(f"there is no extent {tuple(key)}")
+        return entry
+
+    def _refuse_pinned(self, keys: Sequence[ExtentKey], what: str) -> None:
+        for key in keys:
+            if (entry := self._extents.get(key)) is not None and entry.pins:
+                raise TierError(f"{what} extent {tuple(key)}, which is pinned {entry.pins} times, is refused")
