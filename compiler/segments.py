@@ -251,14 +251,17 @@ def cut_by_path(
 ) -> tuple[tuple[Range, ...], tuple[str, ...]]:
     """Runs of segments under one numbered module (`model.layers.3`), and their paths.
 
-    The module has numbered sisters in the stream, or lies in one of the given containers (`model.layers`).
+    The module has numbered sisters in the stream, or lies in one of the given containers (`model.layers`),
+    whose own numbers may differ: `stages.1.blocks` is one where `stages.0.blocks` is given.
     """
+    known_forms = {_any_number(name) for name in containers}
     numbered = [_numbered_prefixes(s.path) for s in segments]
     sisters: dict[str, set[str]] = {}
     for prefixes in numbered:
         for prefix in prefixes:
             sisters.setdefault(prefix.rpartition(".")[0], set()).add(prefix)
-    known = {name for name, found in sisters.items() if len(found) >= 2}.union(containers)
+    known = {name for name, found in sisters.items() if len(found) >= 2}
+    known.update(name for name in sisters if _any_number(name) in known_forms)
     names = [next((p for p in prefixes if p.rpartition(".")[0] in known), "") for prefixes in numbered]
     ranges: list[Range] = []
     for i, name in enumerate(names):
@@ -267,6 +270,11 @@ def cut_by_path(
         elif name:
             ranges.append((i, i + 1))
     return tuple(ranges), tuple(names[a] for a, _ in ranges)
+
+
+def _any_number(path: str) -> str:
+    """`stages.1.blocks` -> `stages.*.blocks`."""
+    return ".".join("*" if part.isdigit() else part for part in path.split("."))
 
 
 def _numbered_prefixes(path: str) -> list[str]:

@@ -85,8 +85,8 @@ def _hunyuan() -> ZooEntry:
     settings = {
         "in_channels": 4,
         "out_channels": 4,
-        "num_layers": 1,
-        "num_single_layers": 1,
+        "num_layers": LAYERS,
+        "num_single_layers": LAYERS,
         "num_refiner_layers": 1,
         "mlp_ratio": 2.0,
         "text_embed_dim": TEXT_DIM,
@@ -101,8 +101,8 @@ def _hunyuan() -> ZooEntry:
     # Time, guidance and pooled text (two linears each), the refiner's own time and text embedding (two each)
     # and input projection, final modulation and output.
     ends = {"linear": 6 + 4 + 1 + 2, "layer_norm": 1}
-    expected = counts((1, double), (1, single), (1, refiner), (1, ends))
-    return _diffusion("hunyuan-video", "HunyuanVideoTransformer3DModel", settings, inputs, expected, layers=3)
+    expected = counts((LAYERS, double), (LAYERS, single), (1, refiner), (1, ends))
+    return _diffusion("hunyuan-video", "HunyuanVideoTransformer3DModel", settings, inputs, expected, layers=4)
 
 
 def _cogvideox() -> ZooEntry:
@@ -236,8 +236,8 @@ def _flux() -> ZooEntry:
 
     settings = {
         "in_channels": 8,
-        "num_layers": 1,
-        "num_single_layers": 1,
+        "num_layers": LAYERS,
+        "num_single_layers": LAYERS,
         "joint_attention_dim": TEXT_DIM,
         "pooled_projection_dim": POOLED,
         "guidance_embeds": True,
@@ -247,9 +247,8 @@ def _flux() -> ZooEntry:
     single = {"attention": 1, "linear": 6, "rms_norm": 2, "layer_norm": 1, "rope": 2}
     # Image and text inputs, time, guidance and pooled text (two each), output with its modulation and norm.
     ends = {"linear": 10, "layer_norm": 1}
-    return _diffusion(
-        "flux", "FluxTransformer2DModel", settings, inputs, counts((1, double), (1, single), (1, ends))
-    )
+    expected = counts((LAYERS, double), (LAYERS, single), (1, ends))
+    return _diffusion("flux", "FluxTransformer2DModel", settings, inputs, expected, layers=4)
 
 
 def entries() -> list[ZooEntry]:
