@@ -21,6 +21,7 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 from tilewright.compiler.diagnostics import OptionError
 from tilewright.compiler.ops.paged import PAGE_SIZES
 from tilewright.frontends.kv_layer import PagedLayer
+from tilewright.frontends.kv_policies import layers_for
 
 NAME = "tilewright"
 """Of the attention and its mask in the registries of transformers."""
@@ -123,25 +124,22 @@ class PagedCache(Cache):  # type: ignore[misc]
         self.close()
 
 
-def kv_cache(model: Any, pipeline: Any = "", page: int = 16) -> PagedCache:
+def kv_cache(model: Any, pipeline: Any = "", page: int | None = None) -> PagedCache:
     """An empty paged cache for `model`: `model.generate(..., past_key_values=cache)`.
 
     model: a causal language model of transformers. pipeline: at most one pass that decides what is kept or
-    attended, such as `quest-kv{budget=1024}`; empty: everything. page: tokens of a page.
+    attended, such as `quest-kv{budget=1024}`; empty: everything. page: tokens of a page; None for that
+    of the pass, else 16.
     Left-padded batches, beams and taking tokens back work. OptionError where the model has layers other than
     full attention.
     """
-    if page not in PAGE_SIZES:
+    if page is not None and page not in PAGE_SIZES:
         raise OptionError(f"page = {page}: expected one of {', '.join(map(str, PAGE_SIZES))}")
     config = model.config.get_text_config(decoder=True)
     kinds, _ = get_layer_types_and_kwargs(config)
     others = sorted(set(kinds) - {"full_attention"})
     if others:
         raise OptionError(f"{type(model).__name__} has {', '.join(others)} layers; the paged cache has none")
-    AttentionInterface.register(NAME, _attention)
-    AttentionMaskInterface.register(NAME, _mask)
-    before = config._attn_implementation
-    model.set_attn_implementation(NAME)
 
     def check() -> None:
         if config._attn_implementation != NAME:
@@ -150,5 +148,9 @@ def kv_cache(model: Any, pipeline: Any = "", page: int = 16) -> PagedCache:
                 remedy=f"model.set_attn_implementation({NAME!r})",
             )
 
-    layers = [PagedLayer(index, page, check) for index in range(len(kinds))]
+    layers = layers_for(pipeline, len(kinds), page, check)
+    AttentionInterface.register(NAME, _attention)
+    AttentionMaskInterface.register(NAME, _mask)
+    before = config._attn_implementation
+    model.set_attn_implementation(NAME)
     return PagedCache(model, layers, "sdpa" if before == NAME else before)
