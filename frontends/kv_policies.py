@@ -30,6 +30,7 @@ class StreamingLayer(PagedLayer):
             return super().decode(q, first, scale)
         pool, (table, lengths) = view.pool, view.tables()
         positions = policy.positions(lengths, first, table.shape[1] * self.page)
+        out: Tensor
         out, _ = run(
             "token_attention", q, pool.k_pages, pool.v_pages, table, lengths, positions, first, scale
         )
@@ -62,6 +63,7 @@ class QuestLayer(PagedLayer):
         pool, (table, lengths) = view.pool, view.tables()
         bounds = run("page_bounds", q, pool.low, pool.high, table, lengths, self.page, first, "max")
         picked = self.policy.picked(bounds, lengths, first)
+        out: Tensor
         out, _ = run("paged_attention", q, pool.k_pages, pool.v_pages, table, lengths, first, picked, scale)
         return out
 

@@ -65,7 +65,7 @@ def _replace(
         log.claim_slots([node], new)
         log.applied(node, inserted=new, removed=removed)
     for user in list(node.users):
-        user.replace_all_uses_with(results[user.args[1]])
+        user.replace_all_uses_with(results[0 if user.args[1] == 0 else 1])
         program.graph.erase_node(user)
     program.graph.erase_node(node)
 

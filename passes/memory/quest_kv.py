@@ -62,7 +62,9 @@ class QuestKV(GraphPass):
         if self.sink_page:
             begin = torch.div(first_of(lengths, first), self.page, rounding_mode="floor")
             forced = forced | (place == begin[:, None])
-        return ops.top_pages(bounds.masked_fill(forced[:, None], float("inf")), self.budget // self.page)
+        bounds = bounds.masked_fill(forced[:, None], float("inf"))
+        found: Tensor = ops.top_pages(bounds, self.budget // self.page)
+        return found
 
     def attend(self, q, k_pages, v_pages, table, lengths, first, scale):
         """The rewritten attention: (out, lse)."""
