@@ -255,6 +255,20 @@ def test_urgent_transfers_overtake_and_errors_come_to_the_waiter():
         threads.submit(Job(gate.wait), Urgency.DEMAND)
 
 
+def test_who_waits_does_what_no_thread_has_begun():
+    gate = threading.Event()
+    threads = TransferThreads(1)
+    blocker, ran = Job(gate.wait), []
+    threads.submit(blocker, Urgency.DEMAND)
+    job = Job(lambda: ran.append(threading.current_thread()))
+    threads.submit(job, Urgency.DEMAND)
+    Ticket([job]).wait()
+    assert ran == [threading.current_thread()]
+    gate.set()
+    threads.close()
+    assert len(ran) == 1
+
+
 def test_memory_tiers_keep_versions_and_the_link_takes_its_time(monkeypatch):
     now = [100.0]
     monkeypatch.setattr("tilewright.runtime.kv_store.links.time.monotonic", lambda: now[0])
