@@ -12,8 +12,10 @@ PRESETS: dict[str, str] = {
     # Weights and activations in 8 bits, a scale per row and per token; the head too.
     "cpu-int8": "gqa-unrepeat,common-subexpression,dead-code,"
     "quantize-linear{activation=int8-token,head=true},fuse-add-rmsnorm,fuse-projections",
-    # 4-bit weights in groups of 32 with a float offset (the grid of Q4_1 files), 8-bit activations.
+    # 4-bit weights in groups of 32 with a float offset (the grid of Q4_1 files), 8-bit activations. The head
+    # in 8 bits: in 4 it alone costs SmolLM2 5.5 % of perplexity.
     "cpu-int4": "gqa-unrepeat,common-subexpression,dead-code,"
-    "quantize-linear{weight=int4,group=32,mode=float-zero,activation=int8-group,head=true},"
+    "quantize-linear{weight=int4,group=32,mode=float-zero,activation=int8-group},"
+    "quantize-linear{activation=int8-token,head=true},"
     "fuse-add-rmsnorm,fuse-projections",
 }
