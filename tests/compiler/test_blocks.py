@@ -356,7 +356,9 @@ class Cached(nn.Module):
 
 def test_cache_writes_are_state_of_their_block() -> None:
     inputs = torch.randn(1, 1, WIDTH), torch.tensor([3])
-    structure = found(from_export(torch.export.export(Cached(), inputs, strict=False)))
+    program = from_export(torch.export.export(Cached(), inputs, strict=False))
+    functionalize(program.module)
+    structure = found(program)
     assert [b.kinds for b in structure.blocks] == [("self-attention",)] * 3
     for i, block in enumerate(structure.blocks):
         assert [n.name for n in block.state] == [f"b_k{i}", f"b_v{i}"]
