@@ -95,7 +95,7 @@ class ReuseStepResidual(GraphPass):
         args = (exit_, begin, begin if measured is entry else measured, 0)
         end = insert_like(graph, max(exit_, measured).next, ops.step_reuse_end, args, exit_)
         close_stretch(graph, found, probe, measured, begin, end)
-        log.applied(exit_, rule=self.metric, removed=[])
+        log.applied(exit_, rule=self.metric, inserted=[begin, end])
         log.note(f"{len(found.layers)} of {len(structure.layers)} blocks may reuse their residual")
 
     def reference(self, program: Program) -> None:

@@ -106,3 +106,15 @@ def test_threshold_zero_is_the_program_bit_for_bit() -> None:
             got = compiled(**_inputs(model, step))[0]
         assert torch.equal(got, compiled(**_inputs(model, step))[0])
     assert reuse.end("r") == (3, 0)
+
+
+@torch.no_grad()
+def test_a_program_without_pieces_says_that_nothing_is_left_out() -> None:
+    model = BUNDLED["tiny-video-dit"]()
+    said = "no block is ever left out"
+    for lower in ("inductor", "eager"):
+        torch._dynamo.reset()
+        options = {"pipeline": "reuse-step-residual{metric=residual}", "kernels": False, "lower": lower}
+        torch.compile(model.module, backend="tilewright", options=options)(**_inputs(model, 0))
+        notes = [note for p in REPORTS[-1].passes for note in p.notes]
+        assert any(said in note for note in notes) == (lower == "eager")
