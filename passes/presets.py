@@ -16,6 +16,6 @@ PRESETS: dict[str, str] = {
     # in 8 bits: in 4 it alone costs SmolLM2 5.5 % of perplexity.
     "cpu-int4": "gqa-unrepeat,common-subexpression,dead-code,"
     "quantize-linear{weight=int4,group=32,mode=float-zero,activation=int8-group},"
-    "quantize-linear{activation=int8-token,head=true},"
+    "quantize-linear{group=32,activation=int8-group,head=true},"
     "fuse-add-rmsnorm,fuse-projections",
 }
