@@ -30,7 +30,7 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
     """Keys and values of one layer in pages; attention of one query costs what is held, not what could be.
 
     `update` stores new rows and returns them; the attention function then calls `attend`. A policy overrides
-    `decode` and `prefilled`.
+    `decode`.
     """
 
     is_sliding = False
@@ -94,33 +94,23 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
         tokens = q.shape[2]
         if tokens == 1 and self.get_seq_length() > 1:
             return self.decode(q, first, scale)
-        if first is None and max(self.view.lengths) == tokens and not self.wants_prefill:
+        if first is None and max(self.view.lengths) == tokens:
             return functional.scaled_dot_product_attention(
                 q, k, v, is_causal=True, scale=scale, enable_gqa=True
             )
-        whole = self.get_seq_length() == tokens
-        out, lse = self.dense(q, first, scale)
-        if whole:
-            self.prefilled(q, k, v, lse, first, scale)
-        return out
+        return self.dense(q, first, scale)
 
-    wants_prefill = False
-    """Whether `prefilled` does anything."""
-
-    def dense(self, q: Tensor, first: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
-        """(attention over everything held, its log-sum-exp)."""
+    def dense(self, q: Tensor, first: Tensor | None, scale: float) -> Tensor:
+        """Attention over everything held."""
         pool, (table, lengths) = self.view.pool, self.view.tables()
-        result = run("paged_attention", q, pool.k_pages, pool.v_pages, table, lengths, first, None, scale)
-        return result[0], result[1]
+        out: Tensor = run(
+            "paged_attention", q, pool.k_pages, pool.v_pages, table, lengths, first, None, scale
+        )[0]
+        return out
 
     def decode(self, q: Tensor, first: Tensor | None, scale: float) -> Tensor:
         """Attention of one new token of every sequence."""
-        return self.dense(q, first, scale)[0]
-
-    def prefilled(
-        self, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, first: Tensor | None, scale: float
-    ) -> None:
-        """Called once after a prompt that came as a whole."""
+        return self.dense(q, first, scale)
 
     def get_seq_length(self) -> int:
         """Tokens seen, padding included."""
