@@ -149,7 +149,10 @@ def _difference(left: object, right: object) -> str:
 def _float64_distance(
     left: Callable[..., Any], right: Callable[..., Any], inputs: list[Any], seed: int
 ) -> float:
-    """Largest relative RMS between the outputs on random float64 inputs; infinite where shapes differ."""
+    """Largest relative RMS between the outputs on random float64 inputs; infinite where shapes differ.
+
+    Both sides start from the same state of the random number generator: random ops draw the same.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def convert(leaf: object) -> object:
@@ -162,8 +165,11 @@ def _float64_distance(
         return leaf
 
     real = list(tree_map(convert, inputs, is_leaf=lambda leaf: isinstance(leaf, Constant)))
-    with torch.no_grad():
-        outputs = [tree_flatten(float64_evaluation(function, real))[0] for function in (left, right)]
+    outputs = []
+    for function in (left, right):
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            outputs.append(tree_flatten(float64_evaluation(function, real))[0])
     if len(outputs[0]) != len(outputs[1]):
         return float("inf")
     return max((relative_rms(one, other) for one, other in zip(*outputs, strict=True)), default=0.0)

@@ -42,6 +42,7 @@ def _normalized(x, eps, variance, quotient):
         quotient,
         rsqrt=centred * aten.rsqrt(shifted),
         sqrt=centred / aten.sqrt(shifted),
+        reciprocal=centred * aten.reciprocal(aten.sqrt(shifted)),
         power=centred * aten.pow(shifted, -0.5),
     )
 

@@ -14,7 +14,7 @@ from tilewright.compiler.blocks import find_blocks
 from tilewright.compiler.diagnostics import FactError
 from tilewright.compiler.facts import apply_user_facts, derive_facts
 from tilewright.compiler.program import Facts, Program
-from tilewright.frontends.capture import from_dynamo, from_export
+from tilewright.frontends.capture import from_dynamo, from_export, normalize
 
 WIDTH, HEADS = 12, 3
 
@@ -273,6 +273,7 @@ def test_models_of_the_zoo(name: str) -> None:
     args, kwargs = entry.inputs()
     with torch.no_grad():
         program = from_export(torch.export.export(entry.build(), args, kwargs, strict=False))
+    normalize(program)
     facts = derived(program)
     for fact, value in ZOO[name].items():
         assert facts.get(fact) == value
