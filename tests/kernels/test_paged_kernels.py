@@ -291,6 +291,8 @@ def test_ops_agree_with_their_fakes(op: str) -> None:
 def test_avx512_compiles(dtype: torch.dtype) -> None:
     """Nothing here can run it."""
     for family in PAGED_FAMILIES:
+        if family.op == "top_pages" and dtype != F32:
+            continue  # bounds are always float32
         args = next(a for a in family.examples() if a[0].dtype == dtype)
         key = family.configure(args, Target("cpu", "avx512"))
         assert not isinstance(key, Refusal), str(key)
