@@ -66,47 +66,51 @@ def compile_cpp(source: str, arch: str, headers: Mapping[str, str]) -> Path:
     headers, flags, compiler, its search paths and torch version, so equal source is built once per machine.
     CompileFailed carries the compiler's first complaint.
     """
+    root = Path(torch.__file__).parent
+    paths = (f"-I{root / 'include'}", f"-L{root / 'lib'}", "-ltorch_cpu")
+    identity = {"kind": "cpp-kernel", "source": source, "torch": str(torch.__version__)}
+    return _compile(identity, {SOURCE: source}, arch, headers, paths)
+
+
+def compile_library(sources: Mapping[str, str], arch: str, headers: Mapping[str, str]) -> Path:
+    """Compile several generated files into one library without torch; as `compile_cpp` otherwise."""
+    identity = {"kind": "cpp-library", **{f"source {name}": text for name, text in sources.items()}}
+    return _compile(identity, sources, arch, headers, ())
+
+
+def _compile(
+    identity: Mapping[str, str],
+    sources: Mapping[str, str],
+    arch: str,
+    headers: Mapping[str, str],
+    paths: tuple[str, ...],
+) -> Path:
     compiler, version = find_compiler()
     flags = compile_flags(arch)
     key = {
-        "kind": "cpp-kernel",
-        "source": source,
+        **identity,
         **{f"header {name}": text for name, text in headers.items()},
         "flags": " ".join(flags),
         "compiler": version,
-        "torch": str(torch.__version__),
         **{f"environment {name}": os.environ[name] for name in SEARCH_PATHS if name in os.environ},
     }
+    command = [compiler, *flags, *sources, "-o", LIBRARY, *paths]
     return ArtifactStore.default().get_or_build(
-        key, lambda folder: _build(folder, source, headers, compiler, flags)
+        key, lambda folder: _build(folder, {**sources, **headers}, command)
     )
 
 
-def _build(
-    folder: Path, source: str, headers: Mapping[str, str], compiler: str, flags: tuple[str, ...]
-) -> None:
-    for name, text in headers.items():
+def _build(folder: Path, texts: Mapping[str, str], command: list[str]) -> None:
+    for name, text in texts.items():
         (folder / name).write_text(text, encoding="utf-8")
-    (folder / SOURCE).write_text(source, encoding="utf-8")
-    root = Path(torch.__file__).parent
-    command = [
-        compiler,
-        *flags,
-        f"-I{root / 'include'}",
-        SOURCE,
-        "-o",
-        LIBRARY,
-        f"-L{root / 'lib'}",
-        "-ltorch_cpu",
-    ]
     try:
         done = subprocess.run(
             command, cwd=folder, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=False
         )
     except subprocess.TimeoutExpired as error:
-        raise CompileFailed(f"{compiler} ran longer than {TIMEOUT_SECONDS} s") from error
+        raise CompileFailed(f"{command[0]} ran longer than {TIMEOUT_SECONDS} s") from error
     if done.returncode != 0:
-        raise CompileFailed(f"{Path(compiler).name}: {first_complaint(done.stderr)}")
+        raise CompileFailed(f"{Path(command[0]).name}: {first_complaint(done.stderr)}")
 
 
 def first_complaint(text: str) -> str:

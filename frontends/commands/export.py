@@ -13,6 +13,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     add_pipeline(parser)
     parser.add_argument("--format", default="onnx", help="onnx (default), pt2 or kernels")
+    parser.add_argument(
+        "--operators",
+        default="standard",
+        help="onnx: standard (default) or custom: our kernels, in a library beside the model",
+    )
     parser.add_argument("-o", "--output", required=True, metavar="DIR", help="the folder to make")
     parser.add_argument(
         "--dynamic",
@@ -30,7 +35,7 @@ def run(args: argparse.Namespace) -> Result:
 
     options = compile_options(args)
     axes = parse_axes(args.dynamic)
-    check_request(args.format, Path(args.output))
+    check_request(args.format, Path(args.output), args.operators)
     manifest = export(
         load(args),
         path=args.output,
@@ -39,6 +44,7 @@ def run(args: argparse.Namespace) -> Result:
         static=args.static,
         kind=args.call,
         length=args.length,
+        operators=args.operators,
         progress=step,
         **options,
     )

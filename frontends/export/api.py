@@ -12,7 +12,7 @@ from torch import nn
 
 from tilewright.compiler.diagnostics import OptionError, nearest
 from tilewright.frontends.compile import DEFAULT_PIPELINE, CompileOptions
-from tilewright.frontends.export.artifact import Artifact, check_place, new_artifact, read_manifest
+from tilewright.frontends.export.artifact import check_place, new_artifact, read_manifest
 from tilewright.frontends.export.captured import describe_pipeline
 from tilewright.frontends.export.entries import Axes, Entry, entries_of, entry_of
 from tilewright.frontends.loaded_model import LoadedModel
@@ -25,6 +25,7 @@ _WRITERS = {
     "kernels": ("kernels_export", "write_kernels"),
 }
 FORMATS = tuple(_WRITERS)
+OPERATORS = ("standard", "custom")
 
 
 @contextmanager
@@ -44,6 +45,7 @@ def export(
     static: bool = False,
     kind: str | None = None,
     length: int | None = None,
+    operators: str = "standard",
     progress: Progress = _silent,
     **options: Any,
 ) -> dict[str, Any]:
@@ -52,29 +54,36 @@ def export(
     model: a module with one example call `args`, `kwargs`, or a loaded model or MODEL text, which brings its
     own (a language model: prefill and decode with keys and values as tensors). path: the folder to make.
     format: `onnx`, `pt2` or `kernels`. dynamic: {"input_ids": {1: "sequence"}}; static: no dynamic sizes for
-    a language model. options: those of the torch.compile backend. Returns the manifest. Raises ExportError,
+    a language model. operators: `custom` has onnxruntime run our kernels from a library beside the model
+    (format onnx). options: those of the torch.compile backend. Returns the manifest. Raises ExportError,
     ParityError, OptionError and those of the passes; nothing is left at `path` then.
     """
     parsed = CompileOptions.parse({"pipeline": pipeline, **options})
-    final = check_request(format, Path(path))
+    final = check_request(format, Path(path), operators)
     name, entries = _entries(model, args, kwargs or {}, dynamic or {}, static, kind, length, progress)
     with new_artifact(final) as artifact:
-        described = _writer(format)(artifact, name, entries, parsed, progress)
+        more = {"operators": operators} if format == "onnx" else {}
+        described = _writer(format)(artifact, name, entries, parsed, progress, **more)
         with progress("writing to disk"):
             artifact.finish({"kind": format, "pipeline": describe_pipeline(parsed.pipeline), **described})
     return read_manifest(final)
 
 
-def check_request(format: str, path: Path) -> Path:
+def check_request(format: str, path: Path, operators: str = "standard") -> Path:
     """What can be judged before a model is loaded; returns the absolute path. OptionError, ExportError."""
     if format not in FORMATS:
         raise OptionError(f"format = {format!r}", remedy=nearest(format, FORMATS))
+    if operators not in OPERATORS:
+        raise OptionError(f"operators = {operators!r}", remedy=nearest(operators, OPERATORS))
+    if operators != "standard" and format != "onnx":
+        raise OptionError(f"operators = {operators!r} belongs to the format onnx, not {format}")
     if not path.name:
         raise OptionError(f"path = {str(path)!r}", remedy="name the folder to make")
     return check_place(path)
 
 
-Writer = Callable[[Artifact, str, list[Entry], CompileOptions, Progress], dict[str, Any]]
+Writer = Callable[..., dict[str, Any]]
+"""writer(artifact, name, entries, options, progress, *, operators for onnx)."""
 
 
 def _writer(format: str) -> Writer:

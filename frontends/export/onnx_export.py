@@ -17,6 +17,7 @@ from tilewright.frontends.export.captured import (
     versions,
 )
 from tilewright.frontends.export.entries import Entry
+from tilewright.frontends.export.onnx_custom import CustomOperators
 from tilewright.frontends.export.onnx_file import (
     WEIGHTS,
     WeightFile,
@@ -30,9 +31,18 @@ from tilewright.frontends.export.parity import check_parity
 
 
 def write_onnx(
-    artifact: Artifact, name: str, entries: list[Entry], options: CompileOptions, progress: Progress
+    artifact: Artifact,
+    name: str,
+    entries: list[Entry],
+    options: CompileOptions,
+    progress: Progress,
+    *,
+    operators: str = "standard",
 ) -> dict[str, Any]:
-    """Capture, rewrite, write and check every entry point; returns the manifest's description."""
+    """Capture, rewrite, write and check every entry point; returns the manifest's description.
+
+    operators: `custom` calls our kernels where there are any, from a library that lies beside the model.
+    """
     rows, held = [], dict[str, Tensor]()
     with artifact.path(WEIGHTS).open("wb") as file:
         weights = WeightFile(file)
@@ -40,22 +50,33 @@ def write_onnx(
             with progress(f"{entry.name}: capturing and rewriting"):
                 captured = capture(entry, options, name)
             with progress(f"{entry.name}: writing ONNX"):
-                model = to_onnx(captured.program, captured.names(), entry.outputs, captured.axes)
+                custom = CustomOperators() if operators == "custom" else None
+                model = to_onnx(captured.program, captured.names(), entry.outputs, captured.axes, custom)
                 write_model(artifact, f"{entry.name}.onnx", model, weights)
                 file.flush()
+            library = None
+            if custom is not None and custom.operators:
+                with progress(f"{entry.name}: building the operators"):
+                    library = f"operators/{entry.name}.so"
+                    custom.save(artifact, library)
             with progress(f"{entry.name}: checking in onnxruntime"):
-                opened = session(artifact.folder / f"{entry.name}.onnx")
+                opened = session(
+                    artifact.folder / f"{entry.name}.onnx",
+                    library=artifact.folder / library if library else None,
+                )
                 parity = check_parity(captured, captured.program.module, runner(opened, model, captured))
-            extra = {
+            extra: dict[str, Any] = {
                 "file": f"{entry.name}.onnx",
                 "inputs": model.inputs,
                 "outputs": model.outputs,
                 "operators": operator_counts(model.proto),
                 "parity": parity,
             }
+            if custom is not None:
+                extra |= {"library": library, "standard": custom.refused}
             rows.append(describe_entry(captured, extra))
             held |= captured.weights()
-            del captured, model, opened
+            del captured, model, opened, custom
             release_memory()
     if artifact.path(WEIGHTS).stat().st_size == 0:
         artifact.path(WEIGHTS).unlink()

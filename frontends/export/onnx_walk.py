@@ -17,6 +17,7 @@ from tilewright.compiler.ops import semantic_op
 from tilewright.compiler.program import InputKind, Program
 from tilewright.compiler.schema import arguments, target_name
 from tilewright.frontends.export.captured import axis_text
+from tilewright.frontends.export.onnx_custom import CustomOperators
 from tilewright.frontends.export.onnx_graph import (
     IR_VERSION,
     OPSET,
@@ -58,16 +59,18 @@ def to_onnx(
     input_names: Mapping[str, str],
     output_names: Sequence[str],
     axes: Mapping[str, str],
+    custom: CustomOperators | None = None,
 ) -> OnnxModel:
     """The ONNX model of a program after its passes.
 
     input_names: placeholder name -> name in the model; output_names: one per output; axes: symbol of a
-    dynamic size -> name. Raises ExportError that lists every operator without a counterpart.
+    dynamic size -> name; custom: gathers the operators of ours that are to be used. Raises ExportError that
+    lists every operator without a counterpart.
     """
-    _inline_the_rest(program)
+    _inline_the_rest(program, custom)
     g = OnnxGraph(program)
     inputs, given = _inputs(g, input_names, axes)
-    _walk(g)
+    _walk(g, custom)
     results = _results(g, list(output_names))
     ins = [_value_info(name, dtype, shape) for name, dtype, shape in inputs]
     outs, renamed = [], dict[str, str]()
@@ -87,18 +90,20 @@ def to_onnx(
     return OnnxModel(proto, weights, [_row(i) for i in inputs], [_row(o) for o in outs], given)
 
 
-def _inline_the_rest(program: Program) -> None:
+def _inline_the_rest(program: Program, custom: CustomOperators | None) -> None:
     """Write semantic ops that no operator means as their definitions."""
     traces: dict[Any, fx.GraphModule] = {}
     for node in list(program.graph.nodes):
         op = semantic_op(node.target) if node.op == "call_function" else None
         if op is None or op.opaque or (target_name(node.target) in CONVERTERS and fits(node)):
             continue
+        if custom is not None and custom.choice(node) is not None:
+            continue
         inline_definition(program, op, node, traces)
     dead_code(program.graph)
 
 
-def _walk(g: OnnxGraph) -> None:
+def _walk(g: OnnxGraph, custom: CustomOperators | None) -> None:
     missing: dict[str, list[str]] = {}
     for node in g.program.graph.nodes:
         if node.op != "call_function" or target_name(node.target) in CHECKS or _is_write(node):
@@ -109,6 +114,10 @@ def _walk(g: OnnxGraph) -> None:
         try:
             if any(arg not in g.values and not g.is_held(arg) for arg in node.all_input_nodes):
                 continue  # it reads something that is reported already
+            choice = custom.choice(node) if custom is not None else None
+            if custom is not None and choice is not None:
+                g.values[node] = custom.write(g, node, choice)
+                continue
             if convert is None:
                 raise Unsupported("has no ONNX operator")
             g.values[node] = convert(g, node, arguments(node))
