@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from tilewright.frontends.export.api import export
     from tilewright.frontends.kv_cache import kv_cache
     from tilewright.frontends.speculate import speculate
+    from tilewright.frontends.weight_offload import offload_weights
 
 _PUBLIC = {
     "Executable": "tilewright.frontends.api",
@@ -28,11 +29,22 @@ _PUBLIC = {
     "explain": "tilewright.frontends.api",
     "export": "tilewright.frontends.export.api",
     "kv_cache": "tilewright.frontends.kv_cache",
+    "offload_weights": "tilewright.frontends.weight_offload",
     "optimize": "tilewright.frontends.api",
     "speculate": "tilewright.frontends.speculate",
 }
 
-__all__ = ["Executable", "__version__", "evaluate", "explain", "export", "kv_cache", "optimize", "speculate"]
+__all__ = [
+    "Executable",
+    "__version__",
+    "evaluate",
+    "explain",
+    "export",
+    "kv_cache",
+    "offload_weights",
+    "optimize",
+    "speculate",
+]
 
 
 def __getattr__(name: str) -> Any:

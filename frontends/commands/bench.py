@@ -37,6 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--memory", action="store_true", help="compare peak resident memory instead, a process for each side"
     )
+    parser.add_argument(
+        "--offload-weights", action="store_true", help="with --memory: ours moves the weights to a file first"
+    )
     parser.add_argument("--only", choices=("tilewright", *SIDES), help="with --memory: this side, in here")
 
 
@@ -51,6 +54,8 @@ def run(args: argparse.Namespace) -> Result:
         raise OptionError(f"--rounds = {args.rounds}: expected 1 to 10000")
     if args.only and not args.memory:
         raise OptionError(f"--only = {args.only!r}: expected together with --memory")
+    if args.offload_weights and not args.memory:
+        raise OptionError("--offload-weights: expected together with --memory")
     if args.memory and not CLEAR.exists():
         raise OptionError("--memory: expected Linux, where a process can read its peak resident memory")
     options = compile_options(args)
@@ -70,7 +75,8 @@ def run(args: argparse.Namespace) -> Result:
 
     if args.only:
         with torch.no_grad():
-            return _peaks(args.only, lambda: once(args.only), args.rounds)
+            moved = model.module if args.offload_weights and args.only == "tilewright" else None
+            return _peaks(args.only, lambda: once(args.only), args.rounds, moved)
     first: dict[str, float] = {}
     with torch.no_grad():
         for name in forwards:
@@ -93,12 +99,17 @@ def _compiled(model: Any, side: str, options: dict[str, Any]) -> Callable[..., A
     return torch.compile(model.module, backend=side, options=options if side == "tilewright" else None)
 
 
-def _peaks(side: str, once: Callable[[], None], rounds: int) -> Result:
-    """Peak resident bytes of this process: from the loaded model to the second call, and in later calls."""
+def _peaks(side: str, once: Callable[[], None], rounds: int, moved: Any) -> Result:
+    """Peak resident bytes of this process: from the loaded model to the second call, and in later calls,
+    before which the weights of the module `moved`, if any, go to a file."""
     CLEAR.write_text("5")
     once()
     once()
     compiling = _peak_resident()
+    if moved is not None:
+        from tilewright.frontends.weight_offload import offload_weights
+
+        offload_weights(moved)
     CLEAR.write_text("5")
     for _ in range(rounds):
         once()
@@ -117,6 +128,7 @@ def _words(args: argparse.Namespace) -> list[str]:
     given = {name: getattr(args, name) for name in ("weights", "call", "length")}
     words += [f"--{name}={value}" for name, value in given.items() if value is not None]
     words += [f"--fact={fact}" for fact in args.fact]
+    words += ["--offload-weights"] if args.offload_weights else []
     return words + (["--no-kernels"] if args.no_kernels else [])
 
 
