@@ -21,7 +21,7 @@ from tilewright.passes.attention._window_table import checkpoint_of
 from tilewright.passes.attention.sliding_tile_attention import SlidingTileAttention
 
 RAGGED = SlidingTileAttention(tile=(2, 3, 2), window=(1, 1, 1), nondivisible="ceil")
-MODELS = {"wan": 2, "hunyuan-video": 2, "cogvideox": 2, "ltx": 2}
+MODELS = {"wan": 2, "hunyuan-video": 4, "cogvideox": 2, "ltx": 2}
 """Video self-attentions by model; grid 3 x 4 x 5."""
 QUICK = ("wan", "cogvideox")
 NAMES = [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in MODELS]
