@@ -1,0 +1,235 @@
+"""Time exported models beside the PyTorch executable: all sides take turns in one process, the least time of
+several rounds counts.
+
+    python -m tilewright.tools.bench_export video             # a block with sliding tiles, ONNX in both forms
+    python -m tilewright.tools.bench_export decode DIR...     # decode steps of exported language models
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import tilewright as tw
+from tilewright.compiler import ops
+from tilewright.frontends.export.artifact import read_manifest
+from tilewright.frontends.export.onnx_file import session
+from tilewright.frontends.export.package import load_package
+from tilewright.frontends.loaders import resolve
+from tilewright.tools.bench_attention import tile_case
+
+Run = Callable[[], Any]
+SPARSE = "sliding-tile-attention{tile=2x8x8,window=%s}"
+
+
+def least_seconds(sides: Mapping[str, Run], rounds: int) -> dict[str, float]:
+    """The least seconds of each side over rounds in which every side runs once, a first round left out."""
+    best = dict.fromkeys(sides, float("inf"))
+    for number in range(rounds + 1):
+        for name, run in sides.items():
+            started = time.perf_counter()
+            run()
+            if number:
+                best[name] = min(best[name], time.perf_counter() - started)
+    return best
+
+
+def block(frames: int, side: int) -> tuple[nn.Module, dict[str, Any]]:
+    """One block of a Wan transformer, 4 heads of 64, and a call over frames x side x side tokens."""
+    from diffusers import WanTransformer3DModel
+
+    torch.manual_seed(0)
+    module = WanTransformer3DModel(
+        patch_size=(1, 2, 2), num_attention_heads=4, attention_head_dim=64, in_channels=4, out_channels=4,
+        text_dim=64, freq_dim=64, ffn_dim=1024, num_layers=1, rope_max_seq_len=128,
+    )  # fmt: skip
+    call = {
+        "hidden_states": torch.randn(1, 4, frames, 2 * side, 2 * side),
+        "timestep": torch.tensor([500]),
+        "encoder_hidden_states": torch.randn(1, 16, 64),
+        "return_dict": False,
+    }
+    return module.eval(), call
+
+
+def opened(folder: Path, threads: int, entry: str = "") -> Any:
+    """The onnxruntime session of an exported entry point, the first by default."""
+    rows = {row["name"]: row for row in read_manifest(folder)["entries"]}
+    row = rows[entry or next(iter(rows))]
+    library = folder / row["library"] if row.get("library") else None
+    return session(folder / row["file"], threads=threads, library=library)
+
+
+class Attention(nn.Module):
+    """Attention by a fixed layout, or dense without one."""
+
+    def __init__(self, layout: Any = None) -> None:
+        super().__init__()
+        self.rest = [] if layout is None else list(layout.arguments())
+        for i, value in enumerate(self.rest):
+            if isinstance(value, Tensor):
+                self.register_buffer(f"layout{i}", value)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if not self.rest:
+            return F.scaled_dot_product_attention(q, k, v)
+        rest = [getattr(self, f"layout{i}") if isinstance(x, Tensor) else x for i, x in enumerate(self.rest)]
+        found: Tensor = ops.block_sparse_attention(q, k, v, *rest, None)[0]
+        return found
+
+
+def compare(
+    dense: nn.Module, sparse: nn.Module, passes: str, call: Mapping[str, Any], rounds: int, threads: int
+) -> None:
+    """Time the sparse form in both ONNX forms beside PyTorch's, and beside the dense form in onnxruntime."""
+    feed = {name: value.numpy() for name, value in call.items() if isinstance(value, Tensor)}
+    compiled = tw.optimize(sparse, (), passes, kwargs=dict(call))
+    sides: dict[str, Run] = {"PyTorch executable": lambda: compiled(**call)}
+    forms = {
+        "dense": (dense, "exact", "standard"),
+        "standard": (sparse, passes, "standard"),
+        "custom": (sparse, passes, "custom"),
+    }
+    with tempfile.TemporaryDirectory() as work:
+        for name, (module, pipeline, operators) in forms.items():
+            tw.export(module, (), pipeline, Path(work) / name, kwargs=call, operators=operators)
+            run = opened(Path(work) / name, threads).run
+            sides[f"ONNX {name}"] = lambda run=run: run(None, feed)
+        seconds = least_seconds(sides, rounds)
+    for name, found in seconds.items():
+        print(
+            f"  {name:20s} {found * 1e3:8.1f} ms"
+            f"  {seconds['PyTorch executable'] / found:5.2f} of the executable's speed"
+            f"  {seconds['ONNX dense'] / found:5.2f} x dense ONNX",
+            flush=True,
+        )
+
+
+def video(window: str, rounds: int, threads: int) -> None:
+    """Sliding tiles of 2x8x8 over 12x24x24 tokens: attention alone, then a whole block."""
+    sizes = [int(n) for n in window.split("x")]
+    case = tile_case((12, 24, 24), (2, 8, 8), (sizes[0], sizes[1], sizes[2]), 4, 64)
+    density = case.layout.density()
+    print(f"{case.name}: density {density:.3f}, 0.6 / density = {0.6 / density:.2f}")
+    torch.manual_seed(0)
+    call = {name: torch.randn(1, 4, case.tokens, 64) for name in "qkv"}
+    print("attention")
+    compare(Attention(), Attention(case.layout), "exact", call, rounds, threads)
+    module, inputs = block(12, 24)
+    print("block")
+    compare(module, module, SPARSE % window, inputs, rounds, threads)
+
+
+def _onnx_step(folder: Path, context: int, threads: int) -> Run:
+    """One decode step of an exported language model after `context` tokens; results stay in onnxruntime."""
+    import onnxruntime
+
+    model = opened(folder, threads, "decode")
+    binding = model.io_binding()
+    for given in model.get_inputs():
+        if given.name.startswith("past."):
+            past = np.random.default_rng(0).standard_normal(
+                [context if isinstance(n, str) else n for n in given.shape], np.float32
+            )
+            binding.bind_ortvalue_input(given.name, onnxruntime.OrtValue.ortvalue_from_numpy(past))
+        else:
+            value = 200 if given.name == "input_ids" else context
+            binding.bind_cpu_input(given.name, np.full((1, 1), value, np.int64))
+    for made in model.get_outputs():
+        binding.bind_output(made.name)
+    return lambda: model.run_with_iobinding(binding)
+
+
+def _package_step(folder: Path, context: int) -> Run:
+    """The same of a pt2 package; prints how long loading it and the first call take."""
+    row = next(row for row in read_manifest(folder)["entries"] if row["name"] == "decode")
+    given = []
+    for spec in row["inputs"]:
+        shape = [context if isinstance(n, str) else n for n in spec["shape"]]
+        past = spec["name"].startswith("past.")
+        value = 200 if spec["name"] == "input_ids" else context
+        given.append(torch.randn(shape) if past else torch.full(shape, value))
+    started = time.perf_counter()
+    step = load_package(folder, "decode")
+    loaded = time.perf_counter()
+    step(*given)
+    first = time.perf_counter() - loaded
+    print(f"  {folder.name}: loaded in {loaded - started:.2f} s, first call {first:.2f} s", flush=True)
+    return lambda: step(*given)
+
+
+def _torch_step(module: Any, context: int, pipeline: str) -> Run:
+    """The same by the torch.compile backend, with the cache of fixed size that `tilewright run` uses."""
+    from transformers import StaticCache
+
+    compiled = torch.compile(module, backend="tilewright", options={"pipeline": pipeline}, dynamic=False)
+    torch.manual_seed(0)
+    tokens = torch.randint(3, 2000, (1, context))
+    cache = StaticCache(config=module.config, max_cache_len=context + 64)
+    with torch.no_grad():
+        module(input_ids=tokens, past_key_values=cache, use_cache=True)
+
+    def step() -> None:
+        with torch.no_grad():
+            compiled(
+                input_ids=torch.tensor([[200]]), position_ids=torch.tensor([[context]]),
+                past_key_values=cache, use_cache=True,
+            )  # fmt: skip
+
+    return step
+
+
+def decode(model: str, pipeline: str, folders: list[Path], context: int, rounds: int, threads: int) -> None:
+    """One step after `context` tokens: the executable beside exports, every side 8 times a round."""
+    module = resolve(model).module
+    sides = {"PyTorch executable": _torch_step(module, context, pipeline)}
+    for folder in folders:
+        kind = read_manifest(folder)["kind"]
+        sides[folder.name] = (
+            _onnx_step(folder, context, threads) if kind == "onnx" else _package_step(folder, context)
+        )
+    seconds = dict.fromkeys(sides, float("inf"))
+    for number in range(rounds + 1):
+        for name, run in sides.items():
+            for _ in range(8):
+                started = time.perf_counter()
+                run()
+                if number:
+                    seconds[name] = min(seconds[name], time.perf_counter() - started)
+    for name, found in seconds.items():
+        share = seconds["PyTorch executable"] / found
+        print(f"  {name:20s} {found * 1e3:7.2f} ms  {share:5.2f} of the executable's speed", flush=True)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("case", choices=["video", "decode"])
+    parser.add_argument("folders", nargs="*", type=Path, help="artifacts of the model (decode)")
+    parser.add_argument("--window", default="3x1x3", help="tiles of the window (video)")
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--pipeline", default="cpu-int4", help="of the executable (decode)")
+    parser.add_argument("--context", type=int, default=16, help="tokens before the step (decode)")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    given = parser.parse_args(arguments)
+    torch.set_num_threads(given.threads)
+    if given.case == "video":
+        video(given.window, given.rounds, given.threads)
+    else:
+        decode(given.model, given.pipeline, given.folders, given.context, given.rounds, given.threads)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
