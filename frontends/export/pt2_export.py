@@ -29,6 +29,7 @@ from tilewright.frontends.export.captured import (
 from tilewright.frontends.export.entries import Entry
 from tilewright.frontends.export.package import check_archive, open_package
 from tilewright.frontends.export.parity import check_parity
+from tilewright.frontends.export.runner import RUNNER, RUNNER_TEXT
 from tilewright.frontends.lowering import lower
 from tilewright.kernels.common.cpp import NAMESPACE
 from tilewright.runtime.build import LIBRARY
@@ -58,6 +59,7 @@ def write_pt2(
         held |= captured.weights()
         del captured, defined, loaded
         release_memory()
+    artifact.write(RUNNER, RUNNER_TEXT)
     return {"model": describe_model(name, held), "versions": versions("triton"), "entries": rows}
 
 
