@@ -105,6 +105,20 @@ def _narrow(g: OnnxGraph, node: fx.Node, a: Arguments) -> str:
     return _slice(g, node, {**a, "end": a["start"] + a["length"], "step": 1})
 
 
+def _diff(g: OnnxGraph, node: fx.Node, a: Arguments) -> str:
+    """Neighbours subtracted `n` times, after `prepend` and before `append`; of bools, where they differ."""
+    axis, dtype = a["dim"] % rank_of(node), dtype_of(a["self"])
+    parts = [g.name(part) for part in (a.get("prepend"), a["self"], a.get("append")) if part is not None]
+    found = parts[0] if len(parts) == 1 else g.node("Concat", parts, axis=axis)
+    zero, one, last, end = (g.constant([n], torch.int64) for n in (0, 1, -1, _END))
+    along = g.constant([axis], torch.int64)
+    for _ in range(a.get("n", 1)):
+        later = g.node("Slice", [found, one, end, along])
+        earlier = g.node("Slice", [found, zero, last, along])
+        found = g.node("Xor" if dtype == torch.bool else "Sub", [later, earlier])
+    return found
+
+
 def _select(g: OnnxGraph, node: fx.Node, a: Arguments) -> str:
     return g.node("Gather", [g.name(a["self"]), g.operand(a["index"], torch.int64)], axis=a["dim"])
 
@@ -269,6 +283,7 @@ LAYOUT: dict[str, Converter] = {
     "aten::repeat": _repeat,
     "aten::slice": _slice,
     "aten::narrow": _narrow,
+    "aten::diff": _diff,
     "aten::select": _select,
     "aten::cat": _concat,
     "aten::concat": _concat,

@@ -33,6 +33,7 @@ while True:
         for i in range(12):
             artifact.write(f"part{i % 3}/file{i}.bin", bytes([i]) * 40000)
         artifact.finish({"number": number})
+    print("whole", flush=True)
     number += 1
 """
 
@@ -168,15 +169,20 @@ def test_the_command(tmp_path: Path, capsys) -> None:
     assert capsys.readouterr().err.count("\n") == 1
 
 
-def killed_exports(parent: Path, points: int) -> int:
-    """Kill an export loop at random moments; folders under final names are whole. Returns their count."""
-    chosen, whole = random.Random(5), 0
+def killed_exports(parent: Path, points: int) -> tuple[int, int]:
+    """Kill an export loop at random moments, at every other point after a first export is whole.
+
+    Folders under final names are whole. Returns (their count, exports that were cut off).
+    """
+    chosen, whole, cut = random.Random(5), 0, 0
     for point in range(points):
         place = parent / str(point)
         place.mkdir()
         child = subprocess.Popen([sys.executable, "-c", LOOP, str(place)], stdout=subprocess.PIPE)
         assert child.stdout is not None
         assert child.stdout.readline() == b"ready\n"
+        if point % 2:
+            assert child.stdout.readline() == b"whole\n"
         time.sleep(chosen.uniform(0.0, 0.08))
         child.send_signal(signal.SIGKILL)
         child.wait()
@@ -185,19 +191,24 @@ def killed_exports(parent: Path, points: int) -> int:
             if name.startswith("out"):
                 assert faults(place / name) == []
                 whole += 1
+            cut += name.startswith(".tilewright-unfinished-")
         with new_artifact(place / "again") as artifact:
             artifact.write("a", b"1")
             artifact.finish({})
-    return whole
+    return whole, cut
 
 
 def test_killed_exports(tmp_path: Path) -> None:
-    killed_exports(tmp_path, 10)
+    whole, cut = killed_exports(tmp_path, 10)
+    assert whole >= 5  # every other point waited for one
+    assert cut >= 1
 
 
 @pytest.mark.slow
 def test_100_killed_exports(tmp_path: Path) -> None:
-    assert killed_exports(tmp_path, 100) > 10
+    whole, cut = killed_exports(tmp_path, 100)
+    assert whole >= 50
+    assert cut >= 25
 
 
 def test_leftovers_of_a_killed_export_are_swept(tmp_path: Path) -> None:

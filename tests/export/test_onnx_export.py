@@ -157,7 +157,9 @@ class Many(nn.Module):
         odd = x[..., 1::2].pow(3).transpose(0, 1).repeat(1, 2, 1) // 0.3
         signs = (x.abs().sqrt() * x.sigmoid() - x.neg().exp().log1p()).round()
         triangle = torch.ones(3, 3, dtype=torch.bool).tril(-1)
-        return parts, kept, shaped, picked, odd, signs, triangle, torch.cumsum(i, 0) % 3, x.softmax(1).rsqrt()
+        steps = x.diff(n=2, dim=1, prepend=x[:, :1]), (x > 0).diff(append=x[..., :2] > 0)
+        rest = torch.cumsum(i, 0) % 3, x.softmax(1).rsqrt()
+        return parts, kept, shaped, picked, odd, signs, triangle, *steps, *rest
 
 
 def test_many_operators(tmp_path: Path) -> None:
@@ -165,6 +167,15 @@ def test_many_operators(tmp_path: Path) -> None:
     args = (torch.randn(2, 3, 5), torch.tensor([3, 0, 2]))
     manifest = tw.export(Many(), args, "exact", tmp_path / "out")
     assert manifest["entries"][0]["parity"]["example"]["model"] < 1e-5
+
+
+@pytest.mark.slow
+def test_a_prefill_with_the_length_named_by_the_user(tmp_path: Path) -> None:
+    axes = {"input_ids": {1: "sequence"}}
+    manifest = tw.export(loaded(decoder()), path=tmp_path / "out", kind="prefill", dynamic=axes)
+    (entry,) = manifest["entries"]
+    assert entry["inputs"] == [{"name": "input_ids", "dtype": "int64", "shape": [1, "sequence"]}]
+    assert entry["parity"]["other sizes"]["model"] < 1e-5
 
 
 class Odd(nn.Module):
