@@ -159,4 +159,3 @@ def _write_gpu(artifact: Artifact, need: Need, target: Target, table: dict[str, 
         "occupancy": round(held.share, 4),
         "occupancy_limit": held.limit,
     }
-

@@ -19,6 +19,7 @@ WEIGHTS = "weights.data"
 _ALIGNMENT = 4096
 """Offset of a weight in its file: a whole page, so that a runtime can map it."""
 
+
 class WeightFile:
     """Weights one after the other; equal ones of several models are held once."""
 
