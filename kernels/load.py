@@ -78,7 +78,9 @@ def _load_cpp(name: str, text: str, key: KernelKey) -> Path:
             f"kernel {name}: {error}",
             remedy="the source is generated: report it with the target and versions",
         ) from error
-    torch.ops.load_library(str(folder / LIBRARY))  # type: ignore[no-untyped-call]
+    # A loaded package may have brought the op: a name holds a digest of its source, so it is the same.
+    if not hasattr(getattr(torch.ops, NAMESPACE), name):
+        torch.ops.load_library(str(folder / LIBRARY))  # type: ignore[no-untyped-call]
     return folder / SOURCE
 
 

@@ -19,4 +19,11 @@ PRESETS: dict[str, str] = {
     "quantize-linear{weight=int4,group=32,mode=float-zero,activation=int8-group},"
     "quantize-linear{group=32,activation=int8-group,head=true},"
     "fuse-add-rmsnorm,fuse-projections",
+    # Video diffusion on a GPU: self-attention over a window of 3x3x3 tiles of 6x8x8 tokens, as Sliding Tile
+    # Attention has it, tokens brought into tile order once for all layers. A canvas that the tile does not
+    # divide gets smaller tiles at its border; one below 18x24x24 tokens has no three tiles and is refused.
+    # Says nothing about quality: measure it on the model at hand.
+    "cuda-sparse-video": "gqa-unrepeat,common-subexpression,dead-code,"
+    "sliding-tile-attention{nondivisible=ceil},hoist-token-permutation,"
+    "fuse-add-rmsnorm,fuse-projections",
 }

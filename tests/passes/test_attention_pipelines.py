@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 
+import tilewright as tw
 from tilewright.compiler.replay import relative_rms
 from tilewright.frontends import cli
 from tilewright.frontends.bundled_models import BUNDLED
@@ -159,3 +160,21 @@ def test_bad_input_is_one_line(pipeline: str, said: str, capsys) -> None:
     captured = capsys.readouterr()
     assert said in captured.err
     assert captured.err.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_the_video_preset_makes_every_self_attention_sparse() -> None:
+    from diffusers import WanTransformer3DModel
+
+    torch.manual_seed(0)
+    model = WanTransformer3DModel(
+        patch_size=(1, 2, 2), num_attention_heads=1, attention_head_dim=16, in_channels=4, out_channels=4,
+        text_dim=24, freq_dim=32, ffn_dim=40, num_layers=2, rope_max_seq_len=32,
+    ).eval()  # fmt: skip
+    given = {
+        "hidden_states": torch.randn(1, 4, 19, 48, 48), "timestep": torch.tensor([500]),
+        "encoder_hidden_states": torch.randn(1, 5, 24), "return_dict": False,
+    }  # fmt: skip
+    report = tw.explain(model, (), "cuda-sparse-video", kwargs=given)
+    assert report.applied("sliding-tile-attention") == 2
+    assert report.applied("hoist-token-permutation") == 1
