@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +106,7 @@ def compare(
         for name, (module, pipeline, operators) in forms.items():
             tw.export(module, (), pipeline, Path(work) / name, kwargs=call, operators=operators)
             run = opened(Path(work) / name, threads).run
-            sides[f"ONNX {name}"] = lambda run=run: run(None, feed)
+            sides[f"ONNX {name}"] = partial(run, None, feed)
         seconds = least_seconds(sides, rounds)
     for name, found in seconds.items():
         print(
