@@ -40,6 +40,7 @@ SLOTS = frozenset(
         "attention.correction",
         "attention.precision",
         "attention.cache_policy",
+        "attention.placement",
         "linear.rotation",
         "linear.scale",
         "linear.weight_format",

@@ -25,17 +25,17 @@ def choose_at_sites(
         if node.target is not ops.paged_attention:
             continue
         given = [*node.args, *(None,) * (8 - len(node.args))]
-        reason = _refusal(given, layer, dense_layers, page)
+        reason = refusal(given, page) or too_early(layer, dense_layers)
         if reason:
             if log is not None:
                 log.refused(node, reason)
         elif log is None or log.take(node):
-            _replace(program, log, node, [*given[:6], given[7]], attend)
+            replace(program, log, node, [*given[:6], given[7]], attend)
     if log is not None:
         log.finish(("paged_attention",))
 
 
-def _refusal(given: list[Any], layer: int, dense_layers: int, page: int | None) -> str:
+def refusal(given: list[Any], page: int | None) -> str:
     """Why a policy leaves an attention as it is; empty where it may choose for it."""
     if given[6] is not None:
         return "the pages that are attended were chosen before"
@@ -44,12 +44,18 @@ def _refusal(given: list[Any], layer: int, dense_layers: int, page: int | None) 
         return f"{tokens} queries at once: policies choose for one new token"
     if page is not None and size != page:
         return f"the pool has pages of {size} tokens, the policy is for {page}"
+    return ""
+
+
+def too_early(layer: int, dense_layers: int) -> str:
+    """Why a layer attends to everything; empty from `dense_layers` on."""
     return f"layer {layer} is one of the first {dense_layers}" if layer < dense_layers else ""
 
 
-def _replace(
+def replace(
     program: Program, log: PassLog | None, node: fx.Node, given: list[Any], attend: Callable[..., Any]
-) -> None:
+) -> list[fx.Node]:
+    """Put attend(*given), (out, lse, ...), in the place of `node`; returns the nodes of further results."""
     inputs = [x for x in given if isinstance(x, fx.Node)]
 
     def call(*tensors: Tensor) -> Any:
@@ -68,6 +74,7 @@ def _replace(
         user.replace_all_uses_with(results[0 if user.args[1] == 0 else 1])
         program.graph.erase_node(user)
     program.graph.erase_node(node)
+    return results[2:]
 
 
 def masked_attention(
