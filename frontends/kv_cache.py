@@ -21,6 +21,7 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 from tilewright.compiler.diagnostics import OptionError
 from tilewright.compiler.ops.paged import PAGE_SIZES
 from tilewright.frontends.kv_layer import PagedLayer
+from tilewright.frontends.kv_offload import Placement
 from tilewright.frontends.kv_policies import layers_for
 
 NAME = "tilewright"
@@ -102,15 +103,29 @@ class PagedCache(Cache):  # type: ignore[misc]
     As a context manager, or by `close`, it gives its pages back and the model its former attention.
     """
 
-    def __init__(self, model: Any, layers: list[PagedLayer], before: str) -> None:
+    def __init__(
+        self, model: Any, layers: list[PagedLayer], before: str, placement: Placement | None
+    ) -> None:
         super().__init__(layers=layers)
-        self._model, self._before = model, before
+        self._model, self._before, self.placement = model, before, placement
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the pages that are held, over all layers."""
+        """Bytes of the pages or extents that are held, over all layers and tiers."""
+        if self.placement is not None:
+            return sum(layer.held_bytes for layer in self.placement.layers)
         views = [layer.view for layer in self.layers if layer.is_initialized]
         return sum(view.pool.used * view.pool.page_bytes for view in views)
+
+    def statistics(self) -> dict[str, Any]:
+        """Of `offload-kv`: the slow tier, bytes resident and held, hits and misses, bytes moved; else {}."""
+        return {} if self.placement is None else self.placement.statistics()
+
+    def reset(self) -> None:
+        """Forget everything and give the memory back."""
+        super().reset()
+        if self.placement is not None:
+            self.placement.close()
 
     def close(self) -> None:
         """Give back all pages, and the model its former attention."""
@@ -128,8 +143,9 @@ def kv_cache(model: Any, pipeline: Any = "", page: int | None = None) -> PagedCa
     """An empty paged cache for `model`: `model.generate(..., past_key_values=cache)`.
 
     model: a causal language model of transformers. pipeline: at most one pass that decides what is kept or
-    attended, such as `quest-kv{budget=1024}`; empty: everything. page: tokens of a page; None for that
-    of the pass, else 16.
+    attended, such as `quest-kv{budget=1024}`, and `offload-kv{fast_bytes=64MiB}` for a cache of which only so
+    much is in memory (alone or with `lessismore-kv`); empty: everything, in memory. page: tokens of a page;
+    None for that of the pass, else 16.
     Left-padded batches, beams and taking tokens back work. OptionError where the model has layers other than
     full attention.
     """
@@ -148,9 +164,9 @@ def kv_cache(model: Any, pipeline: Any = "", page: int | None = None) -> PagedCa
                 remedy=f"model.set_attn_implementation({NAME!r})",
             )
 
-    layers = layers_for(pipeline, len(kinds), page, check)
+    layers, placement = layers_for(pipeline, len(kinds), page, check)
     AttentionInterface.register(NAME, _attention)
     AttentionMaskInterface.register(NAME, _mask)
     before = config._attn_implementation
     model.set_attn_implementation(NAME)
-    return PagedCache(model, layers, "sdpa" if before == NAME else before)
+    return PagedCache(model, layers, "sdpa" if before == NAME else before, placement)

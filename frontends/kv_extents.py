@@ -17,15 +17,15 @@ from tilewright.kernels.paged.call import callable_for
 from tilewright.runtime.kv_store.extents import ExtentLayout
 from tilewright.runtime.kv_store.tier import ExtentKey, TierManager
 
-AHEAD = 2
-"""Extents that are read while one is attended: the transfer threads have two."""
-
 
 class ExtentLayer:
     """The rows of one sequence at one layer, appended in order; `tiers` holds at least one extent."""
 
-    def __init__(self, tiers: TierManager, session: int, layer: int, layout: ExtentLayout) -> None:
-        """OptionError where the layout's extents are not of the size of the tier's."""
+    def __init__(
+        self, tiers: TierManager, session: int, layer: int, layout: ExtentLayout, ahead: int = 2
+    ) -> None:
+        """ahead: extents that are read while one is attended. OptionError where the layout's extents are not
+        of the size of the tier's."""
         if layout.extent_bytes != tiers.extent_bytes:
             raise OptionError(
                 f"extents of {layout.extent_bytes} bytes do not fit a tier of {tiers.extent_bytes}",
@@ -33,6 +33,7 @@ class ExtentLayer:
             )
         self._tiers, self._session, self._layer, self._layout = tiers, session, layer, layout
         self._table = torch.arange(layout.pages, dtype=torch.int32)[None]
+        self._ahead = ahead
         self.length = 0
         """Tokens held."""
 
@@ -59,28 +60,55 @@ class ExtentLayer:
             self.length += count
             done += count
 
-    def attend(self, q: Tensor, runs: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
-        """(attention of q [1, H, 1, D] over `runs`, its log-sum-exp [1, H, 1]); runs None: all, in order.
+    def crop(self, length: int) -> None:
+        """Take back the rows from `length` on."""
+        before, self.length = self.runs, length
+        for run in range(self.runs, before):
+            self._tiers.drop(self._key(run))
 
-        Each extent is pinned while it is attended and the next ones are read meanwhile. OptionError for more
-        than one query, or runs that are not distinct ones in use.
+    def wanted(self, positions: Tensor | None = None) -> list[ExtentKey]:
+        """The extents that hold `positions`, int32 [m] with -1 for unused entries; None: all; in order.
+
+        Positions that are not held yet count for nothing.
         """
-        runs = range(self.runs) if runs is None else runs
-        if q.shape[0] != 1 or q.shape[2] != 1:
-            raise OptionError(
-                f"q has shape {list(q.shape)}: expected [1, H, 1, D], one query of one sequence"
-            )
-        if not runs or len(set(runs)) < len(runs) or min(runs) < 0 or max(runs) >= self.runs:
-            raise OptionError(f"runs = {list(runs)}: expected distinct numbers from 0 to {self.runs - 1}")
-        keys = [self._key(run) for run in runs]
+        if positions is None:
+            return [self._key(run) for run in range(self.runs)]
+        held = positions[(positions >= 0) & (positions < self.length)]
+        return [self._key(int(run)) for run in torch.div(held, self.span, rounding_mode="floor").unique()]
+
+    def attend(
+        self,
+        q: Tensor,
+        first: Tensor | None = None,
+        scale: float | None = None,
+        positions: Tensor | None = None,
+        then: Sequence[ExtentKey] = (),
+        logits: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """(attention of the newest tokens q [1, H, T, D], its log-sum-exp [1, H, T]).
+
+        first: int64 [1], where the padding ends. positions: int32 [m], the tokens that are attended, -1 for
+        unused entries; None: all. then: extents that will be wanted next. logits: float32 [H, S], filled with
+        the products of one query and the keys held.
+        Each extent is pinned while it is attended and the next ones are read meanwhile. OptionError for
+        positions that are not held.
+        """
+        if positions is not None and not (
+            bool((positions >= 0).any()) and int(positions.max()) < self.length
+        ):
+            raise OptionError(f"positions: expected at least one, all from 0 to {self.length - 1}")
+        keys = self.wanted(positions)
+        coming = [*keys, *then]
         out, lse = torch.empty(0), torch.empty(0)
-        for at, (key, run) in enumerate(zip(keys, runs, strict=True)):
+        for at, key in enumerate(keys):
             ticket = self._tiers.fetch([key])  # pinned before the hints below can evict it
             try:
-                self._tiers.prefetch(keys[at + 1 : at + 1 + AHEAD])
+                self._tiers.prefetch(coming[at + 1 : at + 1 + self._ahead])
                 self._tiers.wait(ticket)
-                held = min(self.span, self.length - run * self.span)
-                part = self._attend_one(q, self._tiers.frame(key), held)
+                frame = self._tiers.frame(key)
+                part = self._attend_one(q, frame, key.run * self.span, first, scale, positions)
+                if logits is not None:
+                    self._rank_one(q, frame, key.run * self.span, logits)
             finally:
                 self._tiers.release(ticket)
             if at == 0:
@@ -89,10 +117,31 @@ class ExtentLayer:
                 out, lse = merge_attention.definition(out, lse, *part)
         return out.to(q.dtype), lse
 
-    def _attend_one(self, q: Tensor, frame: Tensor, held: int) -> tuple[Tensor, Tensor]:
-        args = (q, *self._layout.views(frame), self._table, torch.tensor([held]))
-        out, lse = callable_for("paged_attention", args)(*args)
+    def _attend_one(
+        self,
+        q: Tensor,
+        frame: Tensor,
+        start: int,
+        first: Tensor | None,
+        scale: float | None,
+        positions: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Over the extent whose first token is `start`; places are counted from there."""
+        pool = (q, *self._layout.views(frame), self._table, torch.tensor([self.length - start]))
+        begin = None if first is None else first - start
+        if positions is None:
+            args: tuple[object, ...] = (*pool, begin, None, scale)
+            out, lse = callable_for("paged_attention", args)(*args)
+            return out, lse
+        here = positions[(positions >= start) & (positions < start + self.span)] - start
+        args = (*pool, here[None, None], begin, scale)
+        out, lse = callable_for("token_attention", args)(*args)
         return out, lse
+
+    def _rank_one(self, q: Tensor, frame: Tensor, start: int, logits: Tensor) -> None:
+        keys = self._layout.views(frame)[0].transpose(0, 1).flatten(1, 2)[:, : self.length - start].float()
+        rows = q[0, :, 0].float().unflatten(0, (keys.shape[0], -1))
+        logits[:, start : start + keys.shape[1]] = (rows @ keys.mT).flatten(0, 1)
 
     def _key(self, run: int) -> ExtentKey:
         return ExtentKey(self._session, self._layer, run)

@@ -9,7 +9,11 @@ from torch import Tensor
 
 from tilewright.compiler import Pipeline
 from tilewright.compiler.diagnostics import OptionError
+from tilewright.frontends.kv_choice import LessIsMoreLayer, SharedChoice
 from tilewright.frontends.kv_layer import PagedLayer, run
+from tilewright.frontends.kv_offload import OffloadedLayer, Placement
+from tilewright.passes.memory.lessismore_kv import LessIsMoreKV
+from tilewright.passes.memory.offload_kv import OffloadKV
 from tilewright.passes.memory.quest_kv import QuestKV
 from tilewright.passes.memory.streaming_kv import StreamingKV
 
@@ -68,29 +72,58 @@ class QuestLayer(PagedLayer):
         return out
 
 
-_LAYERS: dict[type, Callable[..., PagedLayer]] = {StreamingKV: StreamingLayer, QuestKV: QuestLayer}
+_LAYERS: dict[type, Callable[..., PagedLayer]] = {
+    StreamingKV: StreamingLayer,
+    QuestKV: QuestLayer,
+    LessIsMoreKV: LessIsMoreLayer,
+}
 
 
-def layers_for(pipeline: Any, count: int, page: int | None, check: Callable[[], None]) -> list[PagedLayer]:
-    """`count` cache layers under a pipeline of no pass or one; page: None for the policy's own, else 16.
+def policies_of(pipeline: Any) -> tuple[Any, OffloadKV | None]:
+    """(the pass that chooses what is attended, the one that places it) of a pipeline; None where absent.
 
-    OptionError for other passes, and for a page that is not the policy's.
+    OptionError for other passes, for two of a kind, and for a pair that does not go together.
     """
     passes = Pipeline.parse(pipeline).passes
-    if not passes:
-        return [PagedLayer(index, page or 16, check) for index in range(count)]
-    if len(passes) > 1 or type(passes[0]) not in _LAYERS:
+    placing = [p for p in passes if isinstance(p, OffloadKV)]
+    choosing = [p for p in passes if type(p) in _LAYERS]
+    if len(placing) > 1 or len(choosing) > 1 or len(placing) + len(choosing) < len(passes):
         names = ", ".join(sorted(cls.name for cls in _LAYERS))  # type: ignore[attr-defined]
         raise OptionError(
-            f"pipeline = {', '.join(p.name for p in passes)}: a cache follows one pass at most, of {names}"
+            f"pipeline = {', '.join(p.name for p in passes)}: a cache follows one pass at most, of {names}, "
+            "and offload-kv"
         )
-    policy: Any = passes[0]
+    if placing and choosing and not isinstance(choosing[0], LessIsMoreKV):
+        raise OptionError(
+            f"pipeline = {', '.join(p.name for p in passes)}: {choosing[0].name} chooses at every layer, "
+            "too late to read them from a slow tier",
+            remedy="offload-kv alone or with lessismore-kv",
+        )
+    return (choosing[0] if choosing else None), (placing[0] if placing else None)
+
+
+def layers_for(
+    pipeline: Any, count: int, page: int | None, check: Callable[[], None]
+) -> tuple[list[PagedLayer], Placement | None]:
+    """(`count` cache layers, the tiers behind them if any); page: None for the policy's own, else 16.
+
+    OptionError for a page that is not the policy's, and as `policies_of`.
+    """
+    policy, placing = policies_of(pipeline)
     own = getattr(policy, "page", page or 16)
     if page not in (None, own):
         raise OptionError(f"page = {page}: {policy.name} has page={own}", remedy="leave page out")
+    choice = SharedChoice(policy, count) if isinstance(policy, LessIsMoreKV) else None
+    if placing is not None:
+        placement = Placement(placing)
+        return [OffloadedLayer(i, own, check, placement, choice) for i in range(count)], placement
+    if policy is None:
+        return [PagedLayer(index, own, check) for index in range(count)], None
+    if choice is not None:
+        return [LessIsMoreLayer(index, own, check, choice) for index in range(count)], None
     return [
         PagedLayer(index, own, check)
         if index < policy.dense_layers
         else _LAYERS[type(policy)](index, own, check, policy)
         for index in range(count)
-    ]
+    ], None

@@ -88,6 +88,11 @@ class FieldDifference:
         return f"{self.name}: wanted {self.wanted!r}, stored {self.stored!r}"
 
 
+def user_folder() -> Path:
+    """Where this user's files lie: `TILEWRIGHT_CACHE`, else the platform's cache folder for this user."""
+    return read_settings().cache or Path(platformdirs.user_cache_dir("tilewright", appauthor=False))
+
+
 class ArtifactStore:
     """A verified, crash-safe cache of folders of files, shared by the processes and threads of one user."""
 
@@ -106,9 +111,8 @@ class ArtifactStore:
 
     @classmethod
     def default(cls) -> ArtifactStore:
-        """The user's store: `TILEWRIGHT_CACHE`, else the platform's cache folder for this user."""
-        chosen = read_settings().cache
-        return cls(chosen or Path(platformdirs.user_cache_dir("tilewright", appauthor=False)))
+        """The user's store, in `user_folder`."""
+        return cls(user_folder())
 
     def get_or_build(self, key: Mapping[str, str], build: Callable[[Path], None]) -> Path:
         """Folder with the artifact of `key`; when absent, `build(folder)` writes its files (flat, regular).

@@ -189,7 +189,8 @@ def raw_logits(q: Tensor, k_pages: Tensor, table: Tensor) -> Tensor:
     rows = q.squeeze(2).unflatten(1, (k_pages.shape[1], -1))
     logits = (rows @ keys.transpose(2, 3)).flatten(1, 2)
     absent = (table < 0).repeat_interleave(k_pages.shape[2], 1)
-    return logits.masked_fill(absent[:, None], float("-inf"))
+    masked: Tensor = logits.masked_fill(absent[:, None], float("-inf"))
+    return masked
 
 
 def _reuse_masked(q, k_pages, v_pages, table, lengths, first, scale, kept):

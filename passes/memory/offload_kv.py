@@ -1,6 +1,6 @@
 """Keys and values in extents that need not all be in the fast tier: attention goes extent by extent.
 
-paper: DESIGN of the tiered store; the merge by log-sum-exp is that of arXiv:2205.14135 (FlashAttention).
+The merge by log-sum-exp is that of arXiv:2205.14135 (FlashAttention).
 """
 
 from __future__ import annotations
@@ -60,16 +60,14 @@ class OffloadKV(GraphPass):
         """The rewritten attention: (out, lse)."""
         step, page = self.pages(k_pages, v_pages), k_pages.shape[2]
         begin = first_of(lengths, first)
-        out, lse = None, None
+        parts = []
         for start in range(0, table.shape[1], step):
             places = table[:, start : start + step]
             there = (lengths - start * page, begin - start * page)
-            part, part_lse = ops.paged_attention(q, k_pages, v_pages, places, *there, None, scale)
-            part = part.to(part_lse.dtype)
-            if out is None:
-                out, lse = part, part_lse
-            else:
-                out, lse = ops.merge_attention(out, lse, part, part_lse)
+            parts.append(ops.paged_attention(q, k_pages, v_pages, places, *there, None, scale))
+        out, lse = parts[0][0].to(parts[0][1].dtype), parts[0][1]
+        for part in parts[1:]:
+            out, lse = ops.merge_attention(out, lse, *part)
         return out.to(q.dtype), lse
 
     def apply(self, program: Program, log: PassLog) -> None:

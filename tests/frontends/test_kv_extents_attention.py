@@ -67,16 +67,37 @@ def test_placement_changes_no_bit_and_the_result_is_exact(tmp_path, frames, emul
 def test_chosen_runs_are_what_is_attended(tmp_path):
     queries, k, v = rows()
     tiers, layer = layer_of(tmp_path, 3)
-    runs = [0, 9, 4, 15]
-    kept = torch.cat([torch.arange(run * 64, min(run * 64 + 64, TOKENS)) for run in runs])
-    out, lse = layer.attend(queries[0], runs)
+    kept = torch.tensor([3, 600, 601, 256, TOKENS - 1, 639])
+    read = tiers.counters.misses + tiers.counters.prefetched
+    listed = torch.cat([kept, torch.tensor([-1, -1])]).to(torch.int32)
+    out, lse = layer.attend(queries[0], positions=listed)
     for got, exact in zip((out, lse), reference(queries[0], k[:, :, kept], v[:, :, kept]), strict=True):
         torch.testing.assert_close(got, exact, rtol=0, atol=2e-6)
-    for wrong in ([], [0, 0], [16], [-1]):
-        with pytest.raises(OptionError, match="expected distinct numbers from 0 to 15"):
-            layer.attend(queries[0], wrong)
-    with pytest.raises(OptionError, match=r"expected \[1, H, 1, D\]"):
-        layer.attend(queries[0].expand(-1, -1, 2, -1))
+    assert tiers.counters.misses + tiers.counters.prefetched - read <= 4, "only their extents are read"
+    for wrong in ([], [-1], [TOKENS]):
+        with pytest.raises(OptionError, match=f"expected at least one, all from 0 to {TOKENS - 1}"):
+            layer.attend(queries[0], positions=torch.tensor(wrong, dtype=torch.int32))
+    tiers.close()
+
+
+def test_several_queries_padding_and_logits(tmp_path):
+    _, k, v = rows()
+    tiers, layer = layer_of(tmp_path, 3)
+    q, first = torch.randn(1, HEADS, 70, SIZE), torch.tensor([130])
+    out, _ = layer.attend(q, first)
+    at = torch.arange(TOKENS)
+    seen = (at >= 130) & (at <= torch.arange(TOKENS - 70, TOKENS)[:, None])
+    exact = F.scaled_dot_product_attention(q, k, v, seen, enable_gqa=True)
+    torch.testing.assert_close(out, exact, rtol=0, atol=4e-6)
+    logits = torch.full((HEADS, TOKENS), float("nan"))
+    layer.attend(q[:, :, :1], logits=logits)
+    want = (q[0, :, :1] @ k[0].repeat_interleave(HEADS // KEY_HEADS, 0).mT)[:, 0]
+    torch.testing.assert_close(logits, want, rtol=0, atol=2e-4)
+    layer.crop(100)
+    assert (layer.length, layer.runs) == (100, 2)
+    got, _ = layer.attend(q[:, :, :1])
+    want = F.scaled_dot_product_attention(q[:, :, :1], k[:, :, :100], v[:, :, :100], enable_gqa=True)
+    torch.testing.assert_close(got, want, rtol=0, atol=2e-6)
     tiers.close()
 
 

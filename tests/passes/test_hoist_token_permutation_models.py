@@ -29,17 +29,21 @@ def gathers(program) -> list:
     return [n for n in program.graph.nodes if op_name(n) == "index_select"]
 
 
+LAYERS = {"hunyuan-video": 4}
+"""Video attentions where there are not two."""
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_models(name, video_program, float64_outputs) -> None:
     per_layer, hoisted = video_program(name), video_program(name)
     for program in (per_layer, hoisted):
-        assert len(run(TILES, program).applied) == 2
+        assert len(run(TILES, program).applied) == LAYERS.get(name, 2)
     report = run(HoistTokenPermutation(), hoisted)
     assert len(report.applied) == 1, [r.reason for r in report.refused]
     want, got = float64_outputs(per_layer), float64_outputs(hoisted)
     assert max(relative_rms(g, w) for g, w in zip(got, want, strict=True)) < 1e-14
     attentions = [n for n in hoisted.graph.nodes if n.target is ops.block_sparse_attention]
-    assert len(attentions) == 2
+    assert len(attentions) == LAYERS.get(name, 2)
     assert all(n.args[13] is None and n.args[14] is None for n in attentions)
     flow = Flow(hoisted.graph)
     ends = [n for n in gathers(hoisted) if any(flow.reaches(a, n) for a in attentions)]

@@ -1,0 +1,216 @@
+"""Cache layers whose keys and values lie in extents of a fast tier of fixed size and a slow one behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tilewright.compiler.diagnostics import OptionError
+from tilewright.frontends.kv_choice import SharedChoice
+from tilewright.frontends.kv_extents import ExtentLayer
+from tilewright.frontends.kv_layer import PagedLayer
+from tilewright.passes.memory.offload_kv import OffloadKV
+from tilewright.runtime.kv_store.extents import ExtentFile, ExtentLayout, ExtentStore
+from tilewright.runtime.kv_store.links import HostExtents
+from tilewright.runtime.kv_store.tier import ExtentKey, TierManager
+from tilewright.runtime.store import user_folder
+
+
+class Placement:
+    """The tiers behind all layers of one cache."""
+
+    def __init__(self, policy: OffloadKV, open_store: Callable[[int], ExtentStore] | None = None) -> None:
+        """open_store: makes the slow tier of one sequence from the bytes of an extent; None: as `policy`
+        says."""
+        self.policy = policy
+        self.layers: list[OffloadedLayer] = []
+        self._open_store = open_store or self._store
+        self._tiers: TierManager | None = None
+        self._sessions: list[int] = []
+        self.label = ""
+        """What the slow tier is; empty before it was opened."""
+
+    def _store(self, extent_bytes: int) -> ExtentStore:
+        if self.policy.tier == "host":
+            return HostExtents()
+        folder = Path(self.policy.folder) if self.policy.folder else user_folder() / "kv"
+        return ExtentFile(folder, extent_bytes)
+
+    def tiers(self, layout: ExtentLayout, batch: int) -> tuple[TierManager, list[int]]:
+        """(the tiers, the session of each sequence), opened for the first layer that stores anything."""
+        if self._tiers is None:
+            if self.policy.fast_bytes < layout.extent_bytes:
+                raise OptionError(
+                    f"offload-kv: fast_bytes = {self.policy.fast_bytes}: an extent of this model has "
+                    f"{layout.extent_bytes} bytes",
+                    remedy="give one extent or more",
+                )
+
+            def opened() -> ExtentStore:
+                store = self._open_store(layout.extent_bytes)
+                self.label = store.label
+                return store
+
+            self._tiers = TierManager(self.policy.fast_bytes, layout.extent_bytes, opened)
+            self._sessions = [self._tiers.open_session() for _ in range(batch)]
+        return self._tiers, self._sessions
+
+    def statistics(self) -> dict[str, Any]:
+        """Of this cache so far: what moved (`TierCounters`), the bytes resident, the most they may be."""
+        if self._tiers is None:
+            return {"slow_tier": self.label, "fast_bytes": self.policy.fast_bytes}
+        counters = asdict(self._tiers.counters)
+        asked = counters["hits"] + counters["misses"] + counters["late"]
+        return {
+            "slow_tier": self.label,
+            "fast_bytes": self.policy.fast_bytes,
+            "resident_bytes": self._tiers.resident_bytes,
+            "held_bytes": sum(layer.held_bytes for layer in self.layers),
+            "hit_rate": counters["hits"] / asked if asked else 1.0,
+            **counters,
+        }
+
+    def close(self) -> None:
+        """Give back both tiers; twice is fine."""
+        if self._tiers is not None:
+            self._tiers.close()
+        self._tiers, self._sessions = None, []
+
+
+class ExtentRows:
+    """Sequences of one layer in extents: what `LayerView` is for pages of one pool."""
+
+    def __init__(self, rows: list[ExtentLayer], layout: ExtentLayout) -> None:
+        self.rows, self.layout, self.batch = rows, layout, len(rows)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of every sequence."""
+        return [row.length for row in self.rows]
+
+    def append(self, k: Tensor, v: Tensor) -> None:
+        """Add k [B, Hkv, T, D], v [B, Hkv, T, E] to the ends."""
+        for i, row in enumerate(self.rows):
+            row.append(k[i : i + 1], v[i : i + 1])
+
+    def crop(self, lengths: Sequence[int]) -> None:
+        """Take back the tokens from lengths[b] on."""
+        for row, length in zip(self.rows, lengths, strict=True):
+            row.crop(length)
+
+    def free(self) -> None:
+        """Forget every row."""
+        self.crop([0] * self.batch)
+
+
+class OffloadedLayer(PagedLayer):
+    """Attends extent by extent: everything, or the tokens that an earlier layer chose."""
+
+    def __init__(
+        self,
+        index: int,
+        page: int,
+        check: Callable[[], None],
+        placement: Placement,
+        choice: SharedChoice | None,
+    ) -> None:
+        super().__init__(index, page, check)
+        self.placement, self.choice = placement, choice
+        self._rows: ExtentRows | None = None
+        placement.layers.append(self)
+
+    @property
+    def rows(self) -> ExtentRows:
+        """The sequences of this layer; OptionError before anything was stored."""
+        if self._rows is None:
+            raise OptionError(f"layer {self.index} of the cache holds nothing yet")
+        return self._rows
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of the extents in use, wherever they lie."""
+        if self._rows is None:
+            return 0
+        return sum(row.runs for row in self._rows.rows) * self._rows.layout.extent_bytes
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Open the tiers for keys [B, Hkv, T, D] and values [B, Hkv, T, E]."""
+        if key_states.device.type != "cpu":
+            raise OptionError(f"offload-kv: keys on {key_states.device}: expected a model on the CPU")
+        batch, heads, _, size = key_states.shape
+        k_pages = key_states.new_empty(0, heads, self.page, size)
+        v_pages = key_states.new_empty(0, heads, self.page, value_states.shape[3])
+        policy = self.placement.policy
+        layout = ExtentLayout.of(k_pages, v_pages, policy.extent_bytes)
+        tiers, sessions = self.placement.tiers(layout, batch)
+        rows = [ExtentLayer(tiers, s, self.index, layout, policy.prefetch) for s in sessions]
+        self._rows = ExtentRows(rows, layout)
+        self._view = self._rows  # type: ignore[assignment]
+        self.is_initialized = True
+
+    def dense(self, q: Tensor, first: Tensor | None, scale: float) -> Tensor:
+        """Attention over everything held."""
+        return self._attend(q, first, scale, None, None)
+
+    def decode(self, q: Tensor, first: Tensor | None, scale: float) -> Tensor:
+        """Everything, or what was chosen for this layer; a layer that chooses ranks the keys on the way."""
+        choice, length = self.choice, self.get_seq_length()
+        if choice is None or choice.fits(length):
+            return self.dense(q, first, scale)
+        if self.index in choice.layers:
+            logits = torch.full((q.shape[0], q.shape[1], length), float("-inf"))
+            out = self._attend(q, first, scale, None, logits)
+            choice.choose(logits, torch.tensor(self.rows.lengths), first)
+            return out
+        return self._attend(q, first, scale, choice.of(self.index, length), None)
+
+    def _attend(
+        self,
+        q: Tensor,
+        first: Tensor | None,
+        scale: float,
+        positions: Tensor | None,
+        logits: Tensor | None,
+    ) -> Tensor:
+        outs = []
+        for i, row in enumerate(self.rows.rows):
+            out, _ = row.attend(
+                q[i : i + 1],
+                None if first is None else first[i : i + 1],
+                scale,
+                None if positions is None else positions[i, 0],
+                self._coming(i),
+                None if logits is None else logits[i],
+            )
+            outs.append(out)
+        return torch.cat(outs)
+
+    def _coming(self, row: int) -> list[ExtentKey]:
+        """Extents that will be wanted after those of a sequence at this layer: of the next sequence, or of
+        the next layer, as far as that is known."""
+        rows = self.rows.rows
+        count = self.placement.policy.prefetch
+        if row + 1 < len(rows):
+            return rows[row + 1].wanted()[:count]
+        following = self.placement.layers[self.index + 1 :]
+        if not following or following[0]._rows is None:
+            return []
+        after = following[0]
+        length = self.get_seq_length()
+        positions = None if self.choice is None else self.choice.known_for(after.index, length)
+        return after.rows.rows[0].wanted(None if positions is None else positions[0, 0])[:count]
+
+    def reset(self) -> None:
+        """Forget everything."""
+        super().reset()
+        self._rows = None
+
+    def select_rows(self, rows: Sequence[int]) -> None:
+        """Refused unless every sequence stays as it is."""
+        if self._rows is not None and list(rows) != list(range(self._rows.batch)):
+            raise OptionError("offload-kv: sequences cannot be reordered or repeated", remedy="num_beams=1")
