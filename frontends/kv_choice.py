@@ -8,7 +8,8 @@ from torch import Tensor
 
 from tilewright.compiler.diagnostics import OptionError
 from tilewright.frontends.kv_layer import PagedLayer, run
-from tilewright.passes.memory.lessismore_kv import LessIsMoreKV, raw_logits
+from tilewright.passes.memory._early_choice import raw_logits
+from tilewright.passes.memory.lessismore_kv import LessIsMoreKV
 
 
 class SharedChoice:

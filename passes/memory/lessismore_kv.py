@@ -7,24 +7,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace as changed
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from tilewright.compiler import Exactness, Example, GraphPass, PassLog, Program, Stage, graph_pass, ops
-from tilewright.passes.memory._paged_sites import (
-    SITES,
-    decode_inputs,
-    first_of,
-    masked_attention,
-    refusal,
-    replace,
-    too_early,
+from tilewright.passes.memory._early_choice import (
+    LAST,
+    chain,
+    choose_masked,
+    raw_logits,
+    reuse_masked,
+    why_not,
 )
-
-LAST = 1 << 40
-"""Rank of a token that no head ranked."""
+from tilewright.passes.memory._paged_sites import SITES, decode_inputs, first_of, replace
 
 
 @graph_pass(
@@ -106,7 +104,7 @@ class LessIsMoreKV(GraphPass):
 
     def reference(self, program: Program) -> None:
         """Masked attention over all keys, of the tokens that are first in turn."""
-        self._rewrite(program, None, self._choose_masked, _reuse_masked)
+        self._rewrite(program, None, partial(choose_masked, self), reuse_masked)
 
     def _choose(self, q, k_pages, v_pages, table, lengths, first, scale):
         out, lse = ops.paged_attention(q, k_pages, v_pages, table, lengths, first, None, scale)
@@ -115,28 +113,11 @@ class LessIsMoreKV(GraphPass):
     def _reuse(self, q, k_pages, v_pages, table, lengths, first, scale, positions):
         return ops.token_attention(q, k_pages, v_pages, table, lengths, positions, first, scale)
 
-    def _choose_masked(self, q, k_pages, v_pages, table, lengths, first, scale):
-        logits = raw_logits(q, k_pages, table)
-        begin, end = first_of(lengths, first)[:, None], lengths[:, None]
-        at = torch.arange(logits.shape[2], device=q.device)
-        held = (at >= begin) & (at < end)
-        sinks, newest, ranked = self.shares()
-        middle = held & (at >= begin + sinks) & (at < end - newest)
-        order = logits.masked_fill(~middle[:, None], float("-inf")).argsort(2, True)
-        in_turn = order[:, :, :ranked].transpose(1, 2).flatten(1)
-        before = torch.tril((in_turn[:, :, None] == in_turn[:, None]).long(), -1).sum(2)
-        new = (before == 0) & middle.gather(1, in_turn)
-        taken = new & (new.cumsum(1) <= ranked)
-        chosen = torch.zeros_like(held).scatter_reduce(1, in_turn, taken, "amax")
-        kept = held & (chosen | ~middle)
-        dense = masked_attention(q, k_pages, v_pages, table, held[:, None], scale)
-        return *dense, kept[:, None]
-
     def _rewrite(self, program: Program, log: PassLog | None, choose: Any, reuse: Any) -> None:
         sites = [n for n in program.graph.nodes if n.target in SITES]
         inputs = [[*node.args, *(None,) * (8 - len(node.args))] for node in sites]
         choosing = self.choosing(len(sites))
-        reasons = [_refusal(sites, layer, inputs[layer], choosing) for layer in range(len(sites))]
+        reasons = [why_not(sites, layer, inputs[layer], choosing) for layer in range(len(sites))]
         chosen: list[fx.Node] = []
         for layer, (node, given, reason) in enumerate(zip(sites, inputs, reasons, strict=True)):
             if layer in choosing:
@@ -163,45 +144,12 @@ class LessIsMoreKV(GraphPass):
     def examples(cls) -> Iterator[tuple[dict, Example]]:
         few: dict[str, Any] = {"budget": 17, "sinks": 2, "select_layers": (0, 2)}
         inputs = decode_inputs()
-
-        def layers(count: int) -> Any:
-            def model(q, *pool):
-                for _ in range(count):
-                    q = q + ops.paged_attention(q, *pool)[0]
-                return q
-
-            return model
-
-        yield few, Example(layers(4), inputs, count=4)
-        yield few, Example(layers(2), inputs[:5], count=2)
-        yield few, Example(layers(3), inputs, count=2)
-        yield few, Example(layers(1), inputs, refusal="no layer would reuse its choice")
-        yield {"budget": 16, "recent": 0.0, "select_layers": (1,)}, Example(layers(3), inputs, count=2)
-        yield {}, Example(layers(2), inputs, refusal="layer 0 is one of the first 1")
+        yield few, Example(chain(4), inputs, count=4)
+        yield few, Example(chain(2), inputs[:5], count=2)
+        yield few, Example(chain(3), inputs, count=2)
+        yield few, Example(chain(1), inputs, refusal="no layer would reuse its choice")
+        yield {"budget": 16, "recent": 0.0, "select_layers": (1,)}, Example(chain(3), inputs, count=2)
+        yield {}, Example(chain(2), inputs, refusal="layer 0 is one of the first 1")
         yield few, Example(ops.paged_attention, decode_inputs(2), refusal="2 queries at once")
         picked = torch.zeros(2, 1, 1, dtype=torch.int32)
         yield few, Example(ops.paged_attention, (*inputs, picked), refusal="chosen before")
-
-
-def raw_logits(q: Tensor, k_pages: Tensor, table: Tensor) -> Tensor:
-    """[B, H, S]: products of one query of each head, q [B, H, 1, D], and the keys; -inf without a page."""
-    keys = k_pages[table.clamp(min=0).long()].transpose(1, 2).flatten(2, 3)
-    rows = q.squeeze(2).unflatten(1, (k_pages.shape[1], -1))
-    logits = (rows @ keys.transpose(2, 3)).flatten(1, 2)
-    absent = (table < 0).repeat_interleave(k_pages.shape[2], 1)
-    masked: Tensor = logits.masked_fill(absent[:, None], float("-inf"))
-    return masked
-
-
-def _reuse_masked(q, k_pages, v_pages, table, lengths, first, scale, kept):
-    return masked_attention(q, k_pages, v_pages, table, kept, scale)
-
-
-def _refusal(sites: list[fx.Node], layer: int, given: list[Any], choosing: tuple[int, ...]) -> str:
-    """Why a site stays as it is; empty where it may choose or reuse."""
-    if sites[layer].target is not ops.paged_attention:
-        return "the tokens that are attended were chosen before"
-    same = [n for n in sites if n.args[0] is given[0] and n.args[1] is given[1]]
-    if len(same) > 1:  # cut by offload-kv
-        return "one of several parts of an attention: choose tokens before placing them"
-    return refusal(given, None) or too_early(layer, choosing[0])
