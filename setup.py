@@ -30,7 +30,10 @@ setup(
     python_requires=">=3.11",
     packages=PACKAGES,
     package_dir=PACKAGE_DIR,
-    package_data={"tilewright": ["py.typed"], "tilewright.frontends": ["report_page/*", "*.txt"]},
+    package_data={
+        "tilewright": ["py.typed"],
+        "tilewright.frontends": ["report_page/*", "*.txt", "*.safetensors"],
+    },
     install_requires=[
         "torch>=2.13,<2.14",
         "triton>=3.4",

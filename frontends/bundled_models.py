@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from tilewright.compiler.diagnostics import LoadError
+from tilewright.frontends import toy_video
 from tilewright.frontends.example_calls import causal_lm_examples, wan_examples
 from tilewright.frontends.hugging_face import load_gguf
 from tilewright.frontends.loaded_model import LoadedModel
@@ -75,6 +76,11 @@ def _tiny_video_dit() -> LoadedModel:
     return LoadedModel("tiny-video-dit", "dit", module.eval(), None, wan_examples(module))
 
 
+def _toy_video_dit() -> LoadedModel:
+    """The trained video transformer: 4 blocks, 4 heads of 32, 4 x 16 x 16 tokens of moving shapes."""
+    return LoadedModel("toy-video-dit", "dit", toy_video.trained(), None, toy_video.examples())
+
+
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
     """Seed the CPU generator for weight initialisation and leave the caller's random state as it was."""
@@ -87,5 +93,6 @@ BUNDLED: dict[str, Callable[[], LoadedModel]] = {
     "smollm2": _smollm2,
     "tiny-llama": _tiny_llama,
     "tiny-video-dit": _tiny_video_dit,
+    "toy-video-dit": _toy_video_dit,
 }
 """Name -> loader."""

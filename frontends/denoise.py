@@ -1,4 +1,7 @@
-"""A denoising loop's side of state between steps: which step and branch each call of the model belongs to."""
+"""A denoising loop's side of state between steps: which step and branch each call of the model belongs to.
+
+`StepRunner` stands in a loop of one's own; `driven` puts one into a diffusers pipeline for one request.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +17,9 @@ from tilewright.runtime.step_state import Schedule, StepClock, StepState
 class StepRunner:
     """Calls a compiled model inside the state of its request, branch and step.
 
-    The step follows from the timestep of the call, the branch from `branch(name)`, which has the form of
-    diffusers' `cache_context`: `pipe.transformer.cache_context = runner.branch`. Serves one request at a
-    time; two requests that take turns have two runners over the same StepReuse and StepState.
+    The branch is that of `branch(name)`, which has the form of diffusers' `cache_context`; the step is what
+    it is told, or else follows from the timestep of the call. Serves one request at a time; two requests
+    that take turns have two runners over the same StepReuse and StepState.
     """
 
     def __init__(
@@ -36,6 +39,7 @@ class StepRunner:
         self._model, self._models, self._timestep = model, dict(models or {}), timestep
         self._reuse, self._state, self._schedule = reuse, state, schedule
         self._request, self._branch = "", ""
+        self._told: int | None = None
         self._clock: StepClock | None = None
 
     @contextmanager
@@ -58,13 +62,18 @@ class StepRunner:
                 self._clock = None
 
     @contextmanager
-    def branch(self, name: str) -> Iterator[None]:
-        """Calls inside belong to this branch of guidance, such as `cond` or `uncond`."""
-        before, self._branch = self._branch, name
+    def branch(self, name: str, *, step_index: int | None = None, **_: Any) -> Iterator[None]:
+        """Calls inside belong to this branch of guidance, such as `cond` or `uncond`.
+
+        step_index: the step, counted from 0, where the loop knows it. What else a pipeline tells its cache
+        (sigma, number of steps) is not needed.
+        """
+        before = self._branch, self._told
+        self._branch, self._told = name, step_index
         try:
             yield
         finally:
-            self._branch = before
+            self._branch, self._told = before
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own call; OptionError outside of a request or without a timestep argument."""
@@ -74,6 +83,7 @@ class StepRunner:
             raise OptionError(f"the call has no argument {self._timestep!r}", remedy="pass it by name")
         value = kwargs[self._timestep]
         step = self._clock.step(float(value.reshape(-1)[0]) if hasattr(value, "reshape") else float(value))
+        step = step if self._told is None else self._told
         model = self._model
         with ExitStack() as stack:
             if self._reuse is not None:
@@ -83,3 +93,45 @@ class StepRunner:
                 model = self._models.get(phase.value, self._model)
                 stack.enter_context(self._state.call(self._request, self._branch, step))
             return model(*args, **kwargs)
+
+
+class _Driven:
+    """Stands for the transformer of a pipeline: its calls and branches go to a runner, the rest to it."""
+
+    def __init__(self, module: Any, runner: StepRunner) -> None:
+        self._module, self._runner = module, runner
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._runner(*args, **kwargs)
+
+    def cache_context(self, name: str, **told: Any) -> Any:
+        return self._runner.branch(name, **told)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+
+@contextmanager
+def driven(pipe: Any, runner: StepRunner, *, request: str, steps: int) -> Iterator[Any]:
+    """`pipe` with its transformer's calls through the runner, for one request of `steps` steps.
+
+    pipe: a diffusers pipeline with `transformer` and `scheduler`, called inside with as many
+    `num_inference_steps`. Its transformer is put back at the end. OptionError for a pipeline without these,
+    with a second transformer, or a number of steps below 1.
+    """
+    module, scheduler = getattr(pipe, "transformer", None), getattr(pipe, "scheduler", None)
+    if module is None or scheduler is None:
+        raise OptionError(f"{type(pipe).__name__} has no transformer and scheduler to drive")
+    if getattr(pipe, "transformer_2", None) is not None:
+        raise OptionError(
+            f"{type(pipe).__name__} has a second transformer", remedy="drive a pipeline that has one"
+        )
+    if steps < 1:
+        raise OptionError(f"steps = {steps}: expected 1 or more")
+    scheduler.set_timesteps(steps)
+    with runner.request(request, [float(t) for t in scheduler.timesteps]):
+        pipe.transformer = _Driven(module, runner)
+        try:
+            yield pipe
+        finally:
+            pipe.transformer = module

@@ -194,6 +194,12 @@ class StepReuse:
             del self._requests[request]
             return held.computed, held.reused
 
+    def counts(self, request: str) -> tuple[int, int]:
+        """(gates computed, gates reused) of a request so far."""
+        with self._lock:
+            held = self._running(request)
+            return held.computed, held.reused
+
     @contextmanager
     def call(self, request: str, branch: str, step: int) -> Iterator[None]:
         """Programs that run inside decide for this request, branch and step (from 0)."""

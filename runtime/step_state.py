@@ -168,9 +168,7 @@ class StepState:
     def call(self, request: str, branch: str, step: int) -> Iterator[None]:
         """Programs that run inside reach the state of this request and branch, as of this step."""
         with self._lock:
-            ran = self._running(request).ran.setdefault(branch, [])
-            if step not in ran:
-                ran.append(step)
+            self._running(request)
         token = STATE.set(_Access(self, request, branch, step))
         try:
             yield
@@ -204,6 +202,13 @@ class StepState:
                     "no search or refresh step ran for it"
                 )
             return slots[branch, layer, slot]
+
+    def read(self, request: str, branch: str, step: int) -> None:
+        """A layer reads its state at this step: it runs, and the step counts for the age."""
+        with self._lock:
+            ran = self._running(request).ran.setdefault(branch, [])
+            if step not in ran:
+                ran.append(step)
 
     def age(self, request: str, branch: str) -> int:
         """How many steps ran between the last collection and the present one: 0 at the first sparse step.
@@ -240,6 +245,7 @@ class _Access:
     step: int
 
     def get(self, layer: int, slot: str) -> torch.Tensor:
+        self.state.read(self.request, self.branch, self.step)
         if slot == AGE:
             return torch.tensor([self.state.age(self.request, self.branch)], dtype=torch.int32)
         return self.state.get((self.request, self.branch, layer), slot)

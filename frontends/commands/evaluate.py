@@ -19,8 +19,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_pipeline(parser)
     parser.add_argument("--text", metavar="FILE", help="UTF-8 text for perplexity (default: a bundled page)")
     parser.add_argument(
-        "--items", type=int, default=4, metavar="N", help="batches of --length tokens (default 4)"
+        "--items", type=int, metavar="N", help="batches of --length tokens (default 4), or requests (1)"
     )
+    parser.add_argument(
+        "--sweep", choices=("attention", "reuse"), help="toy-video-dit: final latents against dense"
+    )
+    parser.add_argument("--densities", metavar="D,D", help="of --sweep attention (default 0.5,0.3,0.2,0.1)")
+    parser.add_argument("--thresholds", metavar="T,T", help="of --sweep reuse (default: each policy's own)")
+    parser.add_argument(
+        "--steps", type=int, metavar="N", help="denoising steps of --sweep (default 20, reuse 50)"
+    )
+    parser.add_argument("--plot", metavar="FILE", help="also draw --sweep as an .svg file")
 
 
 def run(args: argparse.Namespace) -> Result:
@@ -28,6 +37,14 @@ def run(args: argparse.Namespace) -> Result:
 
     from tilewright.frontends.api import evaluate
 
+    if args.sweep:
+        from tilewright.frontends.commands.sweep import run_sweep
+
+        return run_sweep(args)
+    for name in ("densities", "thresholds", "steps", "plot"):
+        if getattr(args, name) is not None:
+            raise OptionError(f"--{name} belongs to --sweep")
+    args.items = 4 if args.items is None else args.items
     if not 1 <= args.items <= 100_000:
         raise OptionError(f"--items = {args.items}: expected 1 to 100000")
     options = compile_options(args)

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from tilewright.frontends.loaded_model import LoadedModel
 
 MODEL_HELP = (
-    "a bundled name (smollm2, tiny-llama, tiny-video-dit), a Hugging Face folder, a .gguf file, "
-    "or module:factory"
+    "a bundled name (smollm2, tiny-llama, tiny-video-dit, toy-video-dit), a Hugging Face folder, "
+    "a .gguf file, or module:factory"
 )
 
 

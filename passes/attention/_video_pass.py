@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from torch import fx
 
-from tilewright.compiler import GraphPass, PassLog, Program
+from tilewright.compiler import GraphPass, PassLog, Program, ops
 from tilewright.compiler.diagnostics import FactError
 from tilewright.passes.attention._sites import Mismatch, VideoAttention, sites
 from tilewright.passes.attention._sparse_call import Constants
@@ -47,6 +47,7 @@ class VideoAttentionPass(GraphPass):
     def sparsify(self, program: Program, log: PassLog) -> None:
         """Every video self-attention of the program, in graph order."""
         constants = Constants(program)
+        self._refuse_taken(program, log)
         for node, site in sites(program):
             if not isinstance(site, VideoAttention):
                 if isinstance(site, Mismatch) and self.on_mismatch == "error":
@@ -61,6 +62,17 @@ class VideoAttentionPass(GraphPass):
             elif log.take(node):
                 self._replace(program, site, plan, constants, log)
         log.finish(("tilewright::attention",))
+
+    def _refuse_taken(self, program: Program, log: PassLog) -> None:
+        """Say which attentions have a layout of another pass: two layouts of one are not a third."""
+        for node in program.graph.nodes:
+            owner = node.meta.get("tw_slots", {}).get("attention.layout", self.name)
+            if (
+                node.op == "call_function"
+                and node.target is ops.block_sparse_attention
+                and owner != self.name
+            ):
+                log.refused(node, f"{owner} gave it a layout already: an attention has one")
 
     def _left_out(self, site: VideoAttention) -> str | None:
         if (self.layers and site.where not in self.layers) or site.where in self.dense_layers:

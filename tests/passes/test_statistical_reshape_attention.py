@@ -177,11 +177,11 @@ def test_layouts_of_the_call_are_refused(other: str) -> None:
 
 
 def test_two_layouts_for_one_attention_are_refused() -> None:
-    """The second finds no dense attention left; the report says so."""
+    """The second finds no dense attention left; the report says whose layout it has."""
     reports, _ = rewritten(f"{TILES},spatial-temporal-attention")
     assert len(reports[0].applied) == 1
     assert not reports[1].applied
-    assert "no candidate" in reports[1].notes[0]
+    assert "sliding-tile-attention gave it a layout already" in reports[1].refused[0].reason
 
 
 def test_order_of_passes() -> None:
