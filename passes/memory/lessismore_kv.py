@@ -14,14 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from tilewright.compiler import Exactness, Example, GraphPass, PassLog, Program, Stage, graph_pass, ops
-from tilewright.passes.memory._early_choice import (
-    LAST,
-    chain,
-    choose_masked,
-    raw_logits,
-    reuse_masked,
-    why_not,
-)
+from tilewright.passes.memory import _early_choice as early
 from tilewright.passes.memory._paged_sites import SITES, decode_inputs, first_of, replace
 
 
@@ -87,11 +80,11 @@ class LessIsMoreKV(GraphPass):
         best, order = logits.topk(min(ranked, size), 2)
         turn = torch.arange(order.shape[2], device=logits.device) * heads
         turns = (turn + torch.arange(heads, device=logits.device)[:, None]).expand(batch, -1, -1)
-        turns = turns.masked_fill(best == float("-inf"), LAST).flatten(1)
-        ranks = torch.full((batch, size), LAST, device=logits.device)
+        turns = turns.masked_fill(best == float("-inf"), early.LAST).flatten(1)
+        ranks = torch.full((batch, size), early.LAST, device=logits.device)
         ranks = ranks.scatter_reduce(1, order.flatten(1), turns, "amin")
         taken, chosen = ranks.topk(min(ranked, size), 1, largest=False)
-        chosen = torch.where(taken < LAST, chosen, -1)
+        chosen = torch.where(taken < early.LAST, chosen, -1)
         head = begin + torch.arange(min(sinks, size), device=logits.device)
         head = torch.where(head < end - newest, head, -1)
         window = min(newest, size)
@@ -104,11 +97,11 @@ class LessIsMoreKV(GraphPass):
 
     def reference(self, program: Program) -> None:
         """Masked attention over all keys, of the tokens that are first in turn."""
-        self._rewrite(program, None, partial(choose_masked, self), reuse_masked)
+        self._rewrite(program, None, partial(early.choose_masked, self), early.reuse_masked)
 
     def _choose(self, q, k_pages, v_pages, table, lengths, first, scale):
         out, lse = ops.paged_attention(q, k_pages, v_pages, table, lengths, first, None, scale)
-        return out, lse, self.positions(raw_logits(q, k_pages, table), lengths, first)
+        return out, lse, self.positions(early.raw_logits(q, k_pages, table), lengths, first)
 
     def _reuse(self, q, k_pages, v_pages, table, lengths, first, scale, positions):
         return ops.token_attention(q, k_pages, v_pages, table, lengths, positions, first, scale)
@@ -117,7 +110,7 @@ class LessIsMoreKV(GraphPass):
         sites = [n for n in program.graph.nodes if n.target in SITES]
         inputs = [[*node.args, *(None,) * (8 - len(node.args))] for node in sites]
         choosing = self.choosing(len(sites))
-        reasons = [why_not(sites, layer, inputs[layer], choosing) for layer in range(len(sites))]
+        reasons = [early.why_not(sites, layer, inputs[layer], choosing) for layer in range(len(sites))]
         chosen: list[fx.Node] = []
         for layer, (node, given, reason) in enumerate(zip(sites, inputs, reasons, strict=True)):
             if layer in choosing:
@@ -144,12 +137,12 @@ class LessIsMoreKV(GraphPass):
     def examples(cls) -> Iterator[tuple[dict, Example]]:
         few: dict[str, Any] = {"budget": 17, "sinks": 2, "select_layers": (0, 2)}
         inputs = decode_inputs()
-        yield few, Example(chain(4), inputs, count=4)
-        yield few, Example(chain(2), inputs[:5], count=2)
-        yield few, Example(chain(3), inputs, count=2)
-        yield few, Example(chain(1), inputs, refusal="no layer would reuse its choice")
-        yield {"budget": 16, "recent": 0.0, "select_layers": (1,)}, Example(chain(3), inputs, count=2)
-        yield {}, Example(chain(2), inputs, refusal="layer 0 is one of the first 1")
+        yield few, Example(early.chain(4), inputs, count=4)
+        yield few, Example(early.chain(2), inputs[:5], count=2)
+        yield few, Example(early.chain(3), inputs, count=2)
+        yield few, Example(early.chain(1), inputs, refusal="no layer would reuse its choice")
+        yield {"budget": 16, "recent": 0.0, "select_layers": (1,)}, Example(early.chain(3), inputs, count=2)
+        yield {}, Example(early.chain(2), inputs, refusal="layer 0 is one of the first 1")
         yield few, Example(ops.paged_attention, decode_inputs(2), refusal="2 queries at once")
         picked = torch.zeros(2, 1, 1, dtype=torch.int32)
         yield few, Example(ops.paged_attention, (*inputs, picked), refusal="chosen before")
