@@ -8,6 +8,7 @@ from typing import Any
 
 from tilewright.compiler.diagnostics import OptionError
 from tilewright.frontends.cli import Result
+from tilewright.frontends.commands.evaluate import read_text
 from tilewright.frontends.commands.shared import add_model, add_pipeline, compile_options, load, step
 
 
@@ -15,6 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     add_pipeline(parser)
     parser.add_argument("--prompt", default="The capital of Italy is", help="text to continue")
+    parser.add_argument("--prompt-file", metavar="FILE", help="UTF-8 text to continue, instead of --prompt")
     parser.add_argument("--tokens", type=int, default=32, metavar="N", help="tokens to generate (default 32)")
     parser.add_argument("--eager", action="store_true", help="run the model as it is, for comparison")
 
@@ -23,24 +25,103 @@ def run(args: argparse.Namespace) -> Result:
     if not 1 <= args.tokens <= 4096:
         raise OptionError(f"--tokens = {args.tokens}: expected 1 to 4096")
     options = compile_options(args)
+    cached = _is_for_the_cache(args.pipeline)
+    prompt = read_text(args.prompt_file) if args.prompt_file else args.prompt
+    if not prompt:
+        raise OptionError("--prompt is empty", remedy="give at least one word")
     model = load(args)
     if model.kind == "causal-lm":
-        return _generate(args, model, options)
+        tokens = _prompt(args, model, prompt)
+        return _through_cache(args, model, tokens) if cached else _generate(args, model, options, tokens)
+    if cached:
+        raise OptionError(f"--pipeline = {args.pipeline!r}: {model.name} keeps no keys and values")
     return _forward(args, model, options)
 
 
-def _generate(args: argparse.Namespace, model: Any, options: dict[str, Any]) -> Result:
+def _is_for_the_cache(pipeline: str) -> bool:
+    """Whether a pipeline is of passes that `tilewright.kv_cache` follows."""
+    from tilewright.compiler import Pipeline, Stage
+
+    passes = Pipeline.parse(pipeline).passes
+    memory = [p.name for p in passes if p.stage is Stage.MEMORY]
+    if memory and len(memory) < len(passes):
+        raise OptionError(
+            f"--pipeline = {pipeline!r}: {', '.join(memory)} guides a cache, the others a compiled graph",
+            remedy="name passes of one kind",
+        )
+    return bool(memory)
+
+
+def _prompt(args: argparse.Namespace, model: Any, prompt: str) -> Any:
+    """Tokens int64 [1, S] that leave room for those to come."""
+    import torch
+
+    if model.tokenizer is None:
+        return torch.arange(3, 11)[None]
+    tokens = model.tokenizer(prompt, return_tensors="pt")["input_ids"]
+    most = getattr(model.module.config, "max_position_embeddings", None)
+    if most is not None and tokens.shape[1] + args.tokens > most:
+        raise OptionError(
+            f"the prompt has {tokens.shape[1]} tokens: with --tokens = {args.tokens} at most "
+            f"{most - args.tokens} fit {model.name}, which reads {most}"
+        )
+    return tokens
+
+
+def _through_cache(args: argparse.Namespace, model: Any, tokens: Any) -> Result:
+    """Greedy decoding of the model as it is, with the cache that the pipeline describes."""
+    import torch
+
+    from tilewright.frontends.kv_cache import kv_cache
+
+    times = []
+    with kv_cache(model.module, args.pipeline) as cache, torch.no_grad(), step("generating"):
+        started, latest = time.perf_counter(), tokens
+        for _ in range(args.tokens):
+            logits = model.module(
+                input_ids=latest, past_key_values=cache, use_cache=True, logits_to_keep=1
+            ).logits
+            latest = logits[:, -1].argmax(-1, keepdim=True)
+            tokens = torch.cat([tokens, latest], 1)
+            times.append(time.perf_counter())
+            if model.tokenizer is not None and int(latest) == model.tokenizer.eos_token_id:
+                break
+        moved = {"held_bytes": cache.nbytes, **cache.statistics()}
+    rate = (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else 0.0
+    text = model.tokenizer.decode(tokens[0]) if model.tokenizer is not None else str(tokens[0].tolist())
+    data = {
+        "model": model.name,
+        "pipeline": args.pipeline,
+        "text": text,
+        "prompt_tokens": tokens.shape[1] - len(times),
+        "new_tokens": len(times),
+        "first_token_seconds": times[0] - started,
+        "tokens_per_second": rate,
+        "cache": moved,
+    }
+    lines = [text[-2000:], ""]
+    lines.append(
+        f"{len(times)} tokens after {data['prompt_tokens']}, {rate:.1f} tokens/s after a first token of "
+        f"{data['first_token_seconds']:.1f} s"
+    )
+    lines.append(f"keys and values: {moved['held_bytes'] / 2**20:.1f} MiB held")
+    if "resident_bytes" in moved:
+        size = {name: f"{value / 2**20:.1f} MiB" for name, value in moved.items() if name.endswith("bytes")}
+        size |= {name: f"{moved[name] / 2**20:.0f} MiB" for name in ("bytes_written", "bytes_read")}
+        lines[-1] += (
+            f", {size['resident_bytes']} of at most {size['fast_bytes']} in memory; {moved['slow_tier']}: "
+            f"{size['bytes_written']} written, {size['bytes_read']} read; "
+            f"{moved['hit_rate']:.0%} of extents were there when asked"
+        )
+    return Result(data, lines)
+
+
+def _generate(args: argparse.Namespace, model: Any, options: dict[str, Any], tokens: Any) -> Result:
     import torch
 
     from tilewright.frontends.compile import REPORTS
     from tilewright.frontends.generation import generate
 
-    if model.tokenizer is None:
-        tokens = torch.arange(3, 11)[None]
-    elif not args.prompt:
-        raise OptionError("--prompt is empty", remedy="give at least one word")
-    else:
-        tokens = model.tokenizer(args.prompt, return_tensors="pt")["input_ids"]
     forward = (
         model.module if args.eager else torch.compile(model.module, backend="tilewright", options=options)
     )

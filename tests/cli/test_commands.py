@@ -123,3 +123,16 @@ def test_bench_compares_memory_in_fresh_processes(capsys: pytest.CaptureFixture[
         assert 2**26 < side["peak_bytes_of_calls"] <= 1.01 * side["peak_bytes_with_compilation"] < 2**34
     # Compiling imports a compiler; eager does not.
     assert data["ratio"] > 1
+
+
+def test_run_through_a_cache_within_a_bound(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    placed = f"offload-kv{{fast_bytes=8KiB,extent_bytes=4KiB,folder={tmp_path}/kv}}"
+    pipeline = f"{placed},lessismore-kv{{budget=6}}"
+    code, out = run(capsys, "run", "tiny-llama", "--tokens", "40", "--pipeline", pipeline, "--json")
+    data = json.loads(out)
+    assert code == OK
+    assert data["new_tokens"] == 40
+    assert data["cache"]["resident_bytes"] <= 8192 < data["cache"]["held_bytes"]
+    assert data["cache"]["bytes_read"] > 0
+    assert main(["run", "tiny-llama", "--tokens", "2", "--pipeline", f"cpu-int4,{pipeline}"]) == 2
+    assert "guides a cache, the others a compiled graph" in capsys.readouterr().err
