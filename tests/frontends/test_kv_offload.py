@@ -219,3 +219,17 @@ def test_sessions_leave_nothing_behind(tmp_path: Path) -> None:
         counts.append(len(list(handles.iterdir())))
     assert counts[-1] <= counts[2]
     assert not list((tmp_path / "kv").iterdir())
+
+
+def test_tokens_taken_back_leave_no_trace(tmp_path: Path) -> None:
+    model, ids = make_model(), prompts(1, 120)["input_ids"]
+    with torch.no_grad(), tw.kv_cache(model, offload(2, tmp_path)) as cache:
+        model(ids, past_key_values=cache, use_cache=True)
+        held = cache.nbytes
+        cache.crop(70)
+        assert cache.get_seq_length() == 70
+        assert cache.nbytes < held
+        again = model(ids[:, 70:], past_key_values=cache, use_cache=True).logits
+        assert cache.nbytes == held
+        want = model(ids).logits[:, 70:]
+    torch.testing.assert_close(again, want, rtol=0, atol=1e-4)
