@@ -13,11 +13,6 @@ QUICK = (*EAGER, "gpt2", "gptj", "mixtral", "gpt-oss", "t5", "swin", "wan")
 cross-attention with relative bias, windows, video."""
 BROKEN_BY_DESIGN = {"mochi"}
 """Reads `torch.nonzero` of its text mask."""
-NOT_YET = {
-    # Complex multiplication.
-    "deepseek-v2": {"rope": (0, 4)},
-}
-"""What is left as it was: op -> (found, expected). A better recogniser shortens this table."""
 
 
 def check(name):
@@ -31,7 +26,7 @@ def check(name):
         assert row.breaks[0]["line"].startswith("diffusers/")
         return
     assert row.whole
-    assert row.missing == NOT_YET.get(name, {})
+    assert not row.missing
 
 
 @pytest.mark.parametrize("name", QUICK)
