@@ -10,8 +10,10 @@ from torch import Tensor
 from tilewright.compiler import Pipeline
 from tilewright.compiler.diagnostics import OptionError
 from tilewright.frontends.kv_choice import LessIsMoreLayer, SharedChoice
+from tilewright.frontends.kv_evicting import HeavyHitterLayer
 from tilewright.frontends.kv_layer import PagedLayer, run
 from tilewright.frontends.kv_offload import OffloadedLayer, Placement
+from tilewright.passes.memory.heavy_hitter_kv import HeavyHitterKV
 from tilewright.passes.memory.lessismore_kv import LessIsMoreKV
 from tilewright.passes.memory.offload_kv import OffloadKV
 from tilewright.passes.memory.quest_kv import QuestKV
@@ -76,6 +78,7 @@ _LAYERS: dict[type, Callable[..., PagedLayer]] = {
     StreamingKV: StreamingLayer,
     QuestKV: QuestLayer,
     LessIsMoreKV: LessIsMoreLayer,
+    HeavyHitterKV: HeavyHitterLayer,
 }
 
 

