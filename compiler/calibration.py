@@ -10,8 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +24,7 @@ from tilewright.compiler import ops
 from tilewright.compiler.diagnostics import FactError, LoadError, nearest
 from tilewright.compiler.program import Program
 from tilewright.compiler.schema import arguments
+from tilewright.compiler.whole_file import written_whole
 
 FORMAT = "tilewright-calibration-1"
 BASIS_PASSES = ("fold-norm-scale", "smooth-scales", "smooth-rotate", "rotate-hadamard")
@@ -124,14 +123,8 @@ class Statistics:
                     tensors[f"{len(rows) - 1}.{kind}"] = value.contiguous()
         head = {k: getattr(self, k) for k in ("fingerprint", "vocabulary", "samples", "source", "quantile")}
         metadata = {"format": FORMAT, "statistics": json.dumps({**head, "layers": rows}, sort_keys=True)}
-        path = Path(path)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        os.close(handle)
-        try:
-            save_file(tensors, temporary, metadata=metadata)
-            os.replace(temporary, path)
-        finally:
-            Path(temporary).unlink(missing_ok=True)
+        with written_whole(path) as file:
+            save_file(tensors, file, metadata=metadata)
 
     @classmethod
     def load(cls, path: Path) -> Statistics:

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,6 +20,7 @@ from tilewright.compiler.blocks import BlockStructure
 from tilewright.compiler.calibration import fingerprint
 from tilewright.compiler.diagnostics import FactError, LoadError, OptionError
 from tilewright.compiler.program import Program
+from tilewright.compiler.whole_file import written_whole
 
 FORMAT = "tilewright-influence-1"
 Rule = Literal["influence", "perplexity"]
@@ -66,14 +65,8 @@ class Influence:
 
     def save(self, path: Path) -> None:
         """Write one JSON file, complete or not at all."""
-        path = Path(path)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                json.dump({"format": FORMAT, **asdict(self)}, file)
-            os.replace(temporary, path)
-        finally:
-            Path(temporary).unlink(missing_ok=True)
+        with written_whole(path) as file:
+            file.write_text(json.dumps({"format": FORMAT, **asdict(self)}), encoding="utf-8")
 
     @classmethod
     def load(cls, path: Path) -> Influence:

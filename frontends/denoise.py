@@ -33,7 +33,8 @@ class StepRunner:
         timestep: str = "timestep",
     ) -> None:
         """reuse: for `reuse-step-residual`. state, schedule, models: for passes that have a program per
-        phase; models[phase] stands for `model` at steps of that phase. timestep: name of the argument."""
+        phase; models[phase] stands for `model` at steps of that phase, and where steps of a phase have
+        programs of their own, models["phase@step"]. timestep: name of the argument."""
         if (state is None) != (schedule is None) or (models and state is None):
             raise OptionError("state, schedule and models belong together")
         self._model, self._models, self._timestep = model, dict(models or {}), timestep
@@ -41,6 +42,12 @@ class StepRunner:
         self._request, self._branch = "", ""
         self._told: int | None = None
         self._clock: StepClock | None = None
+        self._at = -1
+
+    @property
+    def step(self) -> int:
+        """The step of the present or last call; -1 before the first."""
+        return self._at
 
     @contextmanager
     def request(self, name: str, timesteps: Sequence[float]) -> Iterator[StepRunner]:
@@ -83,16 +90,25 @@ class StepRunner:
             raise OptionError(f"the call has no argument {self._timestep!r}", remedy="pass it by name")
         value = kwargs[self._timestep]
         step = self._clock.step(float(value.reshape(-1)[0]) if hasattr(value, "reshape") else float(value))
-        step = step if self._told is None else self._told
+        step = self._at = step if self._told is None else self._told
         model = self._model
         with ExitStack() as stack:
             if self._reuse is not None:
                 stack.enter_context(self._reuse.call(self._request, self._branch, step))
             if self._state is not None and self._schedule is not None:
                 phase = self._state.phase(self._schedule, self._request, self._branch, step)
-                model = self._models.get(phase.value, self._model)
+                model = self._program(phase.value, step)
                 stack.enter_context(self._state.call(self._request, self._branch, step))
             return model(*args, **kwargs)
+
+    def _program(self, phase: str, step: int) -> Callable[..., Any]:
+        own = [name for name in self._models if name.startswith(f"{phase}@")]
+        if own and f"{phase}@{step}" not in own:
+            raise OptionError(
+                f"step {step} is {phase}, and the programs are for {', '.join(sorted(own))}",
+                remedy="search and denoise with the same number of steps and dense steps",
+            )
+        return self._models.get(f"{phase}@{step}" if own else phase, self._model)
 
 
 class _Driven:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any, get_args, get_type_hints
 
 import torch
@@ -11,6 +11,7 @@ from torch import nn
 
 from tilewright.compiler import Stage
 from tilewright.compiler.pipeline import Pipeline
+from tilewright.passes.attention._video_pass import VideoAttentionPass
 from tilewright.runtime.step_state import Phase
 
 
@@ -18,7 +19,8 @@ def phase_pipelines(pipeline: str | Pipeline) -> dict[str, Pipeline]:
     """Phase -> the pipeline of that phase: `dense`, `sparse`, and what its passes have besides.
 
     At dense steps passes over attention are left out. Passes with an option `phase` take each of its values
-    that is a phase; where they have not all of them, the others run as they are.
+    that is a phase; where they have not all of them, the others run as they are. Passes whose steps differ (a
+    window table) give `sparse@step` besides, one pipeline for the steps that are alike.
     """
     parsed = Pipeline.parse(pipeline)
     found = {Phase.DENSE.value: Pipeline(p for p in parsed.passes if p.stage is not Stage.ATTENTION)}
@@ -29,6 +31,20 @@ def phase_pipelines(pipeline: str | Pipeline) -> dict[str, Pipeline]:
                 dataclasses.replace(p, phase=phase) if phase in legal[p] else p  # type: ignore[type-var]
                 for p in parsed.passes
             )
+    return found | _by_step(found[Phase.SPARSE.value])
+
+
+def _by_step(sparse: Pipeline) -> dict[str, Pipeline]:
+    rows = {p: p.steps() for p in sparse.passes if isinstance(p, VideoAttentionPass) and p.steps()}
+    found, alike = dict[str, Pipeline](), dict[tuple[Hashable, ...], Pipeline]()
+    for step in sorted(set().union(*rows.values())):
+        same = tuple(steps.get(step) for steps in rows.values())
+        if same not in alike:
+            alike[same] = Pipeline(
+                dataclasses.replace(p, step=step) if p in rows else p  # type: ignore[type-var,call-arg]
+                for p in sparse.passes
+            )
+        found[f"{Phase.SPARSE.value}@{step}"] = alike[same]
     return found
 
 
@@ -44,8 +60,10 @@ def phase_programs(
     options: those of the torch.compile backend, but the pipeline. For StepRunner, with a Schedule:
     `StepRunner(programs["dense"], state=StepState(), schedule=schedule, models=programs)`.
     """
-    found: dict[str, Callable[..., Any]] = {}
+    found, made = dict[str, Callable[..., Any]](), dict[str, Callable[..., Any]]()
     for phase, one in phase_pipelines(pipeline).items():
-        given: dict[str, Any] = {**(options or {}), "pipeline": one}
-        found[phase] = torch.compile(model, backend="tilewright", options=given)
+        if one.text() not in made:
+            given: dict[str, Any] = {**(options or {}), "pipeline": one}
+            made[one.text()] = torch.compile(model, backend="tilewright", options=given)
+        found[phase] = made[one.text()]
     return found

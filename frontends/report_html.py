@@ -13,6 +13,7 @@ from pathlib import Path
 
 from tilewright.compiler.diagnostics import TilewrightError
 from tilewright.compiler.report import Report
+from tilewright.compiler.whole_file import written_whole
 from tilewright.frontends.report_data import page_data
 
 _SCRIPTS = ("base.js", "passes.js", "nodes.js", "graph.js", "page.js")
@@ -30,20 +31,10 @@ def write_html(report: Report, path: str | os.PathLike[str]) -> Path:
     target = Path(path)
     text = page(report)
     try:
-        handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent)
+        with written_whole(target) as file:
+            file.write_text(text, encoding="utf-8")
     except OSError as error:
         raise _unwritable(target, error) from error
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, target)
-    except OSError as error:
-        raise _unwritable(target, error) from error
-    finally:
-        Path(temporary).unlink(missing_ok=True)
     return target
 
 

@@ -22,8 +22,10 @@ if TYPE_CHECKING:
     from tilewright.frontends.kv_cache import kv_cache
     from tilewright.frontends.speculate import speculate
     from tilewright.frontends.weight_offload import offload_weights
+    from tilewright.frontends.window_search import WindowSearch
 
 _PUBLIC = {
+    "WindowSearch": "tilewright.frontends.window_search",
     "Executable": "tilewright.frontends.api",
     "evaluate": "tilewright.frontends.api",
     "explain": "tilewright.frontends.api",
@@ -36,6 +38,7 @@ _PUBLIC = {
 
 __all__ = [
     "Executable",
+    "WindowSearch",
     "__version__",
     "evaluate",
     "explain",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -33,6 +34,13 @@ class VideoAttentionPass(GraphPass):
                 raise self.option_error(name, "layers are counted from 0")
         if self.min_tokens < 0:
             raise self.option_error("min_tokens", "expected 0 or more")
+
+    def steps(self) -> Mapping[int, Hashable]:
+        """The denoising steps that the option `step` chooses from, with what tells one from another.
+
+        None where all steps are alike.
+        """
+        return {}
 
     @abstractmethod
     def plan(self, program: Program, site: VideoAttention) -> Any:

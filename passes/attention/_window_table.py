@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,35 +41,64 @@ def read_table(path: str, step: int) -> WindowTable:
     `{"fingerprint": {"grid": [T, Y, X], "tile": [t, y, x], "heads": H, "layers": L, "checkpoint": "..."},
     "windows": {"step_layer_head": [wt, wy, wx]}}`.
     """
+    fingerprint, windows = _read(path)
+    row = {(layer, head): value for (at, layer, head), value in windows.items() if at == step}
+    if not row:
+        raise _wrong(path, f"it has no entry for step {step}")
+    return WindowTable(fingerprint, row)
 
-    def wrong(problem: str) -> OptionError:
-        return OptionError(f"sliding-tile-attention: option 'table' = {path!r}: {problem}")
 
+def table_rows(path: str) -> dict[int, Hashable]:
+    """The steps of a table, with values that are equal where their windows are; OptionError as above."""
+    rows: dict[int, list[tuple[tuple[int, int], Triple]]] = {}
+    for (step, layer, head), window in sorted(_read(path)[1].items()):
+        rows.setdefault(step, []).append(((layer, head), window))
+    return {step: tuple(row) for step, row in rows.items()}
+
+
+def parse_windows(entries: Mapping[str, Any]) -> dict[tuple[int, int, int], Triple]:
+    """`{"step_layer_head": [wt, wy, wx]}` as numbers; ValueError says which entry is none."""
+    windows: dict[tuple[int, int, int], Triple] = {}
+    for key, value in entries.items():
+        numbers = key.split("_")
+        if len(numbers) != 3 or not all(n.isascii() and n.isdecimal() for n in numbers):
+            raise ValueError(f"entry {key[:40]!r}: expected step_layer_head")
+        if not isinstance(value, list) or len(value) != 3 or not all(type(n) is int for n in value):
+            raise ValueError(f"window of {key}: expected three whole numbers")
+        step, layer, head = map(int, numbers)
+        windows[step, layer, head] = (value[0], value[1], value[2])
+    return windows
+
+
+def read_json(path: str) -> Any:
+    """A JSON file of at most MAX_BYTES; ValueError where it is none."""
     try:
         file = Path(path)
         if file.stat().st_size > MAX_BYTES:
-            raise wrong(f"more than {MAX_BYTES} bytes")
-        data = json.loads(file.read_text(encoding="utf-8"))
+            raise ValueError(f"more than {MAX_BYTES} bytes")
+        return json.loads(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise wrong(f"not a readable JSON file: {error}") from None
-    if not isinstance(data, dict) or not isinstance(data.get("windows"), dict):
-        raise wrong('expected {"fingerprint": {...}, "windows": {...}}')
-    fingerprint = data.get("fingerprint")
-    if not isinstance(fingerprint, dict) or any(key not in fingerprint for key in _KEYS):
-        raise wrong(f"its fingerprint must hold {', '.join(_KEYS)}: a table fits one model and one grid")
-    windows: dict[tuple[int, int], Triple] = {}
-    for key, value in data["windows"].items():
-        numbers = key.split("_")
-        if len(numbers) != 3 or not all(n.isascii() and n.isdecimal() for n in numbers):
-            raise wrong(f"entry {key[:40]!r}: expected step_layer_head")
-        if not isinstance(value, list) or len(value) != 3 or not all(type(n) is int for n in value):
-            raise wrong(f"window of {key}: expected three whole numbers")
-        at, layer, head = map(int, numbers)
-        if at == step:
-            windows[layer, head] = (value[0], value[1], value[2])
-    if not windows:
-        raise wrong(f"it has no entry for step {step}")
-    return WindowTable(fingerprint, windows)
+        raise ValueError(f"not a readable JSON file: {error}") from None
+
+
+def _wrong(path: str, problem: str) -> OptionError:
+    return OptionError(f"sliding-tile-attention: option 'table' = {path!r}: {problem}")
+
+
+def _read(path: str) -> tuple[Mapping[str, Any], dict[tuple[int, int, int], Triple]]:
+    """(fingerprint, windows by step, layer and head)."""
+    try:
+        data = read_json(path)
+        if not isinstance(data, dict) or not isinstance(data.get("windows"), dict):
+            raise ValueError('expected {"fingerprint": {...}, "windows": {...}}')
+        fingerprint = data.get("fingerprint")
+        if not isinstance(fingerprint, dict) or any(key not in fingerprint for key in _KEYS):
+            raise ValueError(
+                f"its fingerprint must hold {', '.join(_KEYS)}: a table fits one model and one grid"
+            )
+        return fingerprint, parse_windows(data["windows"])
+    except ValueError as error:
+        raise _wrong(path, str(error)) from None
 
 
 def checkpoint_of(program: Program) -> str:

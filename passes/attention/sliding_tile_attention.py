@@ -6,7 +6,7 @@ attended by everything.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,7 +19,7 @@ from tilewright.passes.attention._sites import VideoAttention
 from tilewright.passes.attention._sparse_call import Constants, insert_sparse, with_key_mask
 from tilewright.passes.attention._tile_layout import reference_mask, text_blocks, tile_layout
 from tilewright.passes.attention._video_pass import VideoAttentionPass
-from tilewright.passes.attention._window_table import mismatch, read_table
+from tilewright.passes.attention._window_table import mismatch, read_table, table_rows
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,9 @@ class SlidingTileAttention(VideoAttentionPass):
             raise self.option_error("window", "expected three whole numbers, odd or 0 for the whole axis")
         if self.step < 0:
             raise self.option_error("step", "steps are counted from 0")
+
+    def steps(self) -> Mapping[int, Hashable]:
+        return table_rows(self.table) if self.table else {}
 
     def apply(self, program: Program, log: PassLog) -> None:
         self.sparsify(program, log)
