@@ -11,6 +11,7 @@ from tilewright.compiler.diagnostics import OptionError
 from tilewright.frontends.kv_layer import PagedLayer, run
 from tilewright.passes.memory._evictions import least, most
 from tilewright.passes.memory.heavy_hitter_kv import HeavyHitterKV
+from tilewright.passes.memory.snap_kv import SnapKV
 
 
 class EvictingLayer(PagedLayer):
@@ -159,3 +160,30 @@ class HeavyHitterLayer(EvictingLayer):
             self.overwrite(least(worth, self.positions))
         else:
             self.hold(most(worth, self.positions, budget))
+
+
+class SnapLayer(EvictingLayer):
+    """Compresses prompts; what is generated comes behind."""
+
+    is_croppable = True
+
+    def __init__(self, index: int, page: int, check: Callable[[], None], policy: SnapKV) -> None:
+        super().__init__(index, page, check)
+        self.policy = policy
+
+    def settle(
+        self, q: Tensor, lse: Tensor, first: Tensor | None, begin: Tensor | None, scale: float
+    ) -> None:
+        """Of a prompt that is longer than the budget, keep what its last queries attend."""
+        window, heads = self.policy.window, self.positions.shape[1]
+        if q.shape[2] < window or self.positions.shape[2] <= self.policy.budget:
+            return
+        group = q.shape[1] // heads
+        keys, last = self.rows()[0].repeat_interleave(group, 1), q[:, :, -window:].contiguous()
+        mass = run("attention_mass", last, keys, lse[:, :, -window:].contiguous(), begin, scale)
+        by_position = mass.new_zeros(*mass.shape[:2], self._seen)
+        by_position.scatter_(2, self.positions.repeat_interleave(group, 1), mass)
+        seen = torch.full((q.shape[0],), self._seen, device=q.device)
+        worth = self.policy.worth(by_position, heads, seen, first).gather(2, self.positions)
+        self.hold(most(worth, self.positions, self.policy.budget))
+        self._final = self._seen

