@@ -7,7 +7,7 @@ of the two are one deferred object, so that a [B, 1, T, S] mask is only built wh
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -39,23 +39,34 @@ class DeferredMask:
         self._first: Tensor | None = None
         self._known = False
 
-    def first(self) -> Tensor | None:
+    def first(self, prefix: Sequence[int] = ()) -> Tensor | None:
         """int64 [B], where the padding of each sequence ends; None without padding.
 
-        OptionError for a mask that is more than padding on the left.
+        prefix: of each sequence, the tokens that the cache began with; padding stands behind the longest.
+        OptionError for a mask that is more than such padding.
         """
         if not self._known:
-            self._first, self._known = self._find_first(), True
+            self._first, self._known = self._find_first(prefix), True
         return self._first
 
-    def _find_first(self) -> Tensor | None:
+    def _find_first(self, prefix: Sequence[int]) -> Tensor | None:
         if not self._plain:
             raise OptionError("the paged cache masks padding and later tokens only; this model asks for more")
         if self._padding is None or bool(self._padding.all()):
             return None
-        first = self._padding.to(torch.int8).argmax(1)
-        at = torch.arange(self._padding.shape[1], device=first.device)
-        if not torch.equal(self._padding, at >= first[:, None]):
+        begin, padding = max(prefix, default=0), self._padding.bool()
+        first = padding[:, begin:].to(torch.int8).argmax(1) + begin
+        at = torch.arange(padding.shape[1], device=first.device)
+        want = at >= first[:, None]
+        if prefix:
+            want = want | (at < torch.tensor(prefix, device=first.device)[:, None])
+            if len(prefix) != len(padding) or not torch.equal(padding, want):
+                raise OptionError(
+                    f"attention_mask is not 1 for the {list(prefix)} tokens that the cache began with, "
+                    "then 0s up to the first token after them",
+                    remedy="pass the attention_mask that came with the cache",
+                )
+        elif not torch.equal(padding, want):
             raise OptionError(
                 "attention_mask is not 0s followed by at least one 1 in every row",
                 remedy="pad on the left: tokenizer.padding_side = 'left'",
@@ -92,7 +103,7 @@ def _attention(
         raise OptionError(
             "the paged cache takes a 2-D attention_mask [B, S]; this one was built by someone else"
         )
-    first = None if attention_mask is None else attention_mask.first()
+    first = None if attention_mask is None else attention_mask.first(layer.prefix)
     scale = query.shape[3] ** -0.5 if scaling is None else scaling
     return layer.attend(query, key, value, first, scale).transpose(1, 2).contiguous(), None
 

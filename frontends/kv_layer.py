@@ -38,6 +38,8 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
     is_croppable = True
     extremes = False
     """Whether the pool keeps the least and greatest key of every page."""
+    prefix: tuple[int, ...] = ()
+    """Of each sequence, the tokens that the cache began with; empty where it began with none."""
 
     def __init__(self, index: int, page: int, check: Callable[[], None]) -> None:
         """check: raises where the model would not call our attention."""

@@ -13,10 +13,12 @@ from tilewright.frontends.kv_choice import LessIsMoreLayer, SharedChoice
 from tilewright.frontends.kv_evicting import HeavyHitterLayer, SnapLayer
 from tilewright.frontends.kv_layer import PagedLayer, run
 from tilewright.frontends.kv_offload import OffloadedLayer, Placement
+from tilewright.frontends.kv_relay import RelayLayer
 from tilewright.passes.memory.heavy_hitter_kv import HeavyHitterKV
 from tilewright.passes.memory.lessismore_kv import LessIsMoreKV
 from tilewright.passes.memory.offload_kv import OffloadKV
 from tilewright.passes.memory.quest_kv import QuestKV
+from tilewright.passes.memory.relay_attention import RelayAttention
 from tilewright.passes.memory.snap_kv import SnapKV
 from tilewright.passes.memory.streaming_kv import StreamingKV
 
@@ -81,6 +83,7 @@ _LAYERS: dict[type, Callable[..., PagedLayer]] = {
     LessIsMoreKV: LessIsMoreLayer,
     HeavyHitterKV: HeavyHitterLayer,
     SnapKV: SnapLayer,
+    RelayAttention: RelayLayer,
 }
 
 
@@ -100,8 +103,8 @@ def policies_of(pipeline: Any) -> tuple[Any, OffloadKV | None]:
         )
     if placing and choosing and not isinstance(choosing[0], LessIsMoreKV):
         raise OptionError(
-            f"pipeline = {', '.join(p.name for p in passes)}: {choosing[0].name} chooses at every layer, "
-            "too late to read them from a slow tier",
+            f"pipeline = {', '.join(p.name for p in passes)}: {choosing[0].name} decides at every layer, "
+            "too late to read from a slow tier",
             remedy="offload-kv alone or with lessismore-kv",
         )
     return (choosing[0] if choosing else None), (placing[0] if placing else None)
@@ -128,7 +131,7 @@ def layers_for(
         return [LessIsMoreLayer(index, own, check, choice) for index in range(count)], None
     return [
         PagedLayer(index, own, check)
-        if index < policy.dense_layers
+        if index < getattr(policy, "dense_layers", 0)
         else _LAYERS[type(policy)](index, own, check, policy)
         for index in range(count)
     ], None

@@ -130,6 +130,31 @@ class LayerView:
         new._fill_table()
         return new
 
+    def pages(self, row: int) -> list[int]:
+        """The pages of a sequence by their place in its table, -1 where one was given up."""
+        return list(self._pages[row])
+
+    def adopt(self, pages: Sequence[Sequence[int]]) -> None:
+        """Begin every sequence of an empty view with full pages that the pool holds, one reference more.
+
+        Sequences with fewer pages than the longest have a gap behind them: all have its length.
+        KVStoreError where the view is not empty, or a page is not held.
+        """
+        self._check_open()
+        if any(self._held) or len(pages) != self.batch:
+            raise KVStoreError(
+                f"pages of {len(pages)} sequences for a view of {self.batch} that holds {self._held}"
+            )
+        for page in (page for row in pages for page in row):
+            self.pool.references(page)  # all are held, before any is retained
+        for page in (page for row in pages for page in row):
+            self.pool.retain(page)
+        longest = max(len(row) for row in pages)
+        self._pages = [[*row, *[-1] * (longest - len(row))] for row in pages]
+        self._held = [longest * self.pool.page] * self.batch
+        self._lengths = torch.tensor(self._held, dtype=torch.int64)
+        self._fill_table()
+
     def rows(self, row: int) -> tuple[Tensor, Tensor, Tensor]:
         """(positions [S], keys [Hkv, S, D], values [Hkv, S, E]) that sequence `row` still holds, copied."""
         self._check_open()
