@@ -35,7 +35,7 @@ lint: $(VENV)/.dev
 
 test: lint
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow and not interpreter"
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -m "interpreter and not slow"
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n 2 -m "interpreter and not slow"
 
 nightly: test
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "slow and not interpreter" --timeout 3600

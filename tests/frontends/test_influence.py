@@ -18,7 +18,7 @@ from tilewright.compiler.influence import Influence
 from tilewright.compiler.pipeline import Pipeline
 from tilewright.frontends.influence import measure_influence
 
-LAYERS = 6
+LAYERS = 4
 
 
 def _llama(seed: int = 0) -> Any:
@@ -103,8 +103,8 @@ def test_files_are_whole_and_of_this_model(tmp_path: Path) -> None:
 def test_bad_input() -> None:
     with pytest.raises(OptionError, match="0 samples"):
         measure_influence(_llama(), [])
-    with pytest.raises(OptionError, match="the model has 6 layers"):
-        measure_influence(_llama(), _calls(), count=6)
+    with pytest.raises(OptionError, match=f"the model has {LAYERS} layers"):
+        measure_influence(_llama(), _calls(), count=LAYERS)
     plain = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 9))
     with pytest.raises(CaptureError, match="no layers"):
         measure_influence(_Taking(plain), [((), {"input_ids": torch.ones(1, 5).long()})])

@@ -119,6 +119,7 @@ def test_a_stop_token_inside_an_accepted_prefix_ends_the_row() -> None:
     assert [made.generate([p], 20, stop_tokens=inside)[0] for p in PROMPTS] == want
 
 
+@pytest.mark.slow
 def test_holes_are_closed_when_a_batch_runs_out_of_slots() -> None:
     target = _model()
     made = _speculator(target, _drafts()["foreign"], 6)
@@ -158,7 +159,7 @@ def _pair_distribution(target: Any, prompt: list[int], sampling: Sampling) -> to
     return torch.stack(rows).view(5, 5, 5).sum(0)
 
 
-@pytest.mark.parametrize("draft", ["model", "retrieval"])
+@pytest.mark.parametrize("draft", [pytest.param("model", marks=pytest.mark.slow), "retrieval"])
 def test_sampled_text_has_the_targets_distribution(draft: str) -> None:
     target, prompt = _model(vocabulary=5), [4, 3, 2, 1, 0, 4]
     drafts = {"model": _model(vocabulary=5, noise=0.3), "retrieval": Retrieval(shortest=1)}
@@ -241,6 +242,7 @@ def test_a_pipeline_of_the_target_drafts_from_its_cache() -> None:
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 def test_a_compiled_target() -> None:
     torch._dynamo.reset()
     target = _model().float()

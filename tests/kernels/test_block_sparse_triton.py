@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import ast
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -103,26 +100,6 @@ def test_index_maps_valid_lengths_and_layouts_per_item() -> None:
     tensors["src_q"] = torch.randperm(50, dtype=torch.int32)[None, :47].contiguous()
     tensors["src_k"] = torch.stack([torch.randperm(60)[:51] for _ in range(2)]).int()
     check(BlockLayout.from_tensors(tensors), 50, 60, 16, torch.float32)
-
-
-@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="starts the interpreter itself")
-def test_the_kernel_in_the_interpreter() -> None:
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "-m",
-        "interpreter",
-        str(Path(__file__)),
-    ]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, check=False)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
-    assert "passed" in done.stdout
-    assert "skipped" not in done.stdout
 
 
 def test_tiles_cover_every_slot_once() -> None:

@@ -5,9 +5,6 @@ from __future__ import annotations
 import ast
 import math
 import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -147,17 +144,6 @@ def test_mass(causal: bool, first: torch.Tensor | None) -> None:
     args = (q, k, lse, first, 0.3, causal)
     got, want = run("attention_mass", args), all_ops()["attention_mass"].definition(*args)
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="starts the interpreter itself")
-def test_the_kernels_in_the_interpreter() -> None:
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "interpreter"]
-    command.append(str(Path(__file__)))
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, check=False)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
-    assert "passed" in done.stdout
-    assert "skipped" not in done.stdout
 
 
 def test_what_is_off_is_absent_from_the_text() -> None:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import ast
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,16 +17,6 @@ from tilewright.tools.offline_compile import Row, compile_row, default_keys
 SM80 = Target("cuda", "sm_80")
 PRODUCTS = ("block_sparse_attention", "paged_attention", "token_attention", "attention_mass")
 """Ops that hold tiles of matrix products, for which 128 registers are few."""
-
-
-def test_the_kernels_in_the_interpreter() -> None:
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    file = Path(__file__).with_name("test_triton_interpreter.py")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, check=False)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
-    assert "passed" in done.stdout
-    assert "skipped" not in done.stdout
 
 
 @pytest.mark.parametrize("op", sorted(op for op in FAMILIES if FAMILIES[op].triton is not None))

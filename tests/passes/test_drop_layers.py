@@ -62,8 +62,14 @@ def _first(output: Any) -> torch.Tensor:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("dropped", [(3,), (1, 2), (2, 3, 4)])
+@pytest.mark.parametrize(
+    ("name", "dropped"),
+    [
+        (name, dropped) if dropped == (2, 3, 4) else pytest.param(name, dropped, marks=pytest.mark.slow)
+        for name in MODELS
+        for dropped in ((3,), (1, 2), (2, 3, 4))
+    ],
+)
 def test_equal_to_deleting_the_modules(name: str, dropped: tuple[int, ...]) -> None:
     build, layers_of = MODELS[name]
     model = build()

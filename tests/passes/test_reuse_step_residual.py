@@ -109,6 +109,7 @@ def test_threshold_zero_is_the_program_bit_for_bit() -> None:
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_a_program_without_pieces_says_that_nothing_is_left_out() -> None:
     model = BUNDLED["tiny-video-dit"]()
     said = "no block is ever left out"

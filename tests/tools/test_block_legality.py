@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 
@@ -10,6 +11,7 @@ from tilewright.frontends.loaded_model import LoadedModel
 from tilewright.tools.block_legality import lines_of, structure_of
 
 
+@pytest.mark.slow
 def test_layers_and_rules_of_a_video_model_and_of_one_without_layers() -> None:
     torch._dynamo.reset()
     structure = structure_of(BUNDLED["tiny-video-dit"](), None, 1)

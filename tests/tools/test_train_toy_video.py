@@ -21,6 +21,7 @@ def test_what_is_drawn() -> None:
     assert torch.equal(video, again)
 
 
+@pytest.mark.slow
 def test_a_named_direction_is_the_motion() -> None:
     """The mean place of what is not background moves as the words say, where both shapes move alike."""
     seen = 0
