@@ -180,7 +180,7 @@ def _row(family: KernelFamily, key: KernelKey, args: Sequence[Any], target: Targ
         dict(family.triton.parameters(key)),
         family.triton.constants(key, columns),
         target,
-        num_warps=family.triton.warps(columns),
+        **family.triton.launch_options(key, columns),
     )
     given = full_args(key.op, args)
     out = op.overload(*given)

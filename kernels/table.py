@@ -14,7 +14,10 @@ import torch
 from tilewright.compiler.diagnostics import LoweringError, nearest
 from tilewright.compiler.ops import all_ops
 from tilewright.kernels.attention.family import ATTENTION
-from tilewright.kernels.block_sparse_attention.family import BLOCK_SPARSE_ATTENTION
+from tilewright.kernels.block_sparse_attention.family import (
+    BLOCK_SPARSE_ATTENTION,
+    BLOCK_SPARSE_ATTENTION_BACKWARD,
+)
 from tilewright.kernels.common.family import ARCHS, KernelFamily
 from tilewright.kernels.gated_mlp.family import GATED_MLP
 from tilewright.kernels.hadamard.family import HADAMARD
@@ -38,6 +41,7 @@ FAMILIES: dict[str, KernelFamily] = {
         HADAMARD,
         ATTENTION,
         BLOCK_SPARSE_ATTENTION,
+        BLOCK_SPARSE_ATTENTION_BACKWARD,
         *PAGED_FAMILIES,
     )
 }

@@ -59,7 +59,7 @@ def compile_row(family: KernelFamily, key: KernelKey, columns: int) -> Row:
         dict(family.triton.parameters(key)),
         family.triton.constants(key, columns),
         key.target,
-        num_warps=family.triton.warps(columns),
+        **family.triton.launch_options(key, columns),
     )
     return Row(describe(key), key.target, used)
 

@@ -1,8 +1,9 @@
-"""block_sparse_attention as a kernel family: selection, shapes, gradient."""
+"""block_sparse_attention and its gradient as kernel families: selection, shapes, autograd."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,10 +12,12 @@ from torch import Tensor
 from tilewright.compiler import ops
 from tilewright.compiler.block_layout import WIDTH, BlockLayout, unflatten
 from tilewright.compiler.diagnostics import OptionError
-from tilewright.kernels.block_sparse_attention import cpp, triton
+from tilewright.kernels.block_sparse_attention import cpp, triton, triton_backward
+from tilewright.kernels.block_sparse_attention.by_key import row_sums, rows_by_key
 from tilewright.kernels.block_sparse_attention.signature import (
     OPTIONAL,
     RULE_FIELDS,
+    backward_schema,
     kinds_of,
     options_of,
     schema,
@@ -26,6 +29,7 @@ from tilewright.kernels.common.family import (
     dtype_name,
     make_key,
 )
+from tilewright.kernels.load import build_kernel
 from tilewright.runtime.contracts import KernelKey, Refusal, Target
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -140,16 +144,27 @@ def _save(key: KernelKey) -> Callable[..., None]:
 
 
 def _backward(key: KernelKey) -> Callable[..., Any]:
-    """The registered backward of the semantic op: probabilities again from lse, in row blocks."""
+    """The gradient of the semantic op: its own on the CPU, the generated kernel on a GPU."""
 
-    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
+    def definition(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
         *inputs, out, lse = ctx.saved_tensors
         q, k, v, *layout = _restore(key, (*inputs, *ctx.constants))
         dout = torch.zeros_like(out) if dout is None else dout
         grads = ops.block_sparse_attention_backward(dout, dlse, q, k, v, out, lse, *layout)
         return (*grads, *[None] * (len(inputs) - 3 + len(ctx.constants)))
 
-    return backward
+    def generated(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
+        *inputs, out, lse = ctx.saved_tensors
+        q, k, v, row_ptr, col, _, k_off, _, *rest = inputs
+        dout = torch.zeros_like(out) if dout is None else dout
+        flag = rest[0] if options_of(key)["flag"] else None
+        # In plain tensor ops, so that a compiler fuses the sums and layers with one layout share its rows.
+        prepared = (row_sums(dout, dlse, out), *rows_by_key(row_ptr, col, flag, k_off.shape[1] - 1))
+        kernel = build_kernel(BLOCK_SPARSE_ATTENTION_BACKWARD, replace(key, op=_BACKWARD)).op
+        grads = kernel(dout, dlse, q, k, v, out, lse, *inputs[3:], *ctx.constants, *prepared)
+        return (*grads, *[None] * (len(inputs) - 3 + len(ctx.constants)))
+
+    return definition if key.target.kind == "cpu" else generated
 
 
 def _examples() -> Sequence[tuple[Any, ...]]:
@@ -177,4 +192,59 @@ BLOCK_SPARSE_ATTENTION = KernelFamily(
     backward=_backward,
     rewrite_args=_rewrite_args,
     examples=_examples,
+)
+
+_BACKWARD = "block_sparse_attention_backward"
+
+
+def _configure_backward(args: Sequence[Any], target: Target) -> KernelKey | Refusal:
+    dout, dlse, q, k, v, out, lse, *layout = args
+    if target.kind == "cpu":
+        return Refusal("the gradient on a CPU is the definition's; kernels are generated for GPUs")
+    if not dout.dtype == out.dtype == q.dtype or lse.dtype != torch.float32:
+        return Refusal(f"dout, out, lse are {dout.dtype}, {out.dtype}, {lse.dtype}; {q.dtype} twice, float32")
+    refused = check_target([x for x in (dout, dlse, out, lse) if x is not None], target)
+    key = _configure([q, k, v, *layout], target) if refused is None else refused
+    return key if isinstance(key, Refusal) else replace(key, op=_BACKWARD)
+
+
+def _rewrite_backward(key: KernelKey, args: Sequence[Any]) -> tuple[Any, ...]:
+    dout, dlse, q, k, v, out, lse, *layout = args
+    return (dout, dlse, q, k, v, out, lse, *_rewrite_args(key, (q, k, v, *layout))[3:])
+
+
+def _fake_backward(key: KernelKey) -> Callable[..., Any]:
+    def fake(dout: Tensor, dlse: Any, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, ...]:
+        return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+    return fake
+
+
+def _backward_examples() -> Sequence[tuple[Any, ...]]:
+    found = []
+    for q, k, v, *layout in _examples():
+        lse = torch.empty(q.shape[:3], device="meta")
+        found.append((q, None, q, k, v, q, lse, *layout))
+    return found
+
+
+BLOCK_SPARSE_ATTENTION_BACKWARD = KernelFamily(
+    op=_BACKWARD,
+    dtypes=DTYPES,
+    legality=(*LEGALITY, "dout and out have the dtype of q, lse is float32; GPUs only"),
+    configure=_configure_backward,
+    schema=backward_schema,
+    generate={"cuda": triton_backward.generate, "hip": triton_backward.generate},
+    triton=TritonKernel(
+        triton_backward.parameters,
+        triton_backward.constants,
+        lambda columns: 8,
+        triton_backward.launcher,
+        triton_backward.launch_options,
+    ),
+    fake=_fake_backward,
+    save=None,
+    backward=None,
+    rewrite_args=_rewrite_backward,
+    examples=_backward_examples,
 )

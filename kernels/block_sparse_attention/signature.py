@@ -46,3 +46,15 @@ def schema(key: KernelKey) -> str:
     given = [f"Tensor {name}" for name in tensor_names(key)] + [f"int {name}" for name in rule_names(key)]
     outputs = "(Tensor, Tensor)" if options_of(key)["layout"] == "blocks" else "Tensor"
     return f"({', '.join([*given, 'float scale'])}) -> {outputs}"
+
+
+def backward_schema(key: KernelKey) -> str:
+    """`(Tensor dout, Tensor? dlse, Tensor q, ..., float scale, Tensor? delta=None, ...) -> (dq, dk, dv)`.
+
+    The last four, `row_sums` and `rows_by_key`, are computed when absent.
+    """
+    names = ["q", "k", "v", "out", "lse", *tensor_names(key)[3:]]
+    given = [f"Tensor {name}" for name in names] + [f"int {name}" for name in rule_names(key)]
+    prepared = [f"Tensor? {name}=None" for name in ("delta", "key_ptr", "key_row", "key_flag")]
+    arguments = ", ".join(["Tensor dout", "Tensor? dlse", *given, "float scale", *prepared])
+    return f"({arguments}) -> (Tensor, Tensor, Tensor)"

@@ -13,24 +13,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tilewright.compiler.block_layout import Kind
 from tilewright.kernels.block_sparse_attention.signature import (
     kinds_of,
     options_of,
     rule_names,
     tensor_names,
 )
-from tilewright.kernels.common.triton_text import TL, next_power_of_2, triton_file
+from tilewright.kernels.block_sparse_attention.triton_parts import (
+    POINTER,
+    dims_of,
+    extra_sizes,
+    group_step,
+    kept_pairs,
+    mask_steps,
+    tile_tables,
+)
+from tilewright.kernels.common.triton_text import TL, triton_file
 from tilewright.runtime.contracts import KernelKey
 
-POINTER = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16"}
 SIZES = ("B", "H", "Hkv", "S", "N", "nQ", "nK", "capacity", "tiles", "group_step", "tile_step", "k_step")
-
-
-def _extra_sizes(key: KernelKey) -> list[str]:
-    config = options_of(key)
-    found = [f"{name}_step" for name in ("src_q", "src_k") if config[name]]
-    return found + (["mask_b", "mask_h", "mask_i", "mask_j"] if config["mask"] else [])
 
 
 def _tensors(key: KernelKey) -> list[str]:
@@ -46,7 +47,7 @@ def parameters(key: KernelKey) -> list[tuple[str, str]]:
         kind = POINTER[key.dtype] if name in "qkv" else "*i1" if name == "mask" else "*i32"
         found.append((name, kind))
     found += [("out", POINTER[key.dtype]), ("lse", "*fp32"), ("scale", "fp32")]
-    return found + [(name, "i32") for name in (*rule_names(key), *SIZES, *_extra_sizes(key))]
+    return found + [(name, "i32") for name in (*rule_names(key), *SIZES, *extra_sizes(key))]
 
 
 _WIDE_BLOCKS = {"sm_80": (64, 64), "sm_90": (64, 64), "sm_100": (128, 64), "sm_120": (32, 64)}
@@ -74,27 +75,10 @@ def warps(columns: int) -> int:
     return 8
 
 
-_RULES = {
-    Kind.BAND: """u{p} = (i + shift{p}) // unit{p}
-w{p} = j // unit{p}
-near{p} = (w{p}[None, :] <= u{p}[:, None] + after{p}) & (w{p}[None, :] >= u{p}[:, None] - before{p})
-pass{p} = near{p} | (j < sink{p})[None, :]""",
-    Kind.CAUSAL: """u{p} = (i + shift{p}) // unit{p}
-w{p} = j // unit{p}
-near{p} = (w{p}[None, :] >= u{p}[:, None] - before{p}) | (j < sink{p})[None, :]
-pass{p} = (w{p}[None, :] <= u{p}[:, None] + after{p}) & near{p}""",
-    Kind.SLOT: "pass{p} = (j % unit{p} < before{p})[None, :]",
-    Kind.PAD_SELF: "pass{p} = (i + shift{p} < pad)[:, None] == (j < pad)[None, :]",
-    Kind.USER: """at{p} = i[:, None].to(tl.int64) * mask_i + j[None, :] * mask_j
-both{p} = real[:, None] & inside[None, :]
-pass{p} = tl.load(mask + b * mask_b + h * mask_h + at{p}, mask=both{p}, other=0) != 0""",
-}
-
-
 def _step(key: KernelKey, masked: bool) -> list[str]:
     """One step of BLOCK_N keys from slot `at`."""
     config, kinds = options_of(key), kinds_of(key)
-    dims = _dims(config)
+    dims = dims_of(key)
     inside = "inside" if masked else ""
     src = "tl.load(src_k + g * src_k_step + j" + (", mask=inside, other=0)" if masked else ")")
     lines = ["j = at + tl.arange(0, BLOCK_N)"]
@@ -116,10 +100,8 @@ def _step(key: KernelKey, masked: bool) -> list[str]:
     if masked:
         kept = "inside[None, :]"
         if kinds:
-            for p, kind in enumerate(kinds, 1):
-                lines += _RULES[kind].format(p=p).splitlines()
-            either = "(kind == 0)"
-            either += "".join(f" | ((kind == {p}) & pass{p})" for p in range(1, len(kinds) + 1))
+            rules, either = kept_pairs(key)
+            lines += rules
             kept = f"inside[None, :] & ({either})"
         lines.append(f's = tl.where({kept}, s, float("-inf"))')
     lines += [
@@ -134,22 +116,9 @@ def _step(key: KernelKey, masked: bool) -> list[str]:
     return lines
 
 
-def _dims(config: dict[str, Any]) -> dict[str, Any]:
-    head, value = config["head"], config["value"]
-    block_d, block_e = max(16, next_power_of_2(head)), max(16, next_power_of_2(value))
-    return {
-        "D": head,
-        "E": value,
-        "BD": block_d,
-        "BE": block_e,
-        "d_real": block_d != head,
-        "e_real": block_e != value,
-    }
-
-
 def _body(key: KernelKey) -> str:
     config = options_of(key)
-    dims = _dims(config)
+    dims = dims_of(key)
     lines = [
         "tile = tl.program_id(0)",
         "bh = tl.program_id(1)",
@@ -162,7 +131,8 @@ def _body(key: KernelKey) -> str:
     if config["q_valid"]:
         lines.append("end = tl.minimum(end, tl.load(q_valid + b))")
     lines += [
-        "i = tl.load(tile_first + g * tile_step + tile) + tl.arange(0, BLOCK_M)",
+        "first = tl.load(tile_first + g * tile_step + tile)",
+        "i = first + tl.arange(0, BLOCK_M)",
         "real = i < end",
         "token = tl.load(src_q + g * src_q_step + i, mask=real, other=0)" if config["src_q"] else "token = i",
         f"d = tl.arange(0, {dims['BD']})",
@@ -190,9 +160,10 @@ def _loop(key: KernelKey) -> list[str]:
     lines += [
         'm = tl.full((BLOCK_M,), float("-inf"), tl.float32)',
         "total = tl.zeros((BLOCK_M,), tl.float32)",
-        f"sum = tl.zeros((BLOCK_M, {_dims(config)['BE']}), tl.float32)",
+        f"sum = tl.zeros((BLOCK_M, {dims_of(key)['BE']}), tl.float32)",
         "row = row_ptr + g * (nQ + 1) + block",
-        "for entry in range(tl.load(row), tl.load(row + 1)):",
+        "stop = tl.where(first < end, tl.load(row + 1), 0)",  # a surplus tile has no entries
+        "for entry in range(tl.load(row), stop):",
         "    key = tl.load(col + g * capacity + entry)",
         "    begin = tl.load(k_off + g * k_step + key)",
         "    end_key = tl.load(k_off + g * k_step + key + 1)",
@@ -213,7 +184,7 @@ def _loop(key: KernelKey) -> list[str]:
 
 def _store(key: KernelKey) -> list[str]:
     """The results; a row without keys gives 0 and -inf."""
-    dims = _dims(options_of(key))
+    dims = dims_of(key)
     guard = "real[:, None]" + (" & e_real[None, :]" if dims["e_real"] else "")
     return [
         "some = total > 0.0",
@@ -238,24 +209,6 @@ def generate(key: KernelKey, op: str) -> str:
     )
 
 
-def tile_tables(q_off: Tensor, slots: int, rows: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(block, first slot, end slot) of every tile of at most `rows` slots, int32 [1 or G, tiles].
-
-    Blocks are cut into tiles; `tiles` is a bound that needs no data, surplus tiles are empty.
-    """
-    count = (q_off.diff(dim=1) + rows - 1) // rows
-    ends = count.cumsum(1)
-    tiles = q_off.shape[1] - 1 + -(-slots // rows)
-    index = torch.arange(tiles, device=q_off.device).expand(q_off.shape[0], -1).contiguous()
-    block = torch.searchsorted(ends.contiguous(), index, right=True)
-    used = block < count.shape[1]
-    block = torch.where(used, block, 0)
-    first = q_off.gather(1, block) + (index - (ends - count).gather(1, block)) * rows
-    last = torch.minimum(q_off.gather(1, block + 1), first + rows)
-    last = torch.where(used, last, first)
-    return tuple(t.to(torch.int32).contiguous() for t in (block, first, last))  # type: ignore[return-value]
-
-
 def launcher(key: KernelKey, kernel: Any) -> Callable[..., Any]:
     """The op's implementation: lays out the tiles, allocates, launches one grid."""
     names, config = tensor_names(key), options_of(key)
@@ -275,11 +228,9 @@ def launcher(key: KernelKey, kernel: Any) -> Callable[..., Any]:
         per_item = heads if given["head_group"].shape[0] > 1 else 0
         sizes = [batch, heads, k.shape[1], tokens, k.shape[2], given["row_ptr"].shape[1] - 1]
         sizes += [given["k_off"].shape[1] - 1, given["col"].shape[1], tiles, per_item]
-        for table in (tables[0], given["k_off"], *[given[n] for n in ("src_q", "src_k") if config[n]]):
-            sizes.append(table.shape[1] if table.shape[0] > 1 else 0)
-        if config["mask"]:
-            mask = given["mask"]
-            sizes += [s if n > 1 else 0 for n, s in zip(mask.shape, mask.stride(), strict=True)]
+        steps = (tables[0], given["k_off"], *[given[n] for n in ("src_q", "src_k") if config[n]])
+        sizes += [group_step(table) for table in steps]
+        sizes += mask_steps(given["mask"]) if config["mask"] else []
         grid = (tiles, batch * heads)
         if tiles * batch * heads > 0:
             count = warps(q.shape[3])

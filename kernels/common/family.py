@@ -34,6 +34,14 @@ class TritonKernel:
     """warps(size of the last axis)."""
     launcher: Callable[[KernelKey, Any], Callable[..., Any]]
     """launcher(key, jitted function) -> the op's implementation."""
+    options: Callable[[KernelKey], dict[str, int]] | None = None
+    """num_warps and num_stages of a key, where they depend on more than the last axis."""
+
+    def launch_options(self, key: KernelKey, columns: int) -> dict[str, int]:
+        """num_warps and num_stages that the launcher takes for a key and size of the last axis."""
+        if self.options is not None:
+            return self.options(key)
+        return {"num_warps": self.warps(columns), "num_stages": 2}
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import torch
 from tilewright.compiler.block_layout import BlockLayout, Kind, Predicate
 from tilewright.compiler.ops import all_ops
 from tilewright.compiler.parity import assert_parity
-from tilewright.kernels.block_sparse_attention import triton
+from tilewright.kernels.block_sparse_attention import triton_parts
 from tilewright.kernels.block_sparse_attention.family import BLOCK_SPARSE_ATTENTION
 from tilewright.kernels.load import build_kernel
 from tilewright.runtime.contracts import KernelKey, Target
@@ -104,7 +104,7 @@ def test_index_maps_valid_lengths_and_layouts_per_item() -> None:
 
 def test_tiles_cover_every_slot_once() -> None:
     q_off = torch.tensor([[0, 5, 5, 40, 47], [0, 0, 1, 46, 46]], dtype=torch.int32)
-    block, first, end = triton.tile_tables(q_off, 47, 16)
+    block, first, end = triton_parts.tile_tables(q_off, 47, 16)
     for g in range(2):
         seen = []
         for tile in range(block.shape[1]):

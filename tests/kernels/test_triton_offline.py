@@ -1,4 +1,4 @@
-"""Generated Triton: the interpreter run in its own process, offline compilation, and the text itself."""
+"""Generated Triton compiled offline, and the text itself; test_triton_interpreter.py runs it."""
 
 from __future__ import annotations
 
@@ -15,17 +15,30 @@ from tilewright.runtime.offline import OfflineFailed, Resources, compile_offline
 from tilewright.tools.offline_compile import Row, compile_row, default_keys
 
 SM80 = Target("cuda", "sm_80")
-PRODUCTS = ("block_sparse_attention", "paged_attention", "token_attention", "attention_mass")
+PRODUCTS = (
+    "block_sparse_attention",
+    "block_sparse_attention_backward",
+    "paged_attention",
+    "token_attention",
+    "attention_mass",
+)
 """Ops that hold tiles of matrix products, for which 128 registers are few."""
 
 
-@pytest.mark.parametrize("op", sorted(op for op in FAMILIES if FAMILIES[op].triton is not None))
+def generated() -> list[object]:
+    """Ops with Triton sources; the longest to compile is slow."""
+    ops = sorted(op for op in FAMILIES if FAMILIES[op].triton is not None)
+    return [pytest.param(op, marks=[pytest.mark.slow] * op.endswith("_backward")) for op in ops]
+
+
+@pytest.mark.parametrize("op", generated())
 @pytest.mark.parametrize("target", [SM80, Target("hip", "gfx942")], ids=str)
 def test_one_configuration_compiles_without_spilling(op: str, target: Target) -> None:
     key, columns = next(iter(default_keys(FAMILIES[op], target)))
     row = compile_row(FAMILIES[op], key, columns)
     assert row.complaint == ""
-    assert 8 <= row.used.registers <= (255 if op in PRODUCTS else 128)
+    most = 512 if target.kind == "hip" and op.endswith("_backward") else 255 if op in PRODUCTS else 128
+    assert 8 <= row.used.registers <= most  # 4 warps of CDNA share 512 each
 
 
 @pytest.mark.slow

@@ -90,6 +90,11 @@ def block_sparse_arguments():
     yield (q, q, q, *[a.to("meta") if isinstance(a, torch.Tensor) else a for a in layout.arguments()], None)
 
 
+def block_sparse_backward_arguments():
+    for q, k, v, *layout in block_sparse_arguments():
+        yield (q, None, q, k, v, q, meta(*q.shape[:3]), *layout)
+
+
 def paged_arguments(op):
     """Every combination of what a kernel of a pool is specialised by."""
     index, place = meta(2, 20, dtype=torch.int32), meta(2, dtype=torch.int64)
@@ -147,6 +152,7 @@ ARGUMENTS = {
     "quantized_linear": lambda: quantized_arguments((1,)),
     "quantized_linear_multi": lambda: quantized_arguments((2, 3)),
     "block_sparse_attention": lambda: block_sparse_arguments(),
+    "block_sparse_attention_backward": lambda: block_sparse_backward_arguments(),
     "paged_attention": lambda: paged_arguments("paged_attention"),
     "token_attention": lambda: paged_arguments("token_attention"),
     "paged_append": lambda: paged_arguments("paged_append"),
