@@ -116,18 +116,19 @@ def _write_cpu(artifact: Artifact, need: Need, target: Target, table: dict[str, 
 
 
 def _write_gpu(artifact: Artifact, need: Need, target: Target, table: dict[str, Any]) -> dict[str, Any]:
-    family, key, name = need.choice.family, need.choice.key, need.choice.name
+    family, key = need.choice.family, need.choice.key
     assert family.triton is not None, "a GPU key comes from a family with Triton sources"
+    key = family.triton.portable(key) if family.triton.portable is not None else key
+    name, text = family.source(key)
     constants = family.triton.constants(key, need.columns)
     parts = [f"{k.lower()}{v}" for k, v in sorted(constants.items())]
     folder = f"{target.arch}/{'_'.join([name, *parts])}"
     if folder in table:
         return dict(table[folder])
-    text = family.source(key)[1]
-    parameters, warps = family.triton.parameters(key), family.triton.warps(need.columns)
+    parameters, options = family.triton.parameters(key), family.triton.launch_options(key, need.columns)
     path = store_triton_source(name, text)
     try:
-        compiled = compile_whole(path, name, dict(parameters), constants, target, num_warps=warps)
+        compiled = compile_whole(path, name, dict(parameters), constants, target, **options)
     except OfflineFailed as error:
         raise ExportError(f"kernel {name}: {error}") from error
     title = text.split('"""', 2)[1].strip().splitlines()[0]
@@ -141,7 +142,7 @@ def _write_gpu(artifact: Artifact, need: Need, target: Target, table: dict[str, 
         ("c", source),
     ):
         artifact.write(f"{folder}/{name}.{suffix}", content)
-    used, held = compiled.used, occupancy(compiled.used, warps, target)
+    used, held = compiled.used, occupancy(compiled.used, compiled.warps, target)
     return {
         "folder": folder,
         "kernel": name,
@@ -150,7 +151,7 @@ def _write_gpu(artifact: Artifact, need: Need, target: Target, table: dict[str, 
         "configuration": STAND_INS.get(target.arch, target.arch),
         "constants": constants,
         "parameters": [f"{label}: {kind}" for label, kind in parameters],
-        "warps": warps,
+        "warps": compiled.warps,
         "registers": used.registers,
         "spill_bytes": used.spill_bytes,
         "stack_bytes": used.stack,

@@ -63,6 +63,26 @@ def head_sizes(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, int] | Refusal:
     return int(sizes[0]), int(sizes[2])
 
 
+def descriptor_refusal(target: Target, dtype: str, gathered: bool) -> Refusal | None:
+    """Why whole steps of keys are not loaded by tensor descriptors, or None."""
+    if target.arch == "sm_120":
+        return Refusal(
+            "products of sm_120 read registers: a box in shared memory is one copy more, and spills"
+        )
+    if target.arch not in ("sm_90", "sm_100"):
+        return Refusal(f"{target} has no tensor memory accelerator, sm_90 and later have")
+    if gathered:
+        return Refusal("keys are gathered through src_k: their rows are not one box of memory")
+    if dtype == "float32":
+        return Refusal("float32 products run without tensor cores: loads are not what they wait for")
+    return None
+
+
+def without_descriptors(key: KernelKey) -> KernelKey:
+    """The key whose kernel takes pointers and numbers only."""
+    return replace(key, config=tuple((n, False if n == "descriptor" else value) for n, value in key.config))
+
+
 def _configure(args: Sequence[Any], target: Target) -> KernelKey | Refusal:
     given = dict(zip(NAMES, args, strict=True))
     refused = check_target([t for t in given.values() if isinstance(t, Tensor)], target)
@@ -94,6 +114,8 @@ def _configure(args: Sequence[Any], target: Target) -> KernelKey | Refusal:
     present["flag"] = bool(kinds)
     present["limit"] = present["limit"] and "4" in kinds
     present["mask"] = present["mask"] and "5" in kinds
+    if target.kind != "cpu":
+        present["descriptor"] = descriptor_refusal(target, dtype, present["src_k"]) is None
     return make_key(
         "block_sparse_attention",
         target,
@@ -186,7 +208,13 @@ BLOCK_SPARSE_ATTENTION = KernelFamily(
     configure=_configure,
     schema=schema,
     generate={"cpu": cpp.generate, "cuda": triton.generate, "hip": triton.generate},
-    triton=TritonKernel(triton.parameters, triton.constants, triton.warps, triton.launcher),
+    triton=TritonKernel(
+        triton.parameters,
+        triton.constants,
+        triton.warps,
+        triton.launcher,
+        portable=without_descriptors,
+    ),
     fake=_fake,
     save=_save,
     backward=_backward,
@@ -238,9 +266,9 @@ BLOCK_SPARSE_ATTENTION_BACKWARD = KernelFamily(
     triton=TritonKernel(
         triton_backward.parameters,
         triton_backward.constants,
-        lambda columns: 8,
+        triton.warps,
         triton_backward.launcher,
-        triton_backward.launch_options,
+        options=triton_backward.launch_options,
     ),
     fake=_fake_backward,
     save=None,

@@ -46,6 +46,11 @@ def parameters(key: KernelKey) -> list[tuple[str, str]]:
     for name in _tensors(key):
         kind = POINTER[key.dtype] if name in "qkv" else "*i1" if name == "mask" else "*i32"
         found.append((name, kind))
+    if options_of(key)["descriptor"]:
+        keys, dims, item = blocks(key)[1], dims_of(key), POINTER[key.dtype][1:]
+        found += [
+            (f"{n}_rows", f"tensordesc<{item}[{keys},{dims[w]}]>") for n, w in (("k", "BD"), ("v", "BE"))
+        ]
     found += [("out", POINTER[key.dtype]), ("lse", "*fp32"), ("scale", "fp32")]
     return found + [(name, "i32") for name in (*rule_names(key), *SIZES, *extra_sizes(key))]
 
@@ -77,10 +82,15 @@ def warps(columns: int) -> int:
 
 def _step(key: KernelKey, masked: bool) -> list[str]:
     """One step of BLOCK_N keys from slot `at`."""
-    config, kinds = options_of(key), kinds_of(key)
-    dims = dims_of(key)
+    config, dims = options_of(key), dims_of(key)
     inside = "inside" if masked else ""
     src = "tl.load(src_k + g * src_k_step + j" + (", mask=inside, other=0)" if masked else ")")
+    if config["descriptor"] and not masked:
+        lines = [
+            "k_tile = tl.trans(k_rows.load([key_row + at, 0]))",
+            "v_tile = v_rows.load([key_row + at, 0])",
+        ]
+        return lines + _softmax_step(key, masked)
     lines = ["j = at + tl.arange(0, BLOCK_N)"]
     lines += ["inside = j < end_key"] if masked else []
     lines += [f"kt = {src}" if config["src_k"] else "kt = j"]
@@ -95,11 +105,16 @@ def _step(key: KernelKey, masked: bool) -> list[str]:
         conditions = ([f"{inside}{line}"] if masked else []) + ([f"{axis}_real{other}"] if real else [])
         guard = f", mask={' & '.join(conditions)}, other=0.0" if conditions else ""
         lines.append(f"{name}_tile = tl.load({name}_head + {place}{guard})")
+    return lines + _softmax_step(key, masked)
+
+
+def _softmax_step(key: KernelKey, masked: bool) -> list[str]:
+    """What one step of keys adds, from k_tile [D, keys] and v_tile [keys, E]."""
     precision = ', input_precision="ieee"' if key.dtype == "float32" else ""
-    lines.append(f"s = tl.dot(q_tile, k_tile{precision}) * factor")
+    lines = [f"s = tl.dot(q_tile, k_tile{precision}) * factor"]
     if masked:
         kept = "inside[None, :]"
-        if kinds:
+        if kinds_of(key):
             rules, either = kept_pairs(key)
             lines += rules
             kept = f"inside[None, :] & ({either})"
@@ -142,6 +157,7 @@ def _body(key: KernelKey) -> str:
     lines += [f"e_real = e < {dims['E']}"] if dims["e_real"] else []
     guard = "real[:, None]" + (" & d_real[None, :]" if dims["d_real"] else "")
     first_key = "bh // H * Hkv + h // (H // Hkv)"
+    lines += [f"key_row = ({first_key}) * N"] if config["descriptor"] else []
     lines += [
         "rows = bh.to(tl.int64) * S + token",
         f"q_tile = tl.load(q + rows[:, None] * {dims['D']} + d[None, :], mask={guard}, other=0.0)",
@@ -209,6 +225,19 @@ def generate(key: KernelKey, op: str) -> str:
     )
 
 
+def key_descriptors(k: Tensor, v: Tensor, keys: int, key: KernelKey) -> list[Any]:
+    """Of all rows of k and v, in boxes of `keys` rows: what the tensor memory accelerator loads by."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    dims, found = dims_of(key), []
+    for x, width in ((k, dims["BD"]), (v, dims["BE"])):
+        rows = x.view(-1, x.shape[3])
+        if rows.data_ptr() % 16:
+            rows = rows.clone()
+        found.append(TensorDescriptor.from_tensor(rows, [keys, width]))
+    return found
+
+
 def launcher(key: KernelKey, kernel: Any) -> Callable[..., Any]:
     """The op's implementation: lays out the tiles, allocates, launches one grid."""
     names, config = tensor_names(key), options_of(key)
@@ -232,8 +261,9 @@ def launcher(key: KernelKey, kernel: Any) -> Callable[..., Any]:
         sizes += [group_step(table) for table in steps]
         sizes += mask_steps(given["mask"]) if config["mask"] else []
         grid = (tiles, batch * heads)
-        if tiles * batch * heads > 0:
+        if tiles * batch * heads > 0 and k.shape[2] > 0:
             count = warps(q.shape[3])
+            inputs += key_descriptors(k, v, keys, key) if config["descriptor"] else []
             kernel[grid](
                 *inputs,
                 out,

@@ -36,6 +36,8 @@ class TritonKernel:
     """launcher(key, jitted function) -> the op's implementation."""
     options: Callable[[KernelKey], dict[str, int]] | None = None
     """num_warps and num_stages of a key, where they depend on more than the last axis."""
+    portable: Callable[[KernelKey], KernelKey] | None = None
+    """The key nearest to a key whose kernel takes pointers and numbers only; None: that of every key does."""
 
     def launch_options(self, key: KernelKey, columns: int) -> dict[str, int]:
         """num_warps and num_stages that the launcher takes for a key and size of the last axis."""

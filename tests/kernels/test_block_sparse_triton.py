@@ -11,8 +11,12 @@ import torch
 from tilewright.compiler.block_layout import BlockLayout, Kind, Predicate
 from tilewright.compiler.ops import all_ops
 from tilewright.compiler.parity import assert_parity
-from tilewright.kernels.block_sparse_attention import triton_parts
-from tilewright.kernels.block_sparse_attention.family import BLOCK_SPARSE_ATTENTION
+from tilewright.kernels.block_sparse_attention import triton, triton_parts
+from tilewright.kernels.block_sparse_attention.family import (
+    BLOCK_SPARSE_ATTENTION,
+    descriptor_refusal,
+    without_descriptors,
+)
 from tilewright.kernels.load import build_kernel
 from tilewright.runtime.contracts import KernelKey, Target
 
@@ -28,9 +32,9 @@ def _seed() -> None:
     torch.manual_seed(13)
 
 
-def key_of(layout: BlockLayout, *qkv: torch.Tensor) -> KernelKey:
+def key_of(layout: BlockLayout, *qkv: torch.Tensor, target: Target = TARGET) -> KernelKey:
     args = [x.to("meta") if isinstance(x, torch.Tensor) else x for x in (*qkv, *layout.arguments(), None)]
-    key = BLOCK_SPARSE_ATTENTION.configure(args, TARGET)
+    key = BLOCK_SPARSE_ATTENTION.configure(args, target)
     assert isinstance(key, KernelKey), str(key)
     return key
 
@@ -100,6 +104,56 @@ def test_index_maps_valid_lengths_and_layouts_per_item() -> None:
     tensors["src_q"] = torch.randperm(50, dtype=torch.int32)[None, :47].contiguous()
     tensors["src_k"] = torch.stack([torch.randperm(60)[:51] for _ in range(2)]).int()
     check(BlockLayout.from_tensors(tensors), 50, 60, 16, torch.float32)
+
+
+@in_interpreter
+@pytest.mark.interpreter
+def test_descriptors_load_whole_steps_of_keys() -> None:
+    """Blocks of 70, 67 and 13 keys: whole steps by descriptors, the rest and a block under a rule without."""
+    layout = BlockLayout.from_block_mask(
+        torch.tensor([[True, False, True], [True, True, True]]),
+        [0, 30, 47],
+        [0, 70, 137, 150],
+        4,
+        flag=torch.tensor([[0, 0, 1], [1, 0, 0]]),
+        predicates=[Predicate.causal(90, sink=5, shift=100)],
+    )
+    size, value = 24, 40
+    q, whole = torch.randn(2, 4, 47, size).half(), torch.randn(2 * 2 * 150 * size + 4).half()
+    k = whole[4:].view(2, 2, 150, size)  # 8 bytes off the alignment that descriptors need
+    v = torch.randn(2, 2, 150, value).half()
+    key = key_of(layout, q, k, v, target=Target("cuda", "sm_90"))
+    assert "k_rows.load" in BLOCK_SPARSE_ATTENTION.source(key)[1]
+    args = (q, k, v, *layout.arguments(), 0.4)
+    out, lse = build_kernel(BLOCK_SPARSE_ATTENTION, key).op(*BLOCK_SPARSE_ATTENTION.rewrite_args(key, args))
+    want, total = all_ops()["block_sparse_attention"].definition(*args)
+    assert_parity(out, want, **BOUNDS[torch.float16])
+    torch.testing.assert_close(lse, total, rtol=1e-4, atol=1e-4)
+
+
+def test_descriptors_are_chosen_where_they_serve_and_the_refusal_says_why_not() -> None:
+    layout, q = BlockLayout.dense(64, 64, 4), torch.empty(1, 4, 64, 64, dtype=torch.bfloat16)
+    hopper = Target("cuda", "sm_90")
+    chosen = key_of(layout, q, q, q, target=hopper)
+    assert "k_rows.load" in BLOCK_SPARSE_ATTENTION.source(chosen)[1]
+    assert dict(triton.parameters(chosen))["v_rows"] == "tensordesc<bf16[64,64]>"
+    plain = without_descriptors(chosen)
+    assert "_rows.load" not in BLOCK_SPARSE_ATTENTION.source(plain)[1]
+    assert not any("tensordesc" in kind for _, kind in triton.parameters(plain))
+    gathered = BlockLayout.from_tensors(
+        {**layout.as_tensors(), "src_k": torch.arange(64, dtype=torch.int32)[None]}
+    )
+    assert not dict(key_of(gathered, q, q, q, target=hopper).config)["descriptor"]
+    assert not dict(key_of(layout, q, q, q).config)["descriptor"]
+    why = [
+        descriptor_refusal(hopper, "bfloat16", gathered=True),
+        descriptor_refusal(hopper, "float32", gathered=False),
+        descriptor_refusal(Target("cuda", "sm_120"), "bfloat16", gathered=False),
+        descriptor_refusal(TARGET, "bfloat16", gathered=False),
+        descriptor_refusal(Target("hip", "gfx942"), "bfloat16", gathered=False),
+    ]
+    for reason, words in zip(why, ("src_k", "tensor cores", "registers", "sm_80", "gfx942"), strict=True):
+        assert words in str(reason)
 
 
 def test_tiles_cover_every_slot_once() -> None:
