@@ -13,6 +13,7 @@ import torch
 from torch import fx
 
 from tilewright.compiler.diagnostics import FactError
+from tilewright.compiler.paging import page_out
 
 
 class InputKind(Enum):
@@ -212,7 +213,10 @@ class Program:
                 f"derived buffer {name!r}: weights are inputs in training and may not be derived from"
             )
         names, whole = self._from_weights(sources, compute)
-        value = whole(*[self._input_named(n) for n in names])
+        given = [self._input_named(n) for n in names]
+        value = whole(*given)
+        for source in given:
+            page_out(source)
         node = self.constant(value, sources[0], prefix="tw_derived_")
         node.meta["derived"] = name
         self.derived.append(Derived(str(node.target), names, whole))

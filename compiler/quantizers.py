@@ -50,8 +50,11 @@ class Quantized:
     def dequantize(self) -> Tensor:
         """float32 [..., K]."""
         columns = self.codes.shape[-1]
-        scale, offset = (spread(t, columns, self.group) for t in (self.scale, self.offset))
-        return scale * self.codes.float() + offset
+        if self.group != WHOLE_ROW and columns % self.group:
+            scale, offset = (spread(t, columns, self.group) for t in (self.scale, self.offset))
+            return scale * self.codes.float() + offset
+        blocks: Tensor = self.codes.unflatten(-1, (groups(columns, self.group), -1)).float()
+        return (self.scale[..., None] * blocks + self.offset[..., None]).flatten(-2)
 
 
 @dataclass(frozen=True)
@@ -243,7 +246,7 @@ def weight_problem(weight: Tensor) -> str | None:
         return f"is {str(weight.dtype).removeprefix('torch.')}, not floating point"
     if weight.numel() == 0:
         return f"is empty: {list(weight.shape)}"
-    if not bool(torch.isfinite(weight).all()):
+    if not bool(torch.isfinite(torch.stack(torch.aminmax(weight))).all()):  # NaN is passed on; no temporary
         bad = int((~torch.isfinite(weight)).sum())
         return f"holds {bad} NaN or infinite values"
     return None

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from tilewright.compiler.diagnostics import LoadError, TilewrightError
+from tilewright.compiler.paging import page_out
 from tilewright.frontends.example_calls import causal_lm_examples, encoder_examples, wan_examples
 from tilewright.frontends.gguf_check import GgufInfo, check_gguf
 from tilewright.frontends.loaded_model import LoadedModel
@@ -133,7 +134,9 @@ def _load_diffusers(
 def _own_memory(module: nn.Module) -> None:
     """Copy the weights out of the mapped file: aligned for kernels, and safe when the file is cut later."""
     for parameter in module.parameters():
-        parameter.data = parameter.data.clone()
+        mapped = parameter.data
+        parameter.data = mapped.clone()
+        page_out(mapped)  # so that file and copy are never in memory at once
 
 
 def _tokenizer(folder: Path) -> Any | None:

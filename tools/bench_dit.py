@@ -83,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
     tile, size = ("x".join(map(str, t)) for t in (TILE, window))
     sparse = f"sliding-tile-attention{{tile={tile},window={size}}},hoist-token-permutation"
     module, call = transformer(args.layers), example()
-    sides = {
+    sides: dict[str, Callable[..., Any]] = {
         "eager": module,
         "inductor": torch.compile(transformer(args.layers)),
         "exact": compiled(transformer(args.layers), "exact"),

@@ -60,7 +60,7 @@ def export(
     """
     parsed = CompileOptions.parse({"pipeline": pipeline, **options})
     final = check_request(format, Path(path), operators)
-    name, entries = _entries(model, args, kwargs or {}, dynamic or {}, static, kind, length, progress)
+    name, entries = _entries(model, args, kwargs or {}, dynamic or {}, static, kind, length, progress, final)
     with new_artifact(final) as artifact:
         more = {"operators": operators} if format == "onnx" else {}
         described = _writer(format)(artifact, name, entries, parsed, progress, **more)
@@ -101,6 +101,7 @@ def _entries(
     kind: str | None,
     length: int | None,
     progress: Progress,
+    final: Path,
 ) -> tuple[str, list[Entry]]:
     if isinstance(model, nn.Module):
         return type(model).__name__, [entry_of("call", model, args, kwargs, dynamic)]
@@ -108,7 +109,9 @@ def _entries(
         raise OptionError("args and kwargs belong to a module; a loaded model brings its own call")
     if isinstance(model, str):
         from tilewright.frontends.loaders import resolve
+        from tilewright.frontends.weight_offload import offload_weights
 
         with progress(f"loading {model}"):
             model = resolve(model)
+            offload_weights(model.module, final.parent)  # what is derived from them stays in memory
     return model.name, entries_of(model, dynamic, static=static, kind=kind, length=length)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from tilewright.compiler.diagnostics import CaptureError, ExportError
+from tilewright.compiler.paging import page_out
 from tilewright.compiler.pipeline import Pipeline
 from tilewright.compiler.program import InputKind, Program
 from tilewright.compiler.report import Report
@@ -105,23 +106,26 @@ def capture(entry: Entry, options: CompileOptions, model: str = "") -> Captured:
     program = from_export(exported)
     for spec in program.inputs:
         spec.source = spec.source.removeprefix("inner.")
-    axes, bounds = _symbols(entry, program, exported)
+    ranges = exported.range_constraints
+    axes, bounds = _symbols(entry, program, ranges)
+    del exported
+    release_memory()
     report = optimize_program(program, options, model)
     program.module.recompile()
-    kept, _ = _symbols(entry, program, exported)
+    kept, _ = _symbols(entry, program, ranges)
     lost = sorted(set(axes.values()) - set(kept.values()))
     if lost:
         raise ExportError(
             f"{entry.name}: the pipeline fixed the dynamic axis {', '.join(lost)}",
             remedy="leave out the pass that needs a known size, or name no dynamic axis",
         )
-    del exported
+    entry.release()
     release_memory()
     return Captured(entry, program, report, axes, bounds)
 
 
 def _symbols(
-    entry: Entry, program: Program, exported: Any
+    entry: Entry, program: Program, ranges: Mapping[Any, Any]
 ) -> tuple[dict[str, str], dict[str, list[int | None]]]:
     users = [spec.name for spec in program.inputs if spec.kind is InputKind.USER]
     nodes = {n.name: n for n in program.graph.nodes if n.op == "placeholder"}
@@ -133,7 +137,7 @@ def _symbols(
             if isinstance(size, int) or size.node.expr.is_number:
                 continue
             axes.setdefault(str(size.node.expr), text)
-            found = exported.range_constraints.get(size.node.expr)
+            found = ranges.get(size.node.expr)
             if found is not None:
                 bounds[text] = [_number(found.lower), _number(found.upper)]
     return axes, bounds
@@ -190,6 +194,7 @@ def describe_model(name: str, rows: Mapping[str, Tensor]) -> dict[str, Any]:
     for path, value in sorted(rows.items()):
         digest.update(f"{path} {value.dtype} {tuple(value.shape)}\n".encode())
         digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        page_out(value)
     return {"name": name, "weights": len(rows), "fingerprint": digest.hexdigest()}
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from tilewright.compiler.diagnostics import ExportError, OptionError, nearest
+from tilewright.compiler.paging import page_out
 from tilewright.frontends.loaded_model import LoadedModel
 
 Axes = dict[str, dict[int, str]]
@@ -87,6 +89,26 @@ class Entry:
                 if not re.fullmatch(r"[A-Za-z_]\w{0,63}", text):
                     raise OptionError(f"dynamic axis name {text!r}", remedy="a word of letters and digits")
         self.axes = {**axes}
+
+    def release(self) -> None:
+        """Let weights that a file holds leave memory until they are used again."""
+        for parameter in self.module.parameters():
+            page_out(parameter.data)
+
+    @contextmanager
+    def weights_in_turn(self) -> Iterator[None]:
+        """Calls of the module inside let each layer's weights go again once it has run."""
+
+        def after(module: nn.Module, *_: Any) -> None:
+            for parameter in module.parameters(recurse=False):
+                page_out(parameter.data)
+
+        hooks = [m.register_forward_hook(after) for m in self.module.modules()]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def resized(self) -> list[Tensor] | None:
         """The tensors with every dynamic axis one shorter; None without such axes or with one too short."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -60,10 +61,8 @@ def write_onnx(
                     library = f"operators/{entry.name}.so"
                     custom.save(artifact, library)
             with progress(f"{entry.name}: checking in onnxruntime"):
-                opened = session(
-                    artifact.folder / f"{entry.name}.onnx",
-                    library=artifact.folder / library if library else None,
-                )
+                place = artifact.folder / f"{entry.name}.onnx"
+                opened = partial(session, place, library=artifact.folder / library if library else None)
                 parity = check_parity(captured, captured.program.module, runner(opened, model, captured))
             extra: dict[str, Any] = {
                 "file": f"{entry.name}.onnx",

@@ -69,10 +69,15 @@ def session(path: Path, *, threads: int = 0, library: Path | None = None) -> Any
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
-def runner(opened: Any, model: OnnxModel, captured: Captured) -> Callable[[list[Tensor]], list[Tensor]]:
-    """The session as a function of the entry point's tensors."""
+def runner(
+    opening: Callable[[], Any], model: OnnxModel, captured: Captured
+) -> Callable[[list[Tensor]], list[Tensor]]:
+    """A session as a function of the entry point's tensors; it is opened by the first call."""
+    opened: Any = None
 
     def run(tensors: list[Tensor]) -> list[Tensor]:
+        nonlocal opened
+        opened = opening() if opened is None else opened
         given = captured.inputs_for(tensors)
         feed = {row["name"]: given[i].numpy() for row, i in zip(model.inputs, model.given, strict=True)}
         return [torch.from_numpy(value) for value in opened.run(None, feed)]

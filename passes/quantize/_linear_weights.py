@@ -13,8 +13,10 @@ from tilewright.compiler.diagnostics import FactError
 from tilewright.compiler.gptq import gptq
 from tilewright.compiler.quantizers import Quantized, fake_activation, half_quadratic, weight_problem
 from tilewright.compiler.schema import arguments
-from tilewright.compiler.weight_format import WeightFormat
+from tilewright.compiler.weight_format import BLOCK_ROWS, WeightFormat
 
+_PIECE = 1 << 20
+"""Elements that are rounded at once: a row has its own grid, and temporaries stay small."""
 _LOOK_THROUGH = frozenset(
     {
         "view",
@@ -56,7 +58,7 @@ def format_problem(weight: torch.Tensor, form: WeightFormat) -> str | None:
     if problem is None and form.group > weight.shape[1]:
         return f"has {weight.shape[1]} columns, fewer than a group of {form.group}"
     if problem is None and form.scale_dtype is torch.float16:
-        largest = float(weight.abs().max())
+        largest = float(torch.stack(torch.aminmax(weight.detach())).abs().max())
         return f"reaches {largest:.3g}: float16 scales end at 65504" if largest > 65504 else None
     return problem
 
@@ -88,7 +90,11 @@ def pack_weight(
     weight: torch.Tensor, *, form: WeightFormat, rounding: str, hessian: torch.Tensor | None = None
 ) -> torch.Tensor:
     """The packed uint8 matrix of a weight [N, K] of any floating dtype."""
-    return form.pack(round_weight(weight.float(), form, rounding, hessian))
+    if rounding != "rtn":  # the others look at a matrix as a whole
+        return form.pack(round_weight(weight.float(), form, rounding, hessian))
+    rows = max(1, _PIECE // (BLOCK_ROWS * weight.shape[1])) * BLOCK_ROWS
+    parts = [form.pack(round_weight(part.float(), form, rounding)) for part in weight.split(rows)]
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
 def use_rounded(program: Program, linear: fx.Node, form: WeightFormat, rounding: str) -> None:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from tilewright.compiler.diagnostics import FactError, LoadError, OptionError, PipelineError
 from tilewright.compiler.pipeline import Pipeline
 from tilewright.compiler.report import Report
+from tilewright.compiler.weight_format import WeightFormat
 from tilewright.frontends.calibration import calibrate
 from tilewright.frontends.compile import REPORTS
 
@@ -193,3 +194,15 @@ def test_gptq_beats_rounding_to_nearest(model: torch.nn.Module, tmp_path: Path) 
     assert isinstance(raised.value, LoadError) or isinstance(
         getattr(raised.value, "inner_exception", None), LoadError
     )
+
+
+@pytest.mark.parametrize("form", [WeightFormat(4, 32, "float-zero"), WeightFormat(8, 0, "symmetric")])
+def test_a_large_weight_is_packed_in_pieces_as_in_one(form, monkeypatch) -> None:
+    from tilewright.passes.quantize import _linear_weights
+
+    weight = torch.randn(83, 96, generator=torch.Generator().manual_seed(0))
+    packed = []
+    for piece in (1 << 20, 96 * 16):
+        monkeypatch.setattr(_linear_weights, "_PIECE", piece)
+        packed.append(_linear_weights.pack_weight(weight, form=form, rounding="rtn"))
+    assert torch.equal(*packed)
