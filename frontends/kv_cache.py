@@ -55,7 +55,9 @@ class DeferredMask:
         if self._padding is None or bool(self._padding.all()):
             return None
         begin, padding = max(prefix, default=0), self._padding.bool()
-        first = padding[:, begin:].to(torch.int8).argmax(1) + begin
+        new = padding[:, begin:]
+        # A chunk of a prompt may be padding alone.
+        first = torch.where(new.any(1), new.to(torch.int8).argmax(1), new.shape[1]) + begin
         at = torch.arange(padding.shape[1], device=first.device)
         want = at >= first[:, None]
         if prefix:
@@ -68,7 +70,7 @@ class DeferredMask:
                 )
         elif not torch.equal(padding, want):
             raise OptionError(
-                "attention_mask is not 0s followed by at least one 1 in every row",
+                "attention_mask is not 0s followed by 1s in every row",
                 remedy="pad on the left: tokenizer.padding_side = 'left'",
             )
         return first
@@ -119,6 +121,8 @@ class PagedCache(Cache):  # type: ignore[misc]
     ) -> None:
         super().__init__(layers=layers)
         self._model, self._before, self.placement = model, before, placement
+        self.on_reset: Callable[[], None] | None = None
+        """Called once when the cache forgets what it began with."""
 
     @property
     def nbytes(self) -> int:
@@ -135,6 +139,9 @@ class PagedCache(Cache):  # type: ignore[misc]
     def reset(self) -> None:
         """Forget everything and give the memory back."""
         super().reset()
+        if self.on_reset is not None:
+            self.on_reset()
+            self.on_reset = None
         if self.placement is not None:
             self.placement.close()
 

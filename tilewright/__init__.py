@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from tilewright.frontends.api import Executable, evaluate, explain, optimize
     from tilewright.frontends.export.api import export
     from tilewright.frontends.kv_cache import kv_cache
+    from tilewright.frontends.kv_prefix import prefix_cache
     from tilewright.frontends.speculate import speculate
     from tilewright.frontends.weight_offload import offload_weights
     from tilewright.frontends.window_search import WindowSearch
@@ -33,6 +34,7 @@ _PUBLIC = {
     "kv_cache": "tilewright.frontends.kv_cache",
     "offload_weights": "tilewright.frontends.weight_offload",
     "optimize": "tilewright.frontends.api",
+    "prefix_cache": "tilewright.frontends.kv_prefix",
     "speculate": "tilewright.frontends.speculate",
 }
 
@@ -46,6 +48,7 @@ __all__ = [
     "kv_cache",
     "offload_weights",
     "optimize",
+    "prefix_cache",
     "speculate",
 ]
 
