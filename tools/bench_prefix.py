@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--question", type=int, default=32, help="tokens behind them")
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args(argv)
-    model = BUNDLED[options.model]().module.eval()
+    model: Any = BUNDLED[options.model]().module.eval()
     generator = torch.Generator().manual_seed(0)
     size = options.prefix + options.question
     prompt = torch.randint(3, model.config.vocab_size, (size,), generator=generator).tolist()
