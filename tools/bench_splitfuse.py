@@ -15,14 +15,15 @@ from tilewright.frontends.kv_splitfuse import SplitFuse
 
 
 def waits(model: Any, prompts: list[list[int]], budget: int) -> tuple[float, float]:
-    """(longest step, all steps in seconds) of two sequences that decode until the prompt that came after their
-    first tokens has its own first token."""
+    """(longest step, all steps in seconds) of two sequences that decode until the prompt that came after
+    their first tokens has its own first token."""
     steps: list[float] = []
     with SplitFuse(model, budget) as engine:
         for prompt in prompts[:2]:
             engine.submit(prompt, 64)
-        while len(engine.step()) < 2:
-            pass
+        decoding: set[int] = set()
+        while len(decoding) < 2:
+            decoding |= engine.step().keys()
         late, arrived = engine.submit(prompts[2], 1), False
         while not arrived:
             start = time.perf_counter()
@@ -32,7 +33,7 @@ def waits(model: Any, prompts: list[list[int]], budget: int) -> tuple[float, flo
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print the table; 1 where a smaller budget waits longer than the greatest."""
+    """Print the table; 1 where the smallest budget waits no less than the greatest."""
     parser = argparse.ArgumentParser(prog="bench_splitfuse", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", default="smollm2", choices=["smollm2", "tiny-llama"])
     parser.add_argument("--prompt", type=int, default=1024, help="tokens of the prompt that comes")
@@ -56,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
         print(
             f"budget {budget:>5}: longest wait {longest * 1e3:>8.0f} ms, prompt done {total * 1e3:>8.0f} ms"
         )
-    return 0 if all(longest <= best[max(best)][0] for longest, _ in best.values()) else 1
+    return 0 if best[min(best)][0] < best[max(best)][0] else 1
 
 
 if __name__ == "__main__":
