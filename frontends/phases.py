@@ -64,6 +64,9 @@ def phase_programs(
     for phase, one in phase_pipelines(pipeline).items():
         if one.text() not in made:
             given: dict[str, Any] = {**(options or {}), "pipeline": one}
-            made[one.text()] = torch.compile(model, backend="tilewright", options=given)
+            # Alone: Dynamo counts recompilations of a function, and beyond eight it runs the plain model.
+            made[one.text()] = torch.compile(
+                model, backend="tilewright", options=given, isolate_recompiles=True
+            )
         found[phase] = made[one.text()]
     return found

@@ -165,6 +165,38 @@ def test_steps_with_one_row_share_a_program(table, tmp_path) -> None:
     assert found["sparse@1"] is found["sparse@2"] is not found["sparse@0"]
 
 
+@pytest.mark.slow
+def test_ten_rows_are_ten_programs(wan, tmp_path) -> None:
+    """Dynamo gives up on a function after eight compilations and would run the plain model."""
+    model, kwargs = wan
+    program_rows = [[1, 1, 1], [2, 1, 1], [1, 2, 1], [1, 1, 3], [2, 2, 1], [2, 1, 3], [1, 2, 3]]
+    search = WindowSearch(model, tile=TILE, candidates=CANDIDATES, nondivisible="ceil")
+    with search.runner.request("a", [900.0]):
+        search.runner(**kwargs)
+    found = search.table()
+    pairs = [(a, b) for a in program_rows for b in program_rows][:10]
+    found["windows"] = {
+        f"{step}_{layer}_{head}": windows[layer]
+        for step, windows in enumerate(pairs)
+        for layer in range(LAYERS)
+        for head in range(HEADS)
+    }
+    path = tmp_path / "ten.json"
+    path.write_text(json.dumps(found))
+    text = f"sliding-tile-attention{{tile=2x3x2,nondivisible=ceil,table={path}}}"
+    programs = phase_programs(model, text, {"lower": "eager"})
+    runner = StepRunner(model, state=StepState(), schedule=Schedule(), models=programs)
+    outputs = []
+    with runner.request("a", [1000.0 - i for i in range(10)]), torch.no_grad():
+        for step in range(10):
+            with runner.branch("cond", step_index=step):
+                outputs.append(runner(**kwargs)[0])
+    dense = model(**kwargs)[0]
+    for i, one in enumerate(outputs):
+        assert not torch.allclose(one, dense, rtol=1e-4, atol=1e-5), i
+        assert all(not torch.equal(one, other) for other in outputs[:i]), i
+
+
 def flat(change=None):
     entries = {
         f"{s}_{layer}_{h}": [1, 1, 1] if h else [2, 2, 3]
