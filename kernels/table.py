@@ -17,6 +17,7 @@ from tilewright.kernels.attention.family import ATTENTION
 from tilewright.kernels.block_sparse_attention.family import (
     BLOCK_SPARSE_ATTENTION,
     BLOCK_SPARSE_ATTENTION_BACKWARD,
+    BLOCK_SPARSE_ATTENTION_INT8,
 )
 from tilewright.kernels.common.family import ARCHS, KernelFamily
 from tilewright.kernels.gated_mlp.family import GATED_MLP
@@ -42,6 +43,7 @@ FAMILIES: dict[str, KernelFamily] = {
         ATTENTION,
         BLOCK_SPARSE_ATTENTION,
         BLOCK_SPARSE_ATTENTION_BACKWARD,
+        BLOCK_SPARSE_ATTENTION_INT8,
         *PAGED_FAMILIES,
     )
 }

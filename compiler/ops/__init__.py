@@ -8,6 +8,7 @@ from tilewright.compiler.ops import block_mass as _block_mass
 from tilewright.compiler.ops import block_sparse_attention as _block_sparse
 from tilewright.compiler.ops import cache as _cache
 from tilewright.compiler.ops import hadamard as _hadamard
+from tilewright.compiler.ops import int8_attention as _int8_attention
 from tilewright.compiler.ops import linear as _linear
 from tilewright.compiler.ops import mlp as _mlp
 from tilewright.compiler.ops import norm as _norm
@@ -21,6 +22,7 @@ from tilewright.compiler.ops.registry import SemanticOp, all_ops, semantic_op
 attention = _attention.attention.overload
 block_sparse_attention = _block_sparse.block_sparse_attention.overload
 block_sparse_attention_backward = _block_sparse.block_sparse_attention_backward.overload
+block_sparse_attention_int8 = _int8_attention.block_sparse_attention_int8.overload
 merge_attention = _block_sparse.merge_attention.overload
 block_mass = _block_mass.block_mass.overload
 step_reuse_begin = _step_reuse.step_reuse_begin.overload
@@ -55,6 +57,7 @@ __all__ = [
     "block_mass",
     "block_sparse_attention",
     "block_sparse_attention_backward",
+    "block_sparse_attention_int8",
     "embedding",
     "gated_mlp",
     "hadamard",

@@ -37,15 +37,17 @@ from tilewright.compiler.ops.registry import define
 
 ROWS = 256
 """Query rows at a time: no tensor of the definition is larger than ROWS x keys per head."""
-_LAYOUT = (
+LAYOUT = (
     "Tensor row_ptr, Tensor col, Tensor q_off, Tensor k_off, Tensor head_group, Tensor? flag=None, "
     "int[] predicates=[], Tensor? k_valid=None, Tensor? q_valid=None, Tensor? limit=None, "
     "Tensor? src_q=None, Tensor? src_k=None, Tensor? mask=None, float? scale=None"
 )
-_LAYOUT_NAMES = tuple(part.split()[1].split("=")[0] for part in _LAYOUT.split(", "))
+LAYOUT_NAMES = tuple(part.split()[1].split("=")[0] for part in LAYOUT.split(", "))
 
 
-def _flops(q: Any, k: Any, v: Any, row_ptr: Any, col: Any, q_off: Any, k_off: Any, *_: Any, out: Any) -> Any:
+def pair_flops(
+    q: Any, k: Any, v: Any, row_ptr: Any, col: Any, q_off: Any, k_off: Any, *_: Any, out: Any
+) -> Any:
     """As if every entry of `col` were a block of mean size; lists may hold fewer."""
     queries, keys = q.shape[-2], k.shape[-2]
     share = col.shape[1] * queries * keys // max(1, (row_ptr.shape[1] - 1) * (k_off.shape[1] - 1))
@@ -56,8 +58,8 @@ class _Layout:
     """The op's layout arguments with what the definition derives from them once per call."""
 
     def __init__(self, q: Tensor, k: Tensor, arguments: tuple[Any, ...]) -> None:
-        given = dict(zip(_LAYOUT_NAMES, arguments, strict=False))
-        self.row_ptr, self.col, self.q_off, self.k_off = (given[n].long() for n in _LAYOUT_NAMES[:4])
+        given = dict(zip(LAYOUT_NAMES, arguments, strict=False))
+        self.row_ptr, self.col, self.q_off, self.k_off = (given[n].long() for n in LAYOUT_NAMES[:4])
         self.heads = given["head_group"].long()
         self.rules: list[Predicate] = unflatten(given.get("predicates") or [])
         self.k_valid, self.q_valid, self.limit = (given.get(n) for n in ("k_valid", "q_valid", "limit"))
@@ -160,7 +162,7 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor, head_group: Tensor) -> None:
         )
 
 
-def _fake(q: Tensor, k: Tensor, v: Tensor, *layout: Any) -> tuple[Tensor, Tensor]:
+def fake_pair(q: Tensor, k: Tensor, v: Tensor, *layout: Any) -> tuple[Tensor, Tensor]:
     _check_shapes(q, k, v, layout[4])
     lse = q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
     return v.new_empty((*q.shape[:3], v.shape[3]), dtype=q.dtype), lse
@@ -172,8 +174,8 @@ def _fake_backward(dout: Tensor, dlse: Any, q: Tensor, k: Tensor, v: Tensor, *_:
 
 @define(
     "block_sparse_attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, "
-    f"Tensor lse, {_LAYOUT}) -> (Tensor, Tensor, Tensor)",
-    flops=lambda dout, dlse, q, k, v, out_, lse, *layout, out: 5 * _flops(q, k, v, *layout, out=out) // 2,
+    f"Tensor lse, {LAYOUT}) -> (Tensor, Tensor, Tensor)",
+    flops=lambda dout, dlse, q, k, v, out_, lse, *layout, out: 5 * pair_flops(q, k, v, *layout, out=out) // 2,
     fake=_fake_backward,
 )
 def block_sparse_attention_backward(
@@ -226,9 +228,9 @@ def _gradient(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, 
 
 
 @define(
-    f"block_sparse_attention(Tensor q, Tensor k, Tensor v, {_LAYOUT}) -> (Tensor, Tensor)",
-    flops=_flops,
-    fake=_fake,
+    f"block_sparse_attention(Tensor q, Tensor k, Tensor v, {LAYOUT}) -> (Tensor, Tensor)",
+    flops=pair_flops,
+    fake=fake_pair,
     backward=(_save, _gradient),
 )
 def block_sparse_attention(q: Tensor, k: Tensor, v: Tensor, *layout: Any) -> tuple[Tensor, Tensor]:

@@ -80,7 +80,7 @@ def descriptor_refusal(target: Target, dtype: str, gathered: bool) -> Refusal | 
 
 def without_descriptors(key: KernelKey) -> KernelKey:
     """The key whose kernel takes pointers and numbers only."""
-    return replace(key, config=tuple((n, False if n == "descriptor" else value) for n, value in key.config))
+    return replace(key, config=tuple(item for item in key.config if item[0] != "descriptor"))
 
 
 def _configure(args: Sequence[Any], target: Target) -> KernelKey | Refusal:
@@ -182,7 +182,7 @@ def _backward(key: KernelKey) -> Callable[..., Any]:
         flag = rest[0] if options_of(key)["flag"] else None
         # In plain tensor ops, so that a compiler fuses the sums and layers with one layout share its rows.
         prepared = (row_sums(dout, dlse, out), *rows_by_key(row_ptr, col, flag, k_off.shape[1] - 1))
-        kernel = build_kernel(BLOCK_SPARSE_ATTENTION_BACKWARD, replace(key, op=_BACKWARD)).op
+        kernel = build_kernel(BLOCK_SPARSE_ATTENTION_BACKWARD, _backward_key(key)).op
         grads = kernel(dout, dlse, q, k, v, out, lse, *inputs[3:], *ctx.constants, *prepared)
         return (*grads, *[None] * (len(inputs) - 3 + len(ctx.constants)))
 
@@ -233,7 +233,12 @@ def _configure_backward(args: Sequence[Any], target: Target) -> KernelKey | Refu
         return Refusal(f"dout, out, lse are {dout.dtype}, {out.dtype}, {lse.dtype}; {q.dtype} twice, float32")
     refused = check_target([x for x in (dout, dlse, out, lse) if x is not None], target)
     key = _configure([q, k, v, *layout], target) if refused is None else refused
-    return key if isinstance(key, Refusal) else replace(key, op=_BACKWARD)
+    return key if isinstance(key, Refusal) else _backward_key(key)
+
+
+def _backward_key(key: KernelKey) -> KernelKey:
+    """The key of the gradient of a key's kernel."""
+    return replace(without_descriptors(key), op=_BACKWARD)
 
 
 def _rewrite_backward(key: KernelKey, args: Sequence[Any]) -> tuple[Any, ...]:
@@ -275,4 +280,36 @@ BLOCK_SPARSE_ATTENTION_BACKWARD = KernelFamily(
     backward=None,
     rewrite_args=_rewrite_backward,
     examples=_backward_examples,
+)
+
+
+def _configure_int8(args: Sequence[Any], target: Target) -> KernelKey | Refusal:
+    if target.kind == "cpu":
+        return Refusal("int8 products of scores gain nothing over float32 ones on AVX2; GPUs only")
+    key = _configure(args, target)
+    if isinstance(key, Refusal):
+        return key
+    if key.dtype == "float32":
+        return Refusal("q is float32: values would be multiplied without tensor cores; 16 bits only")
+    key = replace(key, op="block_sparse_attention_int8")
+    if options_of(key)["head"] % 16 == 0:
+        return key
+    plain = without_descriptors(key)  # rows of codes that a box cannot step over
+    return replace(plain, config=tuple(sorted((*plain.config, ("descriptor", False)))))
+
+
+def _int8_examples() -> Sequence[tuple[Any, ...]]:
+    return [args for args in _examples() if args[0].dtype != torch.float32]
+
+
+BLOCK_SPARSE_ATTENTION_INT8 = replace(
+    BLOCK_SPARSE_ATTENTION,
+    op="block_sparse_attention_int8",
+    dtypes=DTYPES[1:],
+    legality=(*LEGALITY, "16 bits; for inference, on GPUs only"),
+    configure=_configure_int8,
+    generate={"cuda": triton.generate, "hip": triton.generate},
+    save=None,
+    backward=None,
+    examples=_int8_examples,
 )

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tilewright.compiler.ops.int8_attention import K_ROWS, Q_ROWS, prepare
 from tilewright.kernels.block_sparse_attention.signature import (
     kinds_of,
     options_of,
@@ -24,6 +25,7 @@ from tilewright.kernels.block_sparse_attention.triton_parts import (
     dims_of,
     extra_sizes,
     group_step,
+    is_int8,
     kept_pairs,
     mask_steps,
     tile_tables,
@@ -45,12 +47,12 @@ def parameters(key: KernelKey) -> list[tuple[str, str]]:
     found = []
     for name in _tensors(key):
         kind = POINTER[key.dtype] if name in "qkv" else "*i1" if name == "mask" else "*i32"
-        found.append((name, kind))
+        found.append((name, "*i8" if is_int8(key) and name in "qk" else kind))
+    found += [("q_scale", "*fp32"), ("k_scale", "*fp32")] if is_int8(key) else []
     if options_of(key)["descriptor"]:
-        keys, dims, item = blocks(key)[1], dims_of(key), POINTER[key.dtype][1:]
-        found += [
-            (f"{n}_rows", f"tensordesc<{item}[{keys},{dims[w]}]>") for n, w in (("k", "BD"), ("v", "BE"))
-        ]
+        kinds, keys, dims = dict(found), blocks(key)[1], dims_of(key)
+        for name, width in (("k", dims["BD"]), ("v", dims["BE"])):
+            found.append((f"{name}_rows", f"tensordesc<{kinds[name][1:]}[{keys},{width}]>"))
     found += [("out", POINTER[key.dtype]), ("lse", "*fp32"), ("scale", "fp32")]
     return found + [(name, "i32") for name in (*rule_names(key), *SIZES, *extra_sizes(key))]
 
@@ -65,7 +67,7 @@ def blocks(key: KernelKey) -> tuple[int, int]:
     if key.dtype == "float32":
         return (32, 32) if widest <= 128 else (16, 32)
     if widest <= 64:
-        return 128, 64
+        return 128, 32 if is_int8(key) and key.target.kind == "hip" else 64
     return _WIDE_BLOCKS.get(key.target.arch, (64, 32)) if widest <= 128 else (64, 32)
 
 
@@ -90,6 +92,7 @@ def _step(key: KernelKey, masked: bool) -> list[str]:
             "k_tile = tl.trans(k_rows.load([key_row + at, 0]))",
             "v_tile = v_rows.load([key_row + at, 0])",
         ]
+        lines += ["kt = at + tl.arange(0, BLOCK_N)"] if is_int8(key) else []
         return lines + _softmax_step(key, masked)
     lines = ["j = at + tl.arange(0, BLOCK_N)"]
     lines += ["inside = j < end_key"] if masked else []
@@ -103,7 +106,8 @@ def _step(key: KernelKey, masked: bool) -> list[str]:
         line = "[None, :]" if name == "k" else "[:, None]"
         other = "[:, None]" if name == "k" else "[None, :]"
         conditions = ([f"{inside}{line}"] if masked else []) + ([f"{axis}_real{other}"] if real else [])
-        guard = f", mask={' & '.join(conditions)}, other=0.0" if conditions else ""
+        rest = "0" if is_int8(key) and name == "k" else "0.0"
+        guard = f", mask={' & '.join(conditions)}, other={rest}" if conditions else ""
         lines.append(f"{name}_tile = tl.load({name}_head + {place}{guard})")
     return lines + _softmax_step(key, masked)
 
@@ -112,6 +116,12 @@ def _softmax_step(key: KernelKey, masked: bool) -> list[str]:
     """What one step of keys adds, from k_tile [D, keys] and v_tile [keys, E]."""
     precision = ', input_precision="ieee"' if key.dtype == "float32" else ""
     lines = [f"s = tl.dot(q_tile, k_tile{precision}) * factor"]
+    if is_int8(key):
+        guard = ", mask=inside, other=0.0" if masked else ""
+        lines = [
+            f"k_factor = tl.load(k_scale_head + kt // {K_ROWS}{guard})",
+            "s = tl.dot(q_tile, k_tile).to(tl.float32) * q_factor[:, None] * k_factor[None, :]",
+        ]
     if masked:
         kept = "inside[None, :]"
         if kinds_of(key):
@@ -156,15 +166,20 @@ def _body(key: KernelKey) -> str:
     lines += [f"d_real = d < {dims['D']}"] if dims["d_real"] else []
     lines += [f"e_real = e < {dims['E']}"] if dims["e_real"] else []
     guard = "real[:, None]" + (" & d_real[None, :]" if dims["d_real"] else "")
-    first_key = "bh // H * Hkv + h // (H // Hkv)"
+    first_key, zero = "bh // H * Hkv + h // (H // Hkv)", "0" if is_int8(key) else "0.0"
     lines += [f"key_row = ({first_key}) * N"] if config["descriptor"] else []
     lines += [
         "rows = bh.to(tl.int64) * S + token",
-        f"q_tile = tl.load(q + rows[:, None] * {dims['D']} + d[None, :], mask={guard}, other=0.0)",
+        f"q_tile = tl.load(q + rows[:, None] * {dims['D']} + d[None, :], mask={guard}, other={zero})",
         f"k_head = k + ({first_key}).to(tl.int64) * N * {dims['D']}",
         f"v_head = v + ({first_key}).to(tl.int64) * N * {dims['E']}",
         "factor = scale * 1.4426950408889634",
     ]
+    if is_int8(key):
+        lines += [
+            f"q_factor = factor * tl.load(q_scale + bh * q_scales + token // {Q_ROWS}, mask=real, other=0.0)",
+            f"k_scale_head = k_scale + ({first_key}) * k_scales",
+        ]
     return "\n".join([*lines, *_loop(key), *_store(key)])
 
 
@@ -214,10 +229,10 @@ def _store(key: KernelKey) -> list[str]:
 
 def generate(key: KernelKey, op: str) -> str:
     """The source file for one configuration; absent layout arguments and predicates leave no trace."""
-    config = options_of(key)
+    config, scores = options_of(key), " with int8 scores" if is_int8(key) else ""
     given = [name for name, _ in parameters(key)] + ["BLOCK_M: tl.constexpr", "BLOCK_N: tl.constexpr"]
     return triton_file(
-        title=f"Block-sparse attention, heads of {config['head']} and {config['value']}.",
+        title=f"Block-sparse attention{scores}, heads of {config['head']} and {config['value']}.",
         target=str(key.target),
         kernel=op,
         params=", ".join(given),
@@ -247,23 +262,29 @@ def launcher(key: KernelKey, kernel: Any) -> Callable[..., Any]:
         given = {name: value.contiguous() for name, value in zip(names, args, strict=False)}
         rules, scale = args[len(names) : -1], args[-1]
         q, k, v = given["q"], given["k"], given["v"]
+        scales: list[Tensor] = []
+        if is_int8(key):
+            given["q"], q_scale, given["k"], k_scale, taken_off = prepare(q, k)
+            scales = [q_scale, k_scale]
         batch, heads, tokens = q.shape[:3]
         slots = given["src_q"].shape[1] if config["src_q"] else tokens
         tables = tile_tables(given["q_off"], slots, rows)
         out = q.new_zeros((batch, heads, tokens, v.shape[3]))
         lse = q.new_full((batch, heads, tokens), float("-inf"), dtype=torch.float32)
         inputs = [x for name in names for x in (tables if name == "q_off" else [given[name]])]
+        inputs += scales
         tiles = tables[0].shape[1]
         per_item = heads if given["head_group"].shape[0] > 1 else 0
         sizes = [batch, heads, k.shape[1], tokens, k.shape[2], given["row_ptr"].shape[1] - 1]
         sizes += [given["k_off"].shape[1] - 1, given["col"].shape[1], tiles, per_item]
         steps = (tables[0], given["k_off"], *[given[n] for n in ("src_q", "src_k") if config[n]])
         sizes += [group_step(table) for table in steps]
+        sizes += [x.shape[2] for x in scales]
         sizes += mask_steps(given["mask"]) if config["mask"] else []
         grid = (tiles, batch * heads)
         if tiles * batch * heads > 0 and k.shape[2] > 0:
             count = warps(q.shape[3])
-            inputs += key_descriptors(k, v, keys, key) if config["descriptor"] else []
+            inputs += key_descriptors(given["k"], v, keys, key) if config["descriptor"] else []
             kernel[grid](
                 *inputs,
                 out,
@@ -276,6 +297,6 @@ def launcher(key: KernelKey, kernel: Any) -> Callable[..., Any]:
                 num_warps=count,
                 num_stages=2,
             )
-        return out, lse
+        return out, lse + scale * taken_off if is_int8(key) else lse
 
     return run

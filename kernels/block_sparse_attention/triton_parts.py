@@ -20,14 +20,21 @@ def extra_sizes(key: KernelKey) -> list[str]:
     """Names of the strides of what is optional."""
     config = options_of(key)
     found = [f"{name}_step" for name in ("src_q", "src_k") if config[name]]
+    found += ["q_scales", "k_scales"] if is_int8(key) else []
     return found + (["mask_b", "mask_h", "mask_i", "mask_j"] if config["mask"] else [])
+
+
+def is_int8(key: KernelKey) -> bool:
+    """Whether the scores are products of int8 codes."""
+    return key.op == "block_sparse_attention_int8"
 
 
 def dims_of(key: KernelKey) -> dict[str, Any]:
     """Head sizes D and E, the powers of two BD and BE that hold them, and whether those are larger."""
     config = options_of(key)
     head, value = config["head"], config["value"]
-    block_d, block_e = max(16, next_power_of_2(head)), max(16, next_power_of_2(value))
+    block_d = max(32 if is_int8(key) else 16, next_power_of_2(head))  # the least a product sums over
+    block_e = max(16, next_power_of_2(value))
     return {
         "D": head,
         "E": value,

@@ -18,6 +18,7 @@ SM80 = Target("cuda", "sm_80")
 PRODUCTS = (
     "block_sparse_attention",
     "block_sparse_attention_backward",
+    "block_sparse_attention_int8",
     "paged_attention",
     "token_attention",
     "attention_mass",
@@ -26,9 +27,9 @@ PRODUCTS = (
 
 
 def generated() -> list[object]:
-    """Ops with Triton sources; the longest to compile is slow."""
+    """Ops with Triton sources; variants of another that take long to compile are slow."""
     ops = sorted(op for op in FAMILIES if FAMILIES[op].triton is not None)
-    return [pytest.param(op, marks=[pytest.mark.slow] * op.endswith("_backward")) for op in ops]
+    return [pytest.param(op, marks=[pytest.mark.slow] * op.endswith(("_backward", "_int8"))) for op in ops]
 
 
 @pytest.mark.parametrize("op", generated())

@@ -95,6 +95,17 @@ def block_sparse_backward_arguments():
         yield (q, None, q, k, v, q, meta(*q.shape[:3]), *layout)
 
 
+def block_sparse_int8_arguments():
+    plain = [
+        a.to("meta") if isinstance(a, torch.Tensor) else a for a in BlockLayout.dense(8, 8, 2).arguments()
+    ]
+    whole = next(iter(block_sparse_arguments()))[3:]
+    for dtype, (size, value) in itertools.product(DTYPES[1:], ((32, 32), (24, 32))):
+        q, v = (meta(1, 2, 8, n, dtype=dtype) for n in (size, value))
+        yield (q, q, v, *whole)
+        yield (q, q, v, *plain, None)
+
+
 def paged_arguments(op):
     """Every combination of what a kernel of a pool is specialised by."""
     index, place = meta(2, 20, dtype=torch.int32), meta(2, dtype=torch.int64)
@@ -153,6 +164,7 @@ ARGUMENTS = {
     "quantized_linear_multi": lambda: quantized_arguments((2, 3)),
     "block_sparse_attention": lambda: block_sparse_arguments(),
     "block_sparse_attention_backward": lambda: block_sparse_backward_arguments(),
+    "block_sparse_attention_int8": lambda: block_sparse_int8_arguments(),
     "paged_attention": lambda: paged_arguments("paged_attention"),
     "token_attention": lambda: paged_arguments("token_attention"),
     "paged_append": lambda: paged_arguments("paged_append"),

@@ -1,0 +1,68 @@
+"""Attention over blocks with int8 products of queries and keys; the products with values stay as they are.
+
+source: SageAttention, arXiv:2410.02367. Keys have their mean over tokens taken off first, which changes no
+probability (a softmax does not see what all keys of a row share) and takes away what keys have in common, the
+largest part of their size. Queries and keys are then rounded to 8 bits, one scale for Q_ROWS queries and for
+K_ROWS keys of a head. Its error is measured as relative RMS of the result against `block_sparse_attention`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tilewright.compiler.ops import block_sparse_attention as plain
+from tilewright.compiler.ops.registry import define
+
+Q_ROWS, K_ROWS = 128, 64
+"""Consecutive tokens of a head that share a scale; neither depends on the layout."""
+LEVELS = 127
+
+
+def quantize_rows(x: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """(codes int8 like x [B, H, S, D], scales [B, H, ceil(S / rows)] float32): x ~ codes * scale.
+
+    A scale is the largest size in its rows / 127; rows of zeros give codes 0.
+    """
+    batch, heads, tokens, size = x.shape
+    blocks = -(-tokens // rows)
+    padded = torch.nn.functional.pad(x.float(), (0, 0, 0, blocks * rows - tokens))
+    grouped = padded.view(batch, heads, blocks, rows * size)
+    scale = grouped.abs().amax(-1) / LEVELS
+    safe = torch.where(scale > 0, scale, 1.0)
+    codes = (grouped / safe[..., None]).round().to(torch.int8)
+    return codes.view(batch, heads, blocks * rows, size)[:, :, :tokens].contiguous(), scale
+
+
+def prepare(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(q codes, q scales, k codes, k scales, q . mean(k) [B, H, S] float32, unscaled) of q and smoothed k."""
+    mean = k.float().mean(2, keepdim=True)
+    shared = mean.repeat_interleave(q.shape[1] // k.shape[1], 1)
+    taken_off = (q.float() * shared).sum(-1)
+    return (*quantize_rows(q, Q_ROWS), *quantize_rows(k.float() - mean, K_ROWS), taken_off)
+
+
+def _restored(codes: Tensor, scales: Tensor, rows: int) -> Tensor:
+    """codes * scale in float32."""
+    return codes.float() * scales.repeat_interleave(rows, 2)[:, :, : codes.shape[2], None]
+
+
+@define(
+    f"block_sparse_attention_int8(Tensor q, Tensor k, Tensor v, {plain.LAYOUT}) -> (Tensor, Tensor)",
+    flops=plain.pair_flops,
+    fake=plain.fake_pair,
+)
+def block_sparse_attention_int8(q: Tensor, k: Tensor, v: Tensor, *layout: Any) -> tuple[Tensor, Tensor]:
+    """`block_sparse_attention` whose scores are products of int8 codes; out in the dtype of q, lse float32.
+
+    Shapes as there. lse is that of the keys as given: what smoothing took off is added again. At least one
+    key; inference only.
+    """
+    q8, q_scale, k8, k_scale, taken_off = prepare(q, k)
+    queries, keys = _restored(q8, q_scale, Q_ROWS), _restored(k8, k_scale, K_ROWS)
+    out, lse = plain.block_sparse_attention.definition(queries, keys, v.float(), *layout)
+    given = dict(zip(plain.LAYOUT_NAMES, layout, strict=False)).get("scale")
+    scale = q.shape[3] ** -0.5 if given is None else given
+    return out.to(q.dtype), lse + scale * taken_off
