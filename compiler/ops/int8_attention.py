@@ -21,14 +21,19 @@ Q_ROWS, K_ROWS = 128, 64
 LEVELS = 127
 
 
+def wide(x: Tensor) -> Tensor:
+    """In float32 at least."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def quantize_rows(x: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-    """(codes int8 like x [B, H, S, D], scales [B, H, ceil(S / rows)] float32): x ~ codes * scale.
+    """(codes int8 like x [B, H, S, D], scales [B, H, ceil(S / rows)] of `wide`): x ~ codes * scale.
 
     A scale is the largest size in its rows / 127; rows of zeros give codes 0.
     """
     batch, heads, tokens, size = x.shape
     blocks = -(-tokens // rows)
-    padded = torch.nn.functional.pad(x.float(), (0, 0, 0, blocks * rows - tokens))
+    padded = torch.nn.functional.pad(wide(x), (0, 0, 0, blocks * rows - tokens))
     grouped = padded.view(batch, heads, blocks, rows * size)
     scale = grouped.abs().amax(-1) / LEVELS
     safe = torch.where(scale > 0, scale, 1.0)
@@ -36,17 +41,33 @@ def quantize_rows(x: Tensor, rows: int) -> tuple[Tensor, Tensor]:
     return codes.view(batch, heads, blocks * rows, size)[:, :, :tokens].contiguous(), scale
 
 
+def restore_rows(codes: Tensor, scales: Tensor, rows: int) -> Tensor:
+    """Codes times scales, in the dtype of the scales."""
+    return codes.to(scales.dtype) * scales.repeat_interleave(rows, 2)[:, :, : codes.shape[2], None]
+
+
+def key_mean(k: Tensor) -> Tensor:
+    """The mean of k [B, Hkv, T, D] over tokens, [B, Hkv, 1, D]; 0 without tokens."""
+    return wide(k).sum(2, keepdim=True) / max(k.shape[2], 1)
+
+
 def prepare(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(q codes, q scales, k codes, k scales, q . mean(k) [B, H, S] float32, unscaled) of q and smoothed k."""
-    mean = k.float().mean(2, keepdim=True)
+    """(q codes, q scales, k codes, k scales, q . mean(k) [B, H, S], unscaled) of q and smoothed k."""
+    mean = key_mean(k)
     shared = mean.repeat_interleave(q.shape[1] // k.shape[1], 1)
-    taken_off = (q.float() * shared).sum(-1)
-    return (*quantize_rows(q, Q_ROWS), *quantize_rows(k.float() - mean, K_ROWS), taken_off)
+    taken_off = (wide(q) * shared).sum(-1)
+    return (*quantize_rows(q, Q_ROWS), *quantize_rows(wide(k) - mean, K_ROWS), taken_off)
 
 
-def _restored(codes: Tensor, scales: Tensor, rows: int) -> Tensor:
-    """codes * scale in float32."""
-    return codes.float() * scales.repeat_interleave(rows, 2)[:, :, : codes.shape[2], None]
+def rounded_queries(q: Tensor) -> Tensor:
+    """q as its codes stand for it."""
+    return restore_rows(*quantize_rows(q, Q_ROWS), Q_ROWS).to(q.dtype)
+
+
+def rounded_keys(k: Tensor) -> Tensor:
+    """k as the codes of its smoothed form and its mean stand for it."""
+    mean = key_mean(k)
+    return (restore_rows(*quantize_rows(wide(k) - mean, K_ROWS), K_ROWS) + mean).to(k.dtype)
 
 
 @define(
@@ -57,12 +78,12 @@ def _restored(codes: Tensor, scales: Tensor, rows: int) -> Tensor:
 def block_sparse_attention_int8(q: Tensor, k: Tensor, v: Tensor, *layout: Any) -> tuple[Tensor, Tensor]:
     """`block_sparse_attention` whose scores are products of int8 codes; out in the dtype of q, lse float32.
 
-    Shapes as there. lse is that of the keys as given: what smoothing took off is added again. At least one
-    key; inference only.
+    Shapes as there. lse is that of the keys as given: what smoothing took off is added again. For
+    inference only.
     """
     q8, q_scale, k8, k_scale, taken_off = prepare(q, k)
-    queries, keys = _restored(q8, q_scale, Q_ROWS), _restored(k8, k_scale, K_ROWS)
-    out, lse = plain.block_sparse_attention.definition(queries, keys, v.float(), *layout)
+    queries, keys = restore_rows(q8, q_scale, Q_ROWS), restore_rows(k8, k_scale, K_ROWS)
+    out, lse = plain.block_sparse_attention.definition(queries, keys, wide(v), *layout)
     given = dict(zip(plain.LAYOUT_NAMES, layout, strict=False)).get("scale")
     scale = q.shape[3] ** -0.5 if given is None else given
     return out.to(q.dtype), lse + scale * taken_off
