@@ -65,8 +65,7 @@ def phase_programs(
         if one.text() not in made:
             given: dict[str, Any] = {**(options or {}), "pipeline": one}
             # Alone: Dynamo counts recompilations of a function, and beyond eight it runs the plain model.
-            made[one.text()] = torch.compile(
-                model, backend="tilewright", options=given, isolate_recompiles=True
-            )
+            apart: dict[str, Any] = {"isolate_recompiles": True}  # absent from the declared signatures
+            made[one.text()] = torch.compile(model, backend="tilewright", options=given, **apart)
         found[phase] = made[one.text()]
     return found

@@ -55,7 +55,8 @@ class WindowSearch:
         self.tile, self.candidates, self.nondivisible = tile, tuple(candidates), nondivisible
         if not self.candidates or len(set(self.candidates)) < len(self.candidates):
             raise OptionError(f"candidates = {self.candidates}: expected windows, each once")
-        self._compiled = torch.compile(module, backend=self._backend, dynamic=False, isolate_recompiles=True)
+        apart: dict[str, Any] = {"isolate_recompiles": True}
+        self._compiled = torch.compile(module, backend=self._backend, dynamic=False, **apart)
         self._losses: dict[tuple[int, int], Tensor] = {}
         self._calls: dict[tuple[int, int], int] = {}
         self._found: dict[str, Any] | None = None
