@@ -78,9 +78,14 @@ def descriptor_refusal(target: Target, dtype: str, gathered: bool) -> Refusal | 
     return None
 
 
+def without(key: KernelKey, *names: str) -> KernelKey:
+    """The key with options off."""
+    return replace(key, config=tuple((n, False if n in names else value) for n, value in key.config))
+
+
 def without_descriptors(key: KernelKey) -> KernelKey:
     """The key whose kernel takes pointers and numbers only."""
-    return replace(key, config=tuple(item for item in key.config if item[0] != "descriptor"))
+    return without(key, "descriptor")
 
 
 def _configure(args: Sequence[Any], target: Target) -> KernelKey | Refusal:
@@ -116,6 +121,7 @@ def _configure(args: Sequence[Any], target: Target) -> KernelKey | Refusal:
     present["mask"] = present["mask"] and "5" in kinds
     if target.kind != "cpu":
         present["descriptor"] = descriptor_refusal(target, dtype, present["src_k"]) is None
+        present["short"] = _short_blocks(given)
     return make_key(
         "block_sparse_attention",
         target,
@@ -125,6 +131,13 @@ def _configure(args: Sequence[Any], target: Target) -> KernelKey | Refusal:
         kinds=f"k{kinds}",
         **present,
     )
+
+
+def _short_blocks(given: dict[str, Any]) -> bool:
+    """Whether a block of queries has 64 slots or fewer on average; False where sizes are not known."""
+    slots = given["q"].shape[2] if given["src_q"] is None else given["src_q"].shape[1]
+    count = given["q_off"].shape[1] - 1
+    return isinstance(slots, int) and isinstance(count, int) and slots <= 64 * count
 
 
 def _rewrite_args(key: KernelKey, args: Sequence[Any]) -> tuple[Any, ...]:
@@ -238,7 +251,8 @@ def _configure_backward(args: Sequence[Any], target: Target) -> KernelKey | Refu
 
 def _backward_key(key: KernelKey) -> KernelKey:
     """The key of the gradient of a key's kernel."""
-    return replace(without_descriptors(key), op=_BACKWARD)
+    config = tuple(item for item in key.config if item[0] not in ("descriptor", "short"))
+    return replace(key, op=_BACKWARD, config=config)
 
 
 def _rewrite_backward(key: KernelKey, args: Sequence[Any]) -> tuple[Any, ...]:
@@ -292,10 +306,8 @@ def _configure_int8(args: Sequence[Any], target: Target) -> KernelKey | Refusal:
     if key.dtype == "float32":
         return Refusal("q is float32: values would be multiplied without tensor cores; 16 bits only")
     key = replace(key, op="block_sparse_attention_int8")
-    if options_of(key)["head"] % 16 == 0:
-        return key
-    plain = without_descriptors(key)  # rows of codes that a box cannot step over
-    return replace(plain, config=tuple(sorted((*plain.config, ("descriptor", False)))))
+    # A box of codes steps over rows of a multiple of 16 bytes.
+    return key if options_of(key)["head"] % 16 == 0 else without_descriptors(key)
 
 
 def _int8_examples() -> Sequence[tuple[Any, ...]]:

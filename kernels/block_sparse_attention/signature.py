@@ -15,7 +15,13 @@ RULE_FIELDS = ("before", "after", "unit", "sink", "shift")
 
 def options_of(key: KernelKey) -> dict[str, Any]:
     """The options of a key by name; those of a layout are off where the key has none (dense, causal)."""
-    return {"layout": "blocks", "descriptor": False, **dict.fromkeys(OPTIONAL, False), **config_of(key)}
+    return {
+        "layout": "blocks",
+        "descriptor": False,
+        "short": False,
+        **dict.fromkeys(OPTIONAL, False),
+        **config_of(key),
+    }
 
 
 def kinds_of(key: KernelKey) -> list[Kind]:

@@ -63,11 +63,20 @@ _WIDE_BLOCKS = {"sm_80": (64, 64), "sm_90": (64, 64), "sm_100": (128, 64), "sm_1
 
 def blocks(key: KernelKey) -> tuple[int, int]:
     """(BLOCK_M, BLOCK_N)."""
-    widest = max(options_of(key)["head"], options_of(key)["value"])
+    (rows, keys), config = _largest_blocks(key), options_of(key)
+    spills = key.target.arch == "sm_100" and max(config["head"], config["value"]) > 64  # with 64 rows
+    return min(rows, 64) if config["short"] and not spills else rows, keys
+
+
+def _largest_blocks(key: KernelKey) -> tuple[int, int]:
+    config = options_of(key)
+    widest = max(config["head"], config["value"])
     if key.dtype == "float32":
         return (32, 32) if widest <= 128 else (16, 32)
     if widest <= 64:
         return 128, 32 if is_int8(key) and key.target.kind == "hip" else 64
+    if widest <= 128 and key.target.arch == "sm_90" and config["descriptor"]:
+        return 128, 64  # a box needs no registers for its addresses
     return _WIDE_BLOCKS.get(key.target.arch, (64, 32)) if widest <= 128 else (64, 32)
 
 
@@ -230,9 +239,10 @@ def _store(key: KernelKey) -> list[str]:
 def generate(key: KernelKey, op: str) -> str:
     """The source file for one configuration; absent layout arguments and predicates leave no trace."""
     config, scores = options_of(key), " with int8 scores" if is_int8(key) else ""
+    size = f"heads of {config['head']} and {config['value']}"
     given = [name for name, _ in parameters(key)] + ["BLOCK_M: tl.constexpr", "BLOCK_N: tl.constexpr"]
     return triton_file(
-        title=f"Block-sparse attention{scores}, heads of {config['head']} and {config['value']}.",
+        title=f"Block-sparse attention{scores}, {size} and {blocks(key)[0]} queries a program.",
         target=str(key.target),
         kernel=op,
         params=", ".join(given),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,11 +15,14 @@ from tilewright.compiler.parity import assert_parity
 from tilewright.kernels.block_sparse_attention import triton, triton_parts
 from tilewright.kernels.block_sparse_attention.family import (
     BLOCK_SPARSE_ATTENTION,
+    BLOCK_SPARSE_ATTENTION_INT8,
     descriptor_refusal,
     without_descriptors,
 )
 from tilewright.kernels.load import build_kernel
 from tilewright.runtime.contracts import KernelKey, Target
+from tilewright.runtime.offline import TARGETS
+from tilewright.tools.offline_compile import compile_row
 
 TARGET = Target("cuda", "sm_80")
 in_interpreter = pytest.mark.skipif(
@@ -154,6 +158,28 @@ def test_descriptors_are_chosen_where_they_serve_and_the_refusal_says_why_not() 
     ]
     for reason, words in zip(why, ("src_k", "tensor cores", "registers", "sm_80", "gfx942"), strict=True):
         assert words in str(reason)
+
+
+def of_blocks(size: int, heads: int, dtype: torch.dtype, target: Target) -> KernelKey:
+    q = torch.empty(1, 4, 512, heads, dtype=dtype)
+    return key_of(
+        BlockLayout.causal(512, 512, 4, window=256, q_block=size, k_block=size), q, q, q, target=target
+    )
+
+
+def test_short_blocks_of_queries_take_short_programs() -> None:
+    for size, rows in ((128, 128), (100, 128), (64, 64), (32, 64)):
+        assert triton.blocks(of_blocks(size, 64, torch.float16, TARGET))[0] == rows
+    assert triton.blocks(of_blocks(32, 128, torch.float16, Target("cuda", "sm_120")))[0] == 32
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS, ids=str)
+@pytest.mark.parametrize(("heads", "dtype"), [(64, torch.float16), (128, torch.bfloat16)])
+def test_short_programs_do_not_spill(target: Target, heads: int, dtype: torch.dtype) -> None:
+    key = of_blocks(64, heads, dtype, target)
+    for family in (BLOCK_SPARSE_ATTENTION, BLOCK_SPARSE_ATTENTION_INT8):
+        assert compile_row(family, replace(key, op=family.op), heads).complaint == ""
 
 
 def test_tiles_cover_every_slot_once() -> None:
