@@ -23,12 +23,14 @@ from tilewright.compiler.diagnostics import OptionError
 
 Kind = Literal["symmetric", "asymmetric", "float-zero"]
 KINDS: tuple[str, ...] = get_args(Kind)
-Activation = Literal["none", "int8-token", "int8-group"]
+Activation = Literal["none", "int8-token", "int8-group", "int4-token"]
 ACTIVATIONS: tuple[str, ...] = get_args(Activation)
 IDENTITY_BITS = 16
 """From this many bits on a quantizer is the identity and no node is made for it."""
 ACTIVATION_MAX = 127
 """Activations use -127..127: two products with 8-bit weights then fit the 16-bit lanes of AVX2."""
+ACTIVATION_MAX_4 = 7
+"""Of 4-bit activations."""
 SMALLEST_SCALED = 2e-36
 """Activations whose largest magnitude is below this count as zero: their inverse scale would overflow."""
 WHOLE_ROW = 0
@@ -220,21 +222,23 @@ def _group_mean(x: Tensor, group: int) -> Tensor:
 def quantize_activation(x: Tensor, activation: Activation, group: int) -> tuple[Tensor, Tensor]:
     """(codes, scale) of activations [..., K]: whole float32 numbers in -127..127 [..., K], float32 [..., G].
 
-    `int8-token` has one scale per row, `int8-group` one per `group` columns. code = round(x * (127 /
-    max|x|)), half to even, scale = max|x| / 127. A group that holds a NaN or an infinity has a NaN scale.
+    `int8-token` has one scale per row, `int8-group` one per `group` columns; `int4-token` is in -7..7. code =
+    round(x * (127 / max|x|)), half to even, scale = max|x| / 127. A group that holds a NaN or an infinity has
+    a NaN scale.
     """
-    size = WHOLE_ROW if activation == "int8-token" else group
+    size = group if activation == "int8-group" else WHOLE_ROW
+    most = ACTIVATION_MAX_4 if activation == "int4-token" else ACTIVATION_MAX
     largest = split(x.float().abs(), size).amax(-1)
     poison = largest * 0.0  # NaN for what has no scale
-    inverse = torch.where(largest > SMALLEST_SCALED, ACTIVATION_MAX / largest, 0.0) + poison
+    inverse = torch.where(largest > SMALLEST_SCALED, most / largest, 0.0) + poison
     codes = torch.round(x.float() * spread(inverse, x.shape[-1], size))
-    return codes, largest * (1.0 / ACTIVATION_MAX) + poison
+    return codes, largest * (1.0 / most) + poison
 
 
 def fake_activation(x: Tensor, activation: Activation, group: int) -> Tensor:
     """Activations [..., K] after quantizing and back, float32."""
     codes, scale = quantize_activation(x, activation, group)
-    size = WHOLE_ROW if activation == "int8-token" else group
+    size = group if activation == "int8-group" else WHOLE_ROW
     return codes * spread(scale, x.shape[-1], size)
 
 

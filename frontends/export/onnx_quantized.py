@@ -73,6 +73,8 @@ def _grouped(g: OnnxGraph, x: fx.Node, weight: Quantized, form: WeightFormat, la
     stored = codes.reshape(rows, count, form.group).to(torch.uint8)
     if bits == 4:
         stored = stored[..., 0::2] | stored[..., 1::2] << 4
+    if form.activation == "int4-token":
+        raise Unsupported("activations in 4 bits")
     level = _FLOAT_ACTIVATIONS if form.activation == "none" else _INT8_ACTIVATIONS
     scales = g.weight(weight.scale.float().flatten(), f"{label}.scales")
     inputs = [given, g.weight(stored, f"{label}.codes"), scales]
@@ -101,6 +103,8 @@ def _per_row(g: OnnxGraph, x: fx.Node, weight: Quantized, form: WeightFormat, la
         raise Unsupported("a scale per row with an offset")
     stored = g.weight(signed.t().contiguous(), f"{label}.codes")
     scales = g.weight(scale, f"{label}.scales")
+    if form.activation == "int4-token":
+        raise Unsupported("activations in 4 bits")
     if form.activation == "none":
         return g.node("MatMul", [g.name(x), g.node("DequantizeLinear", [stored, scales], axis=1)])
     codes, step = _tokens(g, g.name(x))

@@ -75,6 +75,8 @@ def _configure(
         return Refusal(f"x has {x.dim()} axes, there are {len(packed)} weights; at most {MAX_WEIGHTS}")
     if not isinstance(x.shape[-1], int) or x.shape[-1] == 0:
         return Refusal(f"the columns of x {list(x.shape)} are not known when compiling")
+    if form.activation not in ACTIVATION_WORD:
+        return Refusal(f"{form.activation} activations have no kernel: the definition rounds them")
     if target.kind != "cpu" and form.activation == "int8-group" and form.group > triton.LONGEST_GROUP:
         return Refusal(f"activation groups of {form.group}; on a GPU at most {triton.LONGEST_GROUP}")
     for i, (weight, bias, count) in enumerate(zip(packed, biases, rows, strict=True)):

@@ -11,7 +11,15 @@ from tilewright.compiler import Program, ops
 from tilewright.compiler.calibration import Statistics, weight_path
 from tilewright.compiler.diagnostics import FactError
 from tilewright.compiler.gptq import gptq
-from tilewright.compiler.quantizers import Quantized, fake_activation, half_quadratic, weight_problem
+from tilewright.compiler.graph import insert_like
+from tilewright.compiler.quantizers import (
+    ACTIVATION_MAX,
+    SMALLEST_SCALED,
+    Quantized,
+    fake_activation,
+    half_quadratic,
+    weight_problem,
+)
 from tilewright.compiler.schema import arguments
 from tilewright.compiler.weight_format import BLOCK_ROWS, WeightFormat
 
@@ -73,6 +81,21 @@ def hessian_of(statistics: Statistics | None, program: Program, linear: fx.Node)
         path = weight_path(program, linear)
         raise FactError(f"the calibration has no Hessian of {path}", remedy="calibrate with hessian=True")
     return found.hessian
+
+
+def insert_static(program: Program, linear: fx.Node, statistics: Statistics | None) -> fx.Node:
+    """A layer's input on the grid of 8 bits that its calibration spans: clamp(round(x / s), -127, 127) s.
+
+    Ordinary ops in the dtype of x: the products that follow are of floats that lie on the grid.
+    """
+    assert statistics is not None, "the pass checks that static activations have a calibration"
+    x, aten = arguments(linear)["x"], torch.ops.aten
+    step = max(float(statistics.layer(program, linear).absmax.max()) / ACTIVATION_MAX, SMALLEST_SCALED)
+    code = insert_like(program.graph, linear, aten.div.Scalar, (x, step), linear)
+    code = insert_like(program.graph, linear, aten.round.default, (code,), linear)
+    limits = (-float(ACTIVATION_MAX), float(ACTIVATION_MAX))
+    code = insert_like(program.graph, linear, aten.clamp.default, (code, *limits), linear)
+    return insert_like(program.graph, linear, aten.mul.Scalar, (code, step), linear)
 
 
 def round_weight(

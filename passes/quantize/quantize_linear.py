@@ -26,6 +26,7 @@ from tilewright.passes.quantize._linear_examples import examples
 from tilewright.passes.quantize._linear_weights import (
     format_problem,
     hessian_of,
+    insert_static,
     is_head,
     pack_weight,
     use_rounded,
@@ -55,12 +56,12 @@ class QuantizeLinear(GraphPass):
     """Columns that share a scale: a multiple of 32, or 0 for one scale per row."""
     mode: Mode = "symmetric"
     """`float-zero` adds a float offset to each scale."""
-    activation: Activation = "none"
-    """int8 activations with one scale per token, or per token and group of columns."""
+    activation: Literal["none", "int8-token", "int8-group", "int4-token", "int8-static"] = "none"
+    """Activations with one scale per token, per token and group of columns, or one for all, calibrated."""
     rounding: Literal["rtn", "hqq", "gptq"] = "rtn"
     """To the nearest code, with half-quadratic offsets (float-zero only), or by GPTQ."""
     calibration: str = ""
-    """GPTQ: a file of statistics with Hessians, taken behind the same weight passes."""
+    """GPTQ, static: a file of statistics (GPTQ: with Hessians), taken behind the same weight passes."""
     head: bool = False
     """Also the layer that makes the program's output, or whose weight is the embedding's."""
 
@@ -71,15 +72,16 @@ class QuantizeLinear(GraphPass):
             raise self.option_error("activation", "the weight has no groups: give group, or take int8-token")
         if self.rounding == "hqq" and self.mode != "float-zero":
             raise self.option_error("rounding", "half-quadratic rounding needs mode=float-zero")
-        if (self.rounding == "gptq") != bool(self.calibration):
+        if (self.rounding == "gptq" or self.activation == "int8-static") != bool(self.calibration):
             raise self.option_error(
-                "calibration", "a calibration file goes with rounding=gptq, and only there"
+                "calibration", "a calibration file goes with rounding=gptq or int8-static"
             )
 
     def format_for(self, weight: torch.Tensor) -> WeightFormat:
         """The format of a weight, packed for the device it is on."""
         packing: Literal["blocks8", "rows"] = "blocks8" if weight.device.type == "cpu" else "rows"
-        return WeightFormat(_BITS[self.weight], self.group, self.mode, self.activation, packing)
+        activation: Activation = "none" if self.activation == "int8-static" else self.activation
+        return WeightFormat(_BITS[self.weight], self.group, self.mode, activation, packing)
 
     def apply(self, program: Program, log: PassLog) -> None:
         if self.weight == "int16":
@@ -117,10 +119,12 @@ class QuantizeLinear(GraphPass):
         tensor = program.tensor_of(given["weight"])
         form = self.format_for(tensor)
         name = f"{given['weight'].name} as {form.text}"
-        hessian = hessian_of(statistics, program, node)
+        hessian = hessian_of(statistics, program, node) if self.rounding == "gptq" else None
+        static = self.activation == "int8-static"
+        x = insert_static(program, node, statistics) if static else given["x"]
         pack = partial(pack_weight, form=form, rounding=self.rounding, hessian=hessian)
         packed = program.derive(name, [given["weight"]], pack)
-        args = (given["x"], packed, given["bias"], tensor.shape[0], form.text)
+        args = (x, packed, given["bias"], tensor.shape[0], form.text)
         new = insert_like(program.graph, node, ops.quantized_linear, args, node)
         new.meta["rewritten_by"] = (*node.meta.get("rewritten_by", ()), self.name)
         log.claim_slots([node], {new: new})
@@ -130,8 +134,11 @@ class QuantizeLinear(GraphPass):
 
     def reference(self, program: Program) -> None:
         """The same layers with dequantized weights, under activations quantized and back."""
+        static = Statistics.load(Path(self.calibration)) if self.activation == "int8-static" else None
         for node in [n for n in program.graph.nodes if n.target is ops.linear]:
             if self._problem(program, node, {}) is None:
+                if static is not None:
+                    node.replace_input_with(arguments(node)["x"], insert_static(program, node, static))
                 form = self.format_for(program.tensor_of(arguments(node)["weight"]))
                 use_rounded(program, node, form, self.rounding)
 

@@ -173,6 +173,43 @@ def test_options_are_checked_before_any_model_is_seen() -> None:
         Pipeline.parse("fuse-projections,quantize-linear")
 
 
+def test_static_activations_lie_on_the_calibrated_grid(model: torch.nn.Module, tmp_path: Path) -> None:
+    statistics = calibrate(model, [((TOKENS,), {})])
+    statistics.save(tmp_path / "s.safetensors")
+    got, report = run(
+        model, f"quantize-linear{{activation=int8-static,calibration={tmp_path}/s.safetensors}}"
+    )
+    assert report.applied("quantize-linear") == 14
+    copy = Small().eval()
+    copy.load_state_dict(model.state_dict())
+    for name, layer in copy.named_modules():
+        if not isinstance(layer, torch.nn.Linear) or name == "head":
+            continue
+        step = float(statistics.layers[f"{name}.weight"].absmax.max()) / 127
+        row = layer.weight.data.abs().amax(1, keepdim=True) / 127
+        layer.weight.data = torch.round(layer.weight.data / row) * row
+
+        def on_grid(_: Any, given: Any, step: float = step) -> Any:
+            return (torch.clamp(torch.round(given[0] / step), -127, 127) * step,)
+
+        layer.register_forward_pre_hook(on_grid)
+    with torch.no_grad():
+        want, plain = copy(TOKENS), model(TOKENS)
+    assert float((got - want).abs().max()) < 0.2 * float((want - plain).abs().max())
+
+
+def test_four_bit_activations(model: torch.nn.Module) -> None:
+    got, report = run(model, "quantize-linear{activation=int4-token}")
+    eight, _ = run(model, "quantize-linear{activation=int8-token}")
+    assert report.applied("quantize-linear") == 14
+    with torch.no_grad():
+        plain = model(TOKENS)
+    errors = [float((x - plain).square().mean()) for x in (got, eight)]
+    assert 30 < errors[0] / errors[1] < 3000, "16 times coarser: 256 times the squared error"
+    reasons = " ".join(str(row) for row in report.kernels)
+    assert "no kernel" in reasons
+
+
 def test_gptq_beats_rounding_to_nearest(model: torch.nn.Module, tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(4)
     calls: list[Any] = [((torch.randint(0, 128, (4, 64), generator=generator),), {})]

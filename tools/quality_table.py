@@ -1,0 +1,178 @@
+"""What quantization costs SmolLM2-135M, row by row beside the band it is expected in.
+
+Text: `pydoc_data.topics` of CPython 3.11, values in the order of their keys, windows of 512 tokens from an
+empty cache. The measure is the mean over positions of the loss less that of the model as it is, paired
+position by position, in nats; with the standard error of that mean, and as a ratio of perplexities.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tilewright.frontends.calibration import calibrate, token_windows
+from tilewright.frontends.loaded_model import Call, LoadedModel
+from tilewright.frontends.loaders import resolve
+
+LENGTH, CALIBRATED_FROM, CALIBRATED_WINDOWS = 512, 40_960, 4
+TEXT_SHA256 = "71f2ff5d99bdc1f9c48c5c2353ad1382"
+"""Of the text that the bands were measured on, its beginning."""
+ROTATED = "fold-norm-scale,rotate-hadamard"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A pipeline, and between what its loss in nats is expected; FILE stands for its calibration."""
+
+    name: str
+    pipeline: str
+    low: float
+    high: float
+    calibrated: str | None = None
+    """The passes behind which its statistics are taken; None where it needs none."""
+
+
+def _linear(weight: str, group: int = 0, activation: str = "none", more: str = "") -> str:
+    return f"quantize-linear{{weight={weight},group={group},activation={activation}{more}}}"
+
+
+STATIC = ",calibration=FILE"
+GPTQ = ",rounding=gptq,calibration=FILE"
+ROWS = (
+    Row("rotated, 16 bits", ROTATED, -1e-5, 1e-5),
+    Row("W4 g32 float-zero", _linear("int4", 32, more=",mode=float-zero"), -1e-3, 1e-3),
+    Row("W4A8 g32 float-zero", _linear("int4", 32, "int8-group", ",mode=float-zero"), -1.0, math.log(1.03)),
+    Row("W8 per channel", _linear("int8"), -0.01, 0.01),
+    Row("W8A8 token", _linear("int8", 0, "int8-token"), 0.015, 0.045),
+    Row("W8A8 token, rotated", f"{ROTATED},{_linear('int8', 0, 'int8-token')}", -0.015, 0.015),
+    Row("W8A8 static", _linear("int8", 0, "int8-static", STATIC), 0.6, 0.9, ""),
+    Row(
+        "W8A8 static, rotated", f"{ROTATED},{_linear('int8', 0, 'int8-static', STATIC)}", 0.06, 0.15, ROTATED
+    ),
+    Row("W8A4 token", _linear("int8", 0, "int4-token"), 4.0, 9.0),
+    Row("W8A4 token, rotated", f"{ROTATED},{_linear('int8', 0, 'int4-token')}", 0.5, 0.7),
+    Row("W4A4 token", _linear("int4", 0, "int4-token"), 5.0, 9.0),
+    Row(
+        "W4A4 token, GPTQ, rotated", f"{ROTATED},{_linear('int4', 0, 'int4-token', GPTQ)}", 0.5, 1.09, ROTATED
+    ),
+    Row("W4 per channel", _linear("int4"), 0.58, 0.74),
+    Row("W4 g128", _linear("int4", 128), 0.45, 0.60),
+    Row("W4 g32", _linear("int4", 32), 0.23, 0.35),
+    Row("W4A8 token", _linear("int4", 0, "int8-token"), 0.61, 0.78),
+    Row(
+        "W4A8 token, GPTQ, rotated",
+        f"{ROTATED},{_linear('int4', 0, 'int8-token', GPTQ)}",
+        0.12,
+        0.26,
+        ROTATED,
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One row as it was found."""
+
+    name: str
+    pipeline: str
+    delta: float
+    """Nats a token more than the model as it is."""
+    error: float
+    """Standard error of delta."""
+    ratio: float
+    """Perplexity over that of the model as it is."""
+    low: float
+    high: float
+    inside: bool
+
+
+def topics() -> tuple[str, bool]:
+    """(the text, whether it is the one that the bands were measured on)."""
+    from pydoc_data.topics import topics as found
+
+    text = "\n\n".join(found[key] for key in sorted(found))
+    return text[:400_000], hashlib.sha256(text.encode()).hexdigest().startswith(TEXT_SHA256)
+
+
+def losses(model: Any, calls: Sequence[Call]) -> Tensor:
+    """float64 [positions]: the loss at every position but the first of each window."""
+    rows = []
+    with torch.no_grad():
+        for args, kwargs in calls:
+            logits = model(*args, **kwargs).logits[0, :-1].double()
+            rows.append(F.cross_entropy(logits, kwargs["input_ids"][0, 1:], reduction="none"))
+    return torch.cat(rows)
+
+
+def measure(model: LoadedModel, rows: Sequence[Row], text: str, windows: int) -> Iterator[Measured]:
+    """Every row in turn, on the first windows of the text."""
+    calls, _ = token_windows(model.tokenizer, text, length=LENGTH, samples=windows)
+    base = losses(model.module, calls)
+    statistics: dict[str, Path] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for row in rows:
+            pipeline = row.pipeline
+            if row.calibrated is not None:
+                if row.calibrated not in statistics:
+                    statistics[row.calibrated] = Path(folder) / f"{len(statistics)}.safetensors"
+                    _calibrated(model, text, row.calibrated).save(statistics[row.calibrated])
+                pipeline = pipeline.replace("FILE", str(statistics[row.calibrated]))
+            torch._dynamo.reset()
+            options: dict[str, Any] = {"pipeline": pipeline, "lower": "eager", "replay": False}
+            candidate = torch.compile(model.module, backend="tilewright", options=options, dynamic=False)
+            more = losses(candidate, calls) - base
+            delta = float(more.mean())
+            error = float(more.std() / math.sqrt(more.numel()))
+            inside = row.low <= delta <= row.high
+            yield Measured(row.name, row.pipeline, delta, error, math.exp(delta), row.low, row.high, inside)
+
+
+def _calibrated(model: LoadedModel, text: str, pipeline: str) -> Any:
+    calls, source = token_windows(
+        model.tokenizer, text, length=LENGTH, samples=CALIBRATED_WINDOWS, first=CALIBRATED_FROM
+    )
+    return calibrate(model.module, calls, pipeline=pipeline, source=source, hessian=True)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print the table; returns 0 when every row lies in its band, else 1."""
+    parser = argparse.ArgumentParser(prog="python -m tilewright.tools.quality_table", description=__doc__)
+    parser.add_argument("--windows", type=int, default=4, help="of 512 tokens (default 4, as the bands)")
+    parser.add_argument("--row", action="append", metavar="NAME", help="only this row; may repeat")
+    parser.add_argument("--json", action="store_true", help="one JSON object a line")
+    args = parser.parse_args(argv)
+    known = {row.name: row for row in ROWS}
+    unknown = sorted(set(args.row or ()) - set(known))
+    if unknown:
+        parser.error(f"--row {unknown[0]!r}: expected one of {', '.join(known)}")
+    if not 1 <= args.windows <= 80:
+        parser.error(f"--windows {args.windows}: expected 1 to 80, before the calibration text")
+    text, same = topics()
+    if not same:
+        sys.stderr.write("this Python's text is not CPython 3.11.7's: the bands do not apply\n")
+    found = []
+    for row in measure(resolve("smollm2"), [known[n] for n in args.row or known], text, args.windows):
+        found.append(row)
+        line = (
+            f"{row.name:<28} {row.delta:+.5f} +- {row.error:.5f}  ppl x {row.ratio:.4f}  "
+            f"[{row.low:g}, {row.high:g}] {'inside' if row.inside else 'OUTSIDE'}"
+        )
+        sys.stdout.write((json.dumps(asdict(row)) if args.json else line) + "\n")
+        sys.stdout.flush()
+    return 0 if all(row.inside for row in found) else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
