@@ -11,6 +11,7 @@ from tilewright.compiler.diagnostics import OptionError
 from tilewright.frontends.kv_layer import PagedLayer, run
 from tilewright.passes.memory._evictions import least, most
 from tilewright.passes.memory.heavy_hitter_kv import HeavyHitterKV
+from tilewright.passes.memory.keyformer_kv import KeyformerKV
 from tilewright.passes.memory.snap_kv import SnapKV
 
 
@@ -141,15 +142,24 @@ class EvictingLayer(PagedLayer):
 class HeavyHitterLayer(EvictingLayer):
     """Adds what every token is attended, and gives up those that got least."""
 
-    def __init__(self, index: int, page: int, check: Callable[[], None], policy: HeavyHitterKV) -> None:
+    def __init__(
+        self, index: int, page: int, check: Callable[[], None], policy: HeavyHitterKV | KeyformerKV
+    ) -> None:
         super().__init__(index, page, check)
         self.policy = policy
+
+    def score(
+        self, q: Tensor, lse: Tensor, first: Tensor | None, begin: Tensor | None, scale: float
+    ) -> Tensor:
+        """[B, Hkv, n]: what the tokens get from this attention; arguments as of `settle`."""
+        mass: Tensor = run("attention_mass", q, self.rows()[0], lse, begin, scale)
+        return mass
 
     def settle(
         self, q: Tensor, lse: Tensor, first: Tensor | None, begin: Tensor | None, scale: float
     ) -> None:
-        """Score by the probabilities of this attention, then keep the budget."""
-        self.scores = self.scores + run("attention_mass", q, self.rows()[0], lse, begin, scale)
+        """Add to the scores, then keep the budget."""
+        self.scores = self.scores + self.score(q, lse, first, begin, scale)
         self._final, held = self._seen, self.positions.shape[2]
         budget = self.policy.budget
         if held <= budget:
@@ -160,6 +170,28 @@ class HeavyHitterLayer(EvictingLayer):
             self.overwrite(least(worth, self.positions))
         else:
             self.hold(most(worth, self.positions, budget))
+
+
+class KeyformerLayer(HeavyHitterLayer):
+    """Adds noised shares of attention instead."""
+
+    policy: KeyformerKV
+
+    def forget(self) -> None:
+        """As before the first token."""
+        super().forget()
+        self._prompt = 0
+
+    def score(
+        self, q: Tensor, lse: Tensor, first: Tensor | None, begin: Tensor | None, scale: float
+    ) -> Tensor:
+        """[B, Hkv, n]: what the tokens get; the first call is the prompt."""
+        self._prompt = self._prompt or self._seen
+        seen, prompt = (torch.full((q.shape[0],), n, device=q.device) for n in (self._seen, self._prompt))
+        held = torch.ones_like(self.positions, dtype=torch.bool)
+        return self.policy.scored(
+            self.index, q, self.rows()[0], self.positions, held, seen, first, prompt, scale
+        )
 
 
 class SnapLayer(EvictingLayer):

@@ -10,11 +10,12 @@ from torch import Tensor
 from tilewright.compiler import Pipeline
 from tilewright.compiler.diagnostics import OptionError
 from tilewright.frontends.kv_choice import LessIsMoreLayer, SharedChoice
-from tilewright.frontends.kv_evicting import HeavyHitterLayer, SnapLayer
+from tilewright.frontends.kv_evicting import HeavyHitterLayer, KeyformerLayer, SnapLayer
 from tilewright.frontends.kv_layer import PagedLayer, run
 from tilewright.frontends.kv_offload import OffloadedLayer, Placement
 from tilewright.frontends.kv_relay import RelayLayer
 from tilewright.passes.memory.heavy_hitter_kv import HeavyHitterKV
+from tilewright.passes.memory.keyformer_kv import KeyformerKV
 from tilewright.passes.memory.lessismore_kv import LessIsMoreKV
 from tilewright.passes.memory.offload_kv import OffloadKV
 from tilewright.passes.memory.quest_kv import QuestKV
@@ -82,6 +83,7 @@ _LAYERS: dict[type, Callable[..., PagedLayer]] = {
     QuestKV: QuestLayer,
     LessIsMoreKV: LessIsMoreLayer,
     HeavyHitterKV: HeavyHitterLayer,
+    KeyformerKV: KeyformerLayer,
     SnapKV: SnapLayer,
     RelayAttention: RelayLayer,
 }
