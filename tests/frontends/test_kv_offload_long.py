@@ -1,7 +1,9 @@
-"""A cache of 65,536 synthetic tokens on disk: right, and within its share of memory as the system counts."""
+"""A cache of 65,536 synthetic tokens on disk: right, and within its memory as the system counts it."""
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -55,6 +57,8 @@ def cache(fast: int, folder: Path, budget: int) -> tuple[Placement, list[Offload
 def drive(tokens: int, fast: int, folder: Path, budget: int, steps: int) -> int:
     """Fill a cache, decode and compare; the most bytes that it added to this process."""
     placement, layers = cache(fast, folder, budget)
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed before would hide what is taken now
     before = most = resident()
     for index, layer in enumerate(layers):
         for k, v in chunks(index, tokens):
@@ -85,8 +89,9 @@ def drive(tokens: int, fast: int, folder: Path, budget: int, steps: int) -> int:
 
 
 @pytest.mark.slow
-def test_64k_tokens_within_a_tenth_over_the_fast_tier(tmp_path: Path) -> None:
+def test_64k_tokens_within_a_tenth_and_the_scores_over_the_fast_tier(tmp_path: Path) -> None:
     drive(4096, 4 << 20, tmp_path / "small", 256, 1)  # kernels and threads take their memory here
     fast = 64 << 20
     added = drive(65536, fast, tmp_path / "large", 1024, 2)
-    assert fast * 0.9 < added <= fast * 1.1, f"{added / fast:.3f} of fast_bytes"
+    scores = 2 * HEADS * 65536 * 4  # the logits of the layer that chooses, and their masked copy
+    assert fast * 0.9 < added <= fast * 1.1 + scores, f"{added / fast:.3f} of fast_bytes"
