@@ -24,6 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--sweep", choices=("attention", "reuse"), help="toy-video-dit: final latents against dense"
     )
+    parser.add_argument(
+        "--selectors", action="store_true", help="what rules that choose tokens keep of the attention, at 1/8"
+    )
     parser.add_argument("--densities", metavar="D,D", help="of --sweep attention (default 0.5,0.3,0.2,0.1)")
     parser.add_argument("--thresholds", metavar="T,T", help="of --sweep reuse (default: each policy's own)")
     parser.add_argument(
@@ -44,6 +47,8 @@ def run(args: argparse.Namespace) -> Result:
     for name in ("densities", "thresholds", "steps", "plot"):
         if getattr(args, name) is not None:
             raise OptionError(f"--{name} belongs to --sweep")
+    if args.selectors:
+        return _selectors(args)
     args.items = 4 if args.items is None else args.items
     if not 1 <= args.items <= 100_000:
         raise OptionError(f"--items = {args.items}: expected 1 to 100000")
@@ -65,6 +70,26 @@ def run(args: argparse.Namespace) -> Result:
         f"{found.items} batches",
     ]
     return Result(row, lines)
+
+
+def _selectors(args: argparse.Namespace) -> Result:
+    from tilewright.frontends.selector_table import BUDGET, LENGTH, selector_rows
+
+    if args.pipeline != "exact" or args.text or args.items is not None:
+        raise OptionError("--selectors has its own rules and prompts: leave out --pipeline, --text, --items")
+    model = load(args)
+    with step("attending"):
+        rows = selector_rows(model)
+    best = sorted(rows, key=lambda r: -r.mass)
+    lines = [
+        f"{'rule':<26} {'mass':>6} {'least':>6} {'error':>6} {'layers':>6} {'place':>5} {'published':>9}"
+    ]
+    for r in rows:
+        figures = f"{r.mass:>6.3f} {r.least:>6.3f} {r.error:>6.3f} {r.layers:>6} {best.index(r) + 1:>5}"
+        lines.append(f"{r.rule:<26} {figures} {r.expected:>9.3f}")
+    lines.append(f"{BUDGET} of {LENGTH} tokens, the last query; published: the mass on another prompt")
+    data = {"model": model.name, "budget": BUDGET, "length": LENGTH}
+    return Result({**data, "rows": [dataclasses.asdict(r) for r in rows]}, lines)
 
 
 def read_text(path: str | None) -> str:
