@@ -186,7 +186,7 @@ def test_a_fault_is_an_error_and_never_a_token(
         ("offload-kv{fast_bytes=lots}", "expected an integer"),
         ("offload-kv{tier=tape}", "tier"),
         ("offload-kv,offload-kv", "one pass at most"),
-        ("offload-kv,quest-kv", "too late to read them from a slow tier"),
+        ("offload-kv,quest-kv", "too late to read from a slow tier"),
         ("lessismore-kv{budget=0}", "expected 1 token or more"),
         ("lessismore-kv{recent=1.5}", "expected 0 to 1"),
         ("lessismore-kv{select_layers=2x1}", "ascending"),
