@@ -133,9 +133,12 @@ def video(window: str, rounds: int, threads: int) -> None:
 
 
 def _onnx_step(folder: Path, context: int, threads: int) -> Run:
-    """One decode step of an exported language model after `context` tokens; results stay in onnxruntime."""
+    """One decode step of an exported language model after `context` tokens; results stay in onnxruntime, and
+    buffers that the export names as shared are input and output at once."""
     import onnxruntime
 
+    row = next(row for row in read_manifest(folder)["entries"] if row["name"] == "decode")
+    shared, buffers = row.get("shared", {}), {}
     model = opened(folder, threads, "decode")
     binding = model.io_binding()
     for given in model.get_inputs():
@@ -143,12 +146,18 @@ def _onnx_step(folder: Path, context: int, threads: int) -> Run:
             past = np.random.default_rng(0).standard_normal(
                 [context if isinstance(n, str) else n for n in given.shape], np.float32
             )
-            binding.bind_ortvalue_input(given.name, onnxruntime.OrtValue.ortvalue_from_numpy(past))
+            value = onnxruntime.OrtValue.ortvalue_from_numpy(past)
+            binding.bind_ortvalue_input(given.name, value)
+            if given.name in shared:
+                buffers[shared[given.name]] = value
         else:
-            value = 200 if given.name == "input_ids" else context
-            binding.bind_cpu_input(given.name, np.full((1, 1), value, np.int64))
+            number = 200 if given.name == "input_ids" else context
+            binding.bind_cpu_input(given.name, np.full((1, 1), number, np.int64))
     for made in model.get_outputs():
-        binding.bind_output(made.name)
+        if made.name in buffers:
+            binding.bind_ortvalue_output(made.name, buffers[made.name])
+        else:
+            binding.bind_output(made.name)
     return lambda: model.run_with_iobinding(binding)
 
 

@@ -27,6 +27,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a size that may change between calls; repeatable",
     )
     parser.add_argument("--static", action="store_true", help="a language model with fixed sizes only")
+    parser.add_argument(
+        "--capacity",
+        type=int,
+        metavar="TOKENS",
+        help="onnx: a language model decodes over buffers of so many tokens, input and output at once",
+    )
 
 
 def run(args: argparse.Namespace) -> Result:
@@ -35,7 +41,7 @@ def run(args: argparse.Namespace) -> Result:
 
     options = compile_options(args)
     axes = parse_axes(args.dynamic)
-    check_request(args.format, Path(args.output), args.operators)
+    check_request(args.format, Path(args.output), args.operators, args.capacity)
     manifest = export(
         load(args),
         path=args.output,
@@ -45,6 +51,7 @@ def run(args: argparse.Namespace) -> Result:
         kind=args.call,
         length=args.length,
         operators=args.operators,
+        capacity=args.capacity,
         progress=step,
         **options,
     )

@@ -14,7 +14,7 @@ from tilewright.compiler.diagnostics import OptionError, nearest
 from tilewright.frontends.compile import DEFAULT_PIPELINE, CompileOptions
 from tilewright.frontends.export.artifact import check_place, new_artifact, read_manifest
 from tilewright.frontends.export.captured import describe_pipeline
-from tilewright.frontends.export.entries import Axes, Entry, entries_of, entry_of
+from tilewright.frontends.export.entries import Axes, entries_of, entry_of
 from tilewright.frontends.loaded_model import LoadedModel
 
 Progress = Callable[[str], Any]
@@ -46,6 +46,7 @@ def export(
     kind: str | None = None,
     length: int | None = None,
     operators: str = "standard",
+    capacity: int | None = None,
     progress: Progress = _silent,
     **options: Any,
 ) -> dict[str, Any]:
@@ -55,12 +56,25 @@ def export(
     own (a language model: prefill and decode with keys and values as tensors). path: the folder to make.
     format: `onnx`, `pt2` or `kernels`. dynamic: {"input_ids": {1: "sequence"}}; static: no dynamic sizes for
     a language model. operators: `custom` has onnxruntime run our kernels from a library beside the model
-    (format onnx). options: those of the torch.compile backend. Returns the manifest. Raises ExportError,
+    (format onnx). capacity: a language model's decode step keeps keys and values in buffers of that many
+    tokens, which a caller binds as input and output at once, so that a step copies none of them (format
+    onnx). options: those of the torch.compile backend. Returns the manifest. Raises ExportError,
     ParityError, OptionError and those of the passes; nothing is left at `path` then.
     """
     parsed = CompileOptions.parse({"pipeline": pipeline, **options})
-    final = check_request(format, Path(path), operators)
-    name, entries = _entries(model, args, kwargs or {}, dynamic or {}, static, kind, length, progress, final)
+    final = check_request(format, Path(path), operators, capacity)
+    if isinstance(model, nn.Module):
+        if capacity is not None:
+            raise OptionError(f"capacity = {capacity} belongs to a loaded language model, not a module")
+        name, entries = type(model).__name__, [entry_of("call", model, args, kwargs or {}, dynamic or {})]
+    elif args or kwargs:
+        raise OptionError("args and kwargs belong to a module; a loaded model brings its own call")
+    else:
+        loaded = _loaded(model, progress, final)
+        name = loaded.name
+        entries = entries_of(
+            loaded, dynamic or {}, static=static, kind=kind, length=length, capacity=capacity
+        )
     with new_artifact(final) as artifact:
         more = {"operators": operators} if format == "onnx" else {}
         described = _writer(format)(artifact, name, entries, parsed, progress, **more)
@@ -69,7 +83,7 @@ def export(
     return read_manifest(final)
 
 
-def check_request(format: str, path: Path, operators: str = "standard") -> Path:
+def check_request(format: str, path: Path, operators: str = "standard", capacity: int | None = None) -> Path:
     """What can be judged before a model is loaded; returns the absolute path. OptionError, ExportError."""
     if format not in FORMATS:
         raise OptionError(f"format = {format!r}", remedy=nearest(format, FORMATS))
@@ -77,6 +91,8 @@ def check_request(format: str, path: Path, operators: str = "standard") -> Path:
         raise OptionError(f"operators = {operators!r}", remedy=nearest(operators, OPERATORS))
     if operators != "standard" and format != "onnx":
         raise OptionError(f"operators = {operators!r} belongs to the format onnx, not {format}")
+    if capacity is not None and format != "onnx":
+        raise OptionError(f"capacity = {capacity} belongs to the format onnx, not {format}")
     if not path.name:
         raise OptionError(f"path = {str(path)!r}", remedy="name the folder to make")
     return check_place(path)
@@ -92,26 +108,14 @@ def _writer(format: str) -> Writer:
     return found
 
 
-def _entries(
-    model: nn.Module | LoadedModel | str,
-    args: Sequence[Any],
-    kwargs: Mapping[str, Any],
-    dynamic: Axes,
-    static: bool,
-    kind: str | None,
-    length: int | None,
-    progress: Progress,
-    final: Path,
-) -> tuple[str, list[Entry]]:
-    if isinstance(model, nn.Module):
-        return type(model).__name__, [entry_of("call", model, args, kwargs, dynamic)]
-    if args or kwargs:
-        raise OptionError("args and kwargs belong to a module; a loaded model brings its own call")
-    if isinstance(model, str):
-        from tilewright.frontends.loaders import resolve
-        from tilewright.frontends.weight_offload import offload_weights
+def _loaded(model: LoadedModel | str, progress: Progress, final: Path) -> LoadedModel:
+    """A MODEL text as its model, the weights in a file beside `final` as long as nothing reads them."""
+    if not isinstance(model, str):
+        return model
+    from tilewright.frontends.loaders import resolve
+    from tilewright.frontends.weight_offload import offload_weights
 
-        with progress(f"loading {model}"):
-            model = resolve(model)
-            offload_weights(model.module, final.parent)  # what is derived from them stays in memory
-    return model.name, entries_of(model, dynamic, static=static, kind=kind, length=length)
+    with progress(f"loading {model}"):
+        loaded = resolve(model)
+        offload_weights(loaded.module, final.parent)  # what is derived from them stays in memory
+    return loaded

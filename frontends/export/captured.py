@@ -219,6 +219,7 @@ def describe_entry(captured: Captured, extra: Mapping[str, Any]) -> dict[str, An
         "name": captured.entry.name,
         "exactness": captured.exactness,
         "dynamic": captured.bounds,
+        **({"shared": captured.entry.shared} if captured.entry.shared else {}),
         "passes": {p.name: len(p.applied) for p in captured.report.passes if p.applied},
         **extra,
     }

@@ -45,20 +45,24 @@ class _Decoder(nn.Module):
     """A causal language model whose keys and values come in and go out as tensors.
 
     (input_ids [B, S], position_ids [B, S], key and value [B, Hkv, P, D] of each layer) -> (logits [B, S, V],
-    key and value [B, Hkv, P + S, D] of each layer). Without keys and values the cache is empty.
+    key and value [B, Hkv, P + S, D] of each layer). Without keys and values the cache is empty. `held`: they
+    are buffers of P tokens, filled up to the first of position_ids and going out with S tokens more.
     """
 
-    def __init__(self, inner: nn.Module) -> None:
+    def __init__(self, inner: nn.Module, *, held: bool = False) -> None:
         super().__init__()
-        self.inner = inner
+        self.inner, self._held = inner, held
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         from transformers import DynamicCache
 
+        from tilewright.frontends.export.held_cache import held_cache
+
         input_ids, position_ids, *past = tensors
-        cache: Any = DynamicCache()
+        cache: Any = held_cache(past, position_ids[0]) if self._held else DynamicCache()
         for layer, (key, value) in enumerate(zip(past[0::2], past[1::2], strict=True)):
-            cache.update(key, value, layer)
+            if not self._held:
+                cache.update(key, value, layer)
         out: Any = self.inner(
             input_ids=input_ids, position_ids=position_ids, past_key_values=cache, use_cache=True
         )
@@ -76,6 +80,8 @@ class Entry:
     inputs: list[str]
     outputs: list[str]
     axes: Axes = field(default_factory=dict)
+    shared: dict[str, str] = field(default_factory=dict)
+    """Input -> output that may lie in the same memory: nothing else reads the input."""
 
     def set_axes(self, axes: Axes) -> None:
         """Take the user's dynamic axes; OptionError for an input or axis that is not there."""
@@ -157,8 +163,12 @@ def entry_of(
     return entry
 
 
-def decoder_entries(module: nn.Module, *, dynamic: bool) -> list[Entry]:
-    """`prefill` (dynamic `sequence`) and `decode` (one token, dynamic `past`) of a causal language model."""
+def decoder_entries(module: nn.Module, *, dynamic: bool, capacity: int | None = None) -> list[Entry]:
+    """`prefill` (dynamic `sequence`) and `decode` (one token, dynamic `past`) of a causal language model.
+
+    capacity: the keys and values of `decode` are buffers of that many tokens, shared by input and output.
+    OptionError for one that the model has no positions for.
+    """
     config: Any = module.config
     generator = torch.Generator().manual_seed(1)
     count = PREFILL_TOKENS + PAST_TOKENS + 1
@@ -173,19 +183,45 @@ def decoder_entries(module: nn.Module, *, dynamic: bool) -> list[Entry]:
     names = ["input_ids", "position_ids"]
     prefill = Entry("prefill", step, [tokens[:, :first], positions[:, :first]], names, new)
     at = slice(PAST_TOKENS, PAST_TOKENS + 1)
-    decode = Entry("decode", step, [tokens[:, at], positions[:, at], *past], [*names, *old], new)
+    if capacity is not None:
+        past = _buffers(past, capacity, getattr(config, "max_position_embeddings", None))
+    last = step if capacity is None else _Decoder(module, held=True).eval()
+    decode = Entry("decode", last, [tokens[:, at], positions[:, at], *past], [*names, *old], new)
+    if capacity is not None:
+        decode.shared = dict(zip(old, new[1:], strict=True))
     if dynamic:
         prefill.set_axes({name: {1: "sequence"} for name in names})
-        decode.set_axes({name: {2: "past"} for name in old})
+        if capacity is None:
+            decode.set_axes({name: {2: "past"} for name in old})
     return [prefill, decode]
 
 
+def _buffers(past: Sequence[Tensor], capacity: int, most: int | None) -> list[Tensor]:
+    """Keys and values [B, Hkv, P, D] at the front of buffers of `capacity` tokens."""
+    least = PAST_TOKENS + 1
+    if capacity < least or (most is not None and capacity > most):
+        end = "" if most is None else f" and at most the model's {most} positions"
+        raise OptionError(f"capacity = {capacity}", remedy=f"at least {least}{end}")
+    return [nn.functional.pad(t, (0, 0, 0, capacity - t.shape[2])) for t in past]
+
+
 def entries_of(
-    loaded: LoadedModel, axes: Axes, *, static: bool, kind: str | None, length: int | None
+    loaded: LoadedModel,
+    axes: Axes,
+    *,
+    static: bool,
+    kind: str | None,
+    length: int | None,
+    capacity: int | None = None,
 ) -> list[Entry]:
     """The entry points of a loaded model: the pair of a language model, or one example call."""
     if loaded.kind == "causal-lm" and kind is None and not axes:
-        return decoder_entries(loaded.module, dynamic=not static)
+        return decoder_entries(loaded.module, dynamic=not static, capacity=capacity)
+    if capacity is not None:
+        raise OptionError(
+            f"capacity = {capacity} belongs to the decode step of a language model",
+            remedy="leave out the call and the dynamic axes, or the capacity",
+        )
     args, kwargs = loaded.example(kind, length=length)
     return [entry_of(kind or next(iter(loaded.examples)), loaded.module, args, kwargs, axes)]
 

@@ -18,7 +18,9 @@ from tilewright.compiler.diagnostics import BuildError
 from tilewright.compiler.ops import semantic_op
 from tilewright.compiler.schema import arguments
 from tilewright.frontends.export.artifact import Artifact
+from tilewright.frontends.export.captured import Captured
 from tilewright.frontends.export.onnx_graph import TILEWRIGHT, OnnxGraph
+from tilewright.frontends.export.onnx_held import attend_to_held
 from tilewright.kernels.common.onnx_library import Operator, library_sources
 from tilewright.kernels.table import KernelChoice, candidates, host_target, select_for_node
 from tilewright.runtime.build import LIBRARY, CompileFailed, compile_library
@@ -34,6 +36,14 @@ class CustomOperators:
         """Semantic op -> why a call of it kept its standard form."""
         self._sources: dict[str, str] = {}
         self._names: dict[Any, tuple[str, str]] = {}
+
+    def attend_to_held(self, captured: Captured) -> None:
+        """Have the attentions of a decode step over buffers stop at its position, where a kernel can."""
+        named = {name: placeholder for placeholder, name in captured.names().items()}
+        reasons = attend_to_held(captured.program, named["position_ids"])
+        captured.program.module.recompile()
+        if reasons:
+            self.refused["paged_attention"] = "; ".join(reasons)
 
     def choice(self, node: fx.Node) -> KernelChoice | None:
         """The kernel for a call of a semantic op, None where there is none for it."""

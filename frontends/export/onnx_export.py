@@ -52,6 +52,8 @@ def write_onnx(
                 captured = capture(entry, options, name)
             with progress(f"{entry.name}: writing ONNX"):
                 custom = CustomOperators() if operators == "custom" else None
+                if custom is not None and entry.shared:
+                    custom.attend_to_held(captured)
                 model = to_onnx(captured.program, captured.names(), entry.outputs, captured.axes, custom)
                 write_model(artifact, f"{entry.name}.onnx", model, weights)
                 file.flush()

@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from tilewright.compiler.schema import arguments, target_name
-from tilewright.frontends.export.onnx_graph import OnnxGraph, dtype_of, rank_of, shape_of
+from tilewright.frontends.export.onnx_graph import OnnxGraph, Unsupported, dtype_of, rank_of, shape_of
 from tilewright.frontends.export.onnx_pointwise import Arguments, Converter
 
 
@@ -167,12 +167,22 @@ def _rope(g: OnnxGraph, node: fx.Node, a: Arguments) -> str:
 
 
 def _kv_update(g: OnnxGraph, node: fx.Node, a: Arguments) -> str:
-    rank, axis = rank_of(node), a["dim"] % rank_of(node)
-    order = [axis, *[d for d in range(rank) if d != axis]]
-    back = sorted(range(rank), key=lambda d: order[d])
-    cache, new = (g.node("Transpose", [g.name(a[n])], perm=order) for n in ("cache", "new"))
-    where = g.node("Unsqueeze", [g.operand(a["positions"], torch.int64), g.constant([-1], torch.int64)])
-    return g.node("Transpose", [g.node("ScatterND", [cache, where, new])], perm=back)
+    """The cache with new rows where they belong, so that a runtime which holds the result in the place of the
+    cache moves nothing else."""
+    axis = a["dim"] % rank_of(node)
+    lead = shape_of(node)[:axis]
+    if not all(isinstance(n, int) for n in lead):
+        raise Unsupported("a cache whose batch or heads only the call knows")
+    grid = torch.zeros([*lead, 1, axis + 1], dtype=torch.int64)
+    for d, n in enumerate(lead):
+        grid[..., d] = torch.arange(n).reshape([n if d == e else 1 for e in range(axis)] + [1])
+    column = g.shared(
+        "column", "Unsqueeze", [g.operand(a["positions"], torch.int64), g.constant([-1], torch.int64)]
+    )
+    last = g.constant([0] * axis + [1], torch.int64)
+    places = g.shared("places", "Mul", [column, last])
+    where = g.shared("places", "Add", [places, g.constant(grid, torch.int64)])
+    return g.node("ScatterND", [g.name(a["cache"]), where, g.name(a["new"])])
 
 
 SEMANTIC: dict[str, Converter] = {

@@ -1,0 +1,119 @@
+"""Decode over buffers of fixed size, bound as input and output at once: a step writes its own rows only."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+
+import tilewright as tw
+from tilewright.compiler.diagnostics import OptionError
+from tilewright.frontends.example_calls import causal_lm_examples
+from tilewright.frontends.export.onnx_file import session
+from tilewright.frontends.loaded_model import LoadedModel
+from tilewright.kernels.table import host_target
+
+KERNELS = host_target().arch != "generic"
+SIZES: dict[str, Any] = {
+    "hidden_size": 96, "intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 6,
+    "num_key_value_heads": 2, "vocab_size": 97, "head_dim": 16, "max_position_embeddings": 200,
+}  # fmt: skip
+
+
+def small(window: int | None = None) -> LoadedModel:
+    torch.manual_seed(0)
+    if window is None:
+        module: Any = LlamaForCausalLM(LlamaConfig(**SIZES))
+    else:
+        module = MistralForCausalLM(MistralConfig(**SIZES, sliding_window=window))
+    return LoadedModel("small", "causal-lm", module.eval(), None, causal_lm_examples(module))
+
+
+def follow(folder: Path, manifest: dict[str, Any], model: LoadedModel, start: int, steps: int) -> None:
+    """Decode `steps` tokens behind `start` random ones and compare every step with the model's own cache."""
+    import onnxruntime
+
+    rows = {row["name"]: row for row in manifest["entries"]}
+    decode = rows["decode"]
+    library = folder / decode["library"] if decode.get("library") else None
+    opened = session(folder / "decode.onnx", library=library, threads=1)
+    first = rows["prefill"].get("library")
+    prefill = session(folder / "prefill.onnx", library=folder / first if first else None, threads=1)
+    tokens = torch.randint(0, 97, (1, start + steps))
+    given = {"input_ids": tokens[:, :start].numpy(), "position_ids": np.arange(start)[None]}
+    held = dict(zip(prefill_outputs(rows), prefill.run(None, given), strict=True))
+    binding, buffers = opened.io_binding(), {}
+    for past, present in decode["shared"].items():
+        shape = next(row["shape"] for row in decode["inputs"] if row["name"] == past)
+        values = np.full(shape, 1e4, np.float32)  # what is behind the tokens held must not matter
+        values[:, :, :start] = held[present]
+        buffers[past] = onnxruntime.OrtValue.ortvalue_from_numpy(values)
+        binding.bind_ortvalue_input(past, buffers[past])
+        binding.bind_ortvalue_output(present, buffers[past])
+    binding.bind_output("logits")
+    for at in range(start, start + steps):
+        binding.bind_cpu_input("input_ids", tokens[:, at : at + 1].numpy())
+        binding.bind_cpu_input("position_ids", np.array([[at]]))
+        opened.run_with_iobinding(binding)
+        got = torch.from_numpy(binding.get_outputs()[-1].numpy())
+        with torch.no_grad():
+            want = model.module(input_ids=tokens[:, : at + 1]).logits[:, -1:]
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    assert (buffers["past.0.key"].numpy()[:, :, start + steps :] == 1e4).all(), "one row a step"
+
+
+def prefill_outputs(rows: dict[str, Any]) -> list[str]:
+    return [row["name"] for row in rows["prefill"]["outputs"]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "operators",
+    [
+        "standard",
+        pytest.param("custom", marks=pytest.mark.skipif(not KERNELS, reason="no kernels for this CPU")),
+    ],
+)
+def test_steps_over_shared_buffers(tmp_path: Path, operators: str) -> None:
+    model = small()
+    manifest = tw.export(model, pipeline="exact", path=tmp_path / "out", operators=operators, capacity=48)
+    decode = manifest["entries"][1]
+    assert decode["operators"]["ScatterND"] == 4
+    assert not decode["dynamic"]
+    paged = sum(n for name, n in decode["operators"].items() if "paged_attention" in name)
+    assert (paged, decode["operators"].get("Attention", 0)) == ((2, 0) if operators == "custom" else (0, 2))
+    follow(tmp_path / "out", manifest, model, start=41, steps=7)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not KERNELS, reason="no kernels for this CPU")
+@pytest.mark.parametrize(("window", "capacity"), [(9, 32), (None, 33)])
+def test_what_paged_attention_does_not_mean(tmp_path: Path, window: int | None, capacity: int) -> None:
+    model = small(window)
+    manifest = tw.export(
+        model, pipeline="exact", path=tmp_path / "out", operators="custom", capacity=capacity
+    )
+    decode = manifest["entries"][1]
+    assert decode["operators"]["Attention"] == 2
+    reason = "mask is not of all keys up to the position" if window else "pages of 8 do not divide"
+    assert reason in decode["standard"]["paged_attention"]
+    follow(tmp_path / "out", manifest, model, start=20, steps=5)
+
+
+def test_capacities_that_make_no_sense(tmp_path: Path) -> None:
+    model = small()
+    for capacity in (0, 13, 201):
+        with pytest.raises(
+            OptionError, match=f"capacity = {capacity}.*at least 14 and at most the model's 200"
+        ):
+            tw.export(model, pipeline="exact", path=tmp_path / "out", capacity=capacity)
+    with pytest.raises(OptionError, match="format onnx, not pt2"):
+        tw.export(model, pipeline="exact", path=tmp_path / "out", format="pt2", capacity=32)
+    axes = {"input_ids": {1: "length"}}
+    with pytest.raises(OptionError, match="decode step of a language model"):
+        tw.export(model, pipeline="exact", path=tmp_path / "out", dynamic=axes, capacity=32)
+    with pytest.raises(OptionError, match="not a module"):
+        tw.export(torch.nn.Linear(3, 4), (torch.randn(2, 3),), path=tmp_path / "out", capacity=32)
+    assert not (tmp_path / "out").exists()
