@@ -3,6 +3,7 @@ several rounds counts.
 
     python -m tilewright.tools.bench_export video             # a block with sliding tiles, ONNX in both forms
     python -m tilewright.tools.bench_export decode DIR...     # decode steps of exported language models
+    python -m tilewright.tools.bench_export int4 DIR...       # speed and perplexity beside onnxruntime's int4
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ from tilewright.frontends.export.onnx_file import session
 from tilewright.frontends.export.package import load_package
 from tilewright.frontends.loaders import resolve
 from tilewright.tools.bench_attention import tile_case
+from tilewright.tools.onnx_peer import Peer
+from tilewright.tools.quality_table import topics
 
 Run = Callable[[], Any]
 SPARSE = "sliding-tile-attention{tile=2x8x8,window=%s}"
@@ -200,15 +203,8 @@ def _torch_step(module: Any, context: int, pipeline: str) -> Run:
     return step
 
 
-def decode(model: str, pipeline: str, folders: list[Path], context: int, rounds: int, threads: int) -> None:
-    """One step after `context` tokens: the executable beside exports, every side 8 times a round."""
-    module = resolve(model).module
-    sides = {"PyTorch executable": _torch_step(module, context, pipeline)}
-    for folder in folders:
-        kind = read_manifest(folder)["kind"]
-        sides[folder.name] = (
-            _onnx_step(folder, context, threads) if kind == "onnx" else _package_step(folder, context)
-        )
+def _taking_turns(sides: Mapping[str, Run], rounds: int) -> dict[str, float]:
+    """The least seconds of each side, every one 8 times a round, a first round left out."""
     seconds = dict.fromkeys(sides, float("inf"))
     for number in range(rounds + 1):
         for name, run in sides.items():
@@ -217,15 +213,72 @@ def decode(model: str, pipeline: str, folders: list[Path], context: int, rounds:
                 run()
                 if number:
                     seconds[name] = min(seconds[name], time.perf_counter() - started)
+    return seconds
+
+
+def decode(model: str, pipeline: str, folders: list[Path], context: int, rounds: int, threads: int) -> None:
+    """One step after `context` tokens: the executable beside exports."""
+    module = resolve(model).module
+    sides = {"PyTorch executable": _torch_step(module, context, pipeline)}
+    for folder in folders:
+        kind = read_manifest(folder)["kind"]
+        sides[folder.name] = (
+            _onnx_step(folder, context, threads) if kind == "onnx" else _package_step(folder, context)
+        )
+    seconds = _taking_turns(sides, rounds)
     for name, found in seconds.items():
         share = seconds["PyTorch executable"] / found
         print(f"  {name:20s} {found * 1e3:7.2f} ms  {share:5.2f} of the executable's speed", flush=True)
 
 
+def int4(model: str, folders: list[Path], rounds: int, threads: int) -> None:
+    """Exports beside onnxruntime's own int4 form: a step after 16 and 512 tokens, and what both make of
+    2,048 tokens of text in windows of 512, each from an empty cache."""
+    loaded = resolve(model)
+    text = loaded.tokenizer(topics()[0][:20_000])["input_ids"]
+    tokens = torch.tensor(text[:2048]).reshape(-1, 512)
+    with tempfile.TemporaryDirectory() as work:
+        peer = Peer(loaded.module, Path(work), 576, threads)
+        for context in (16, 512):
+            sides: dict[str, Run] = {"onnxruntime int4": peer.run}
+            sides |= {folder.name: _onnx_step(folder, context, threads) for folder in folders}
+            peer.give(np.full((1, 1), 200), context)
+            seconds = _taking_turns(sides, rounds)
+            for name, found in seconds.items():
+                share = seconds["onnxruntime int4"] / found
+                print(
+                    f"  {name:20s} {found * 1e3:7.2f} ms after {context} tokens  {share:5.2f} x", flush=True
+                )
+            del sides
+        forms: dict[str, Callable[[Tensor], Tensor]] = {
+            "the model": lambda t: loaded.module(input_ids=t, use_cache=False).logits,
+            "onnxruntime int4": lambda t: peer.logits(t.numpy()),
+        }
+        forms |= {folder.name: _prefill(folder, threads) for folder in folders}
+        for name, logits in forms.items():
+            print(f"  {name:20s} perplexity {_perplexity(logits, tokens):.3f}", flush=True)
+
+
+def _prefill(folder: Path, threads: int) -> Callable[[Tensor], Tensor]:
+    model = opened(folder, threads, "prefill")
+
+    def logits(tokens: Tensor) -> Tensor:
+        given = {"input_ids": tokens.numpy(), "position_ids": np.arange(tokens.shape[1])[None]}
+        return torch.from_numpy(model.run(["logits"], given)[0])
+
+    return logits
+
+
+def _perplexity(logits: Callable[[Tensor], Tensor], windows: Tensor) -> float:
+    with torch.no_grad():
+        losses = [F.cross_entropy(logits(w[None])[0, :-1], w[1:]).item() for w in windows]
+    return float(np.exp(np.mean(losses)))
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("case", choices=["video", "decode"])
-    parser.add_argument("folders", nargs="*", type=Path, help="artifacts of the model (decode)")
+    parser.add_argument("case", choices=["video", "decode", "int4"])
+    parser.add_argument("folders", nargs="*", type=Path, help="artifacts of the model (decode, int4)")
     parser.add_argument("--window", default="3x1x3", help="tiles of the window (video)")
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--pipeline", default="cpu-int4", help="of the executable (decode)")
@@ -236,6 +289,8 @@ def main(arguments: list[str] | None = None) -> int:
     torch.set_num_threads(given.threads)
     if given.case == "video":
         video(given.window, given.rounds, given.threads)
+    elif given.case == "int4":
+        int4(given.model, given.folders, given.rounds, given.threads)
     else:
         decode(given.model, given.pipeline, given.folders, given.context, given.rounds, given.threads)
     return 0

@@ -113,6 +113,28 @@ print(time.perf_counter() - started)
 """
 
 
+AGAIN = """
+import sys, torch
+import tilewright as tw
+from tilewright.compiler.parity import relative_rms
+from tilewright.frontends.export.package import load_package
+sys.path.insert(0, sys.argv[4])
+from test_pt2_export import Block
+x = torch.load(sys.argv[2], weights_only=True)
+torch.manual_seed(0)
+module = Block().eval()
+packed = load_package(sys.argv[1])
+before = packed(x)[0]
+built = tw.optimize(module, (x,), "quantize-linear{weight=int8}")
+found = built(x)
+assert any(row["source"] for row in built.report.kernels), "no kernel was built here"
+with torch.no_grad():
+    assert relative_rms(found, before) < 1e-3 and relative_rms(found, module(x)) < 0.05
+assert torch.equal(packed(x)[0], before)
+print("both ran")
+"""
+
+
 class Block(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -141,6 +163,9 @@ def test_a_package_in_a_fresh_process(tmp_path: Path) -> None:
     with torch.no_grad():
         want = module(other)
     assert relative_rms(torch.load(tmp_path / "y.pt", weights_only=True), want) < 0.05
+    command[2:] = [AGAIN, *files, str(Path(__file__).parent)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.strip()) == (0, "both ran"), done.stderr[-2000:]
     got = run_without_python(tmp_path, manifest, other)
     assert relative_rms(got.view(want.shape), want) < 0.05
 
