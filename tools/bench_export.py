@@ -235,6 +235,7 @@ def int4(model: str, folders: list[Path], rounds: int, threads: int) -> None:
     """Exports beside onnxruntime's own int4 form: a step after 16 and 512 tokens, and what both make of
     2,048 tokens of text in windows of 512, each from an empty cache."""
     loaded = resolve(model)
+    assert loaded.tokenizer is not None, "a language model has one"
     text = loaded.tokenizer(topics()[0][:20_000])["input_ids"]
     tokens = torch.tensor(text[:2048]).reshape(-1, 512)
     with tempfile.TemporaryDirectory() as work:

@@ -60,7 +60,7 @@ class PeerGraph:
         codes, step = rounded(weight)
         inputs = [x, self.weight(f"{out}.codes", codes), self.weight(f"{out}.scales", step)]
         rows, columns = weight.shape
-        sizes = {"K": columns, "N": rows, "bits": 4, "block_size": GROUP, "accuracy_level": 4}
+        sizes: dict[str, Any] = {"K": columns, "N": rows, "bits": 4, "block_size": GROUP, "accuracy_level": 4}
         self.node("MatMulNBits", inputs, [out], **sizes)
 
     def norm(self, x: str, more: str, weight: Tensor, out: str) -> str:
@@ -79,7 +79,11 @@ class PeerGraph:
         a = layer.self_attn
         self.linear(x, torch.cat([a.q_proj.weight, a.k_proj.weight, a.v_proj.weight]), f"qkv.{i}")
         given = [f"qkv.{i}", "", "", *names[:2], "last", "total", "cos", "sin"]
-        heads = {"num_heads": self.config.num_attention_heads, "kv_num_heads": held[1], "do_rotary": 1}
+        heads: dict[str, Any] = {
+            "num_heads": self.config.num_attention_heads,
+            "kv_num_heads": held[1],
+            "do_rotary": 1,
+        }
         self.node("GroupQueryAttention", given, [f"attended.{i}", *names[2:]], **heads)
         self.linear(f"attended.{i}", a.o_proj.weight, f"o.{i}")
         return f"o.{i}"

@@ -21,5 +21,11 @@ def run(args: argparse.Namespace) -> Result:
     data = {"folder": str(folder), "files": len(files), "faults": found}
     if found:
         return Result(data, found, ANSWER_IS_NO)
+    models = [name for name in files if name.endswith(".onnx")]
+    if models:
+        from tilewright.frontends.export.onnx_check import check_external_data
+
+        for name in models:
+            check_external_data(folder / name)
     size = sum(record["bytes"] for record in files.values())
     return Result(data, [f"{folder}: {len(files)} files, {size / 1e6:.1f} MB, as exported"], OK)

@@ -43,7 +43,7 @@ class Artifact:
 
     def path(self, name: str) -> Path:
         """Where to write the file `name` (`weights.data`, `sm_90/kernel.cubin`); its folders are made."""
-        if not _is_safe(name) or name == MANIFEST:
+        if not is_safe(name) or name == MANIFEST:
             raise ExportError(f"an export may not hold a file named {show(name)}")
         path = self.folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -133,7 +133,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if render(manifest) != data:
         raise LoadError("it was changed after the export", where=str(path), remedy="export again")
     for name, record in _files_of(manifest).items():
-        if not _is_safe(name) or name == MANIFEST or not _is_record(record):
+        if not is_safe(name) or name == MANIFEST or not _is_record(record):
             raise LoadError(f"it lists the file {show(name)}, which no export writes", where=str(path))
     return manifest
 
@@ -180,7 +180,7 @@ def _is_record(record: Any) -> bool:
     return type(record["bytes"]) is int and isinstance(record["sha256"], str)
 
 
-def _is_safe(name: object) -> bool:
+def is_safe(name: object) -> bool:
     """True for a relative path of at most four plain parts."""
     if not isinstance(name, str):
         return False
@@ -215,7 +215,7 @@ def _survey(folder: Path) -> tuple[set[str], list[str]]:
                 odd.append(f"{show(name)[1:-1]}: is not a regular file")
             elif info.st_nlink != 1:
                 odd.append(f"{show(name)[1:-1]}: has {info.st_nlink} hard links")
-            elif not _is_safe(name):
+            elif not is_safe(name):
                 odd.append(f"{show(name)[1:-1]}: was added")
             else:
                 plain.add(name)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tilewright.frontends.export.artifact import Artifact
 from tilewright.frontends.export.captured import Captured
+from tilewright.frontends.export.onnx_check import check_external_data
 from tilewright.frontends.export.onnx_graph import INLINE_BYTES, digest, onnx_type, tensor_bytes
 from tilewright.frontends.export.onnx_walk import OnnxModel
 
@@ -58,9 +59,11 @@ def write_model(artifact: Artifact, name: str, model: OnnxModel, weights: Weight
 
 
 def session(path: Path, *, threads: int = 0, library: Path | None = None) -> Any:
-    """An onnxruntime session on the CPU; `library` holds operators of the tilewright domain."""
+    """An onnxruntime session on the CPU; `library` holds operators of the tilewright domain. LoadError for a
+    model that would read files outside its folder."""
     import onnxruntime
 
+    check_external_data(path)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = threads

@@ -11,7 +11,6 @@ import torch
 from onnx import FunctionProto, NodeProto, TensorProto, helper
 from torch import Tensor, fx
 
-from tilewright.compiler.graph_text import op_name
 from tilewright.compiler.program import Program
 
 OPSET, IR_VERSION = 23, 11
@@ -213,10 +212,9 @@ def digest(tensor: Tensor) -> str:
     return found.hexdigest()
 
 
-def label(node: fx.Node) -> str:
-    """Operator and place of a node, for errors."""
+def place(node: fx.Node) -> str:
+    """File and line of a node in the user's source, for errors."""
     trace = str(node.meta.get("stack_trace", "")).strip().splitlines()
     files = [line.strip() for line in trace if line.strip().startswith("File ")]
     found = re.match(r'File "(.*)", line (\d+)', files[-1]) if files else None
-    place = f"{found[1]}:{found[2]}" if found else "unknown line"
-    return f"{op_name(node.target)} at {node.name} ({place})"
+    return f"{found[1]}:{found[2]}" if found else "unknown line"

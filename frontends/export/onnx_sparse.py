@@ -85,9 +85,10 @@ _OF_THE_CALL = ("k_valid", "q_valid", "limit", "mask")
 def _block_sparse_attention(g: OnnxGraph, node: fx.Node, a: Arguments) -> list[str]:
     if any(user.args[1] == 1 and user.users for user in node.users):
         raise Unsupported("its log-sum-exp is read")
-    for name in (*_STATIC, *_OF_THE_CALL):
-        if a[name] is not None and (name in _OF_THE_CALL or not g.is_held(a[name])):
-            raise Unsupported(f"a layout whose {name} only the call knows")
+    given = [name for name in (*_STATIC, *_OF_THE_CALL) if a[name] is not None]
+    online = [name for name in given if name in _OF_THE_CALL or not g.is_held(a[name])]
+    if online:
+        raise Unsupported(f"a layout whose {', '.join(online)} only the call knows")
     rules = unflatten(a["predicates"] or [])
     if any(rule.kind in (Kind.USER, Kind.PAD_SELF) for rule in rules):
         raise Unsupported("a layout with predicates that read data")

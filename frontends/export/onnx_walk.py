@@ -13,6 +13,7 @@ from torch import Tensor, fx
 
 from tilewright.compiler.diagnostics import ExportError
 from tilewright.compiler.graph import dead_code
+from tilewright.compiler.graph_text import op_name
 from tilewright.compiler.ops import semantic_op
 from tilewright.compiler.program import InputKind, Program
 from tilewright.compiler.schema import arguments, target_name
@@ -24,8 +25,8 @@ from tilewright.frontends.export.onnx_graph import (
     OnnxGraph,
     Unsupported,
     dtype_of,
-    label,
     onnx_type,
+    place,
 )
 from tilewright.frontends.export.onnx_layout import LAYOUT
 from tilewright.frontends.export.onnx_pointwise import POINTWISE, Converter
@@ -37,7 +38,7 @@ from tilewright.frontends.lowering import inline_definition
 CONVERTERS: dict[str, Converter] = {**POINTWISE, **LAYOUT, **SEMANTIC, **QUANTIZED, **SPARSE}
 CHECKS = ("aten::_assert_tensor_metadata", "aten::_assert_scalar", "aten::sym_constrain_range_for_size")
 """Calls that only check; nothing is written for them."""
-_SHOWN = 20
+_NODES_SHOWN = 3
 
 
 @dataclass
@@ -104,32 +105,47 @@ def _inline_the_rest(program: Program, custom: CustomOperators | None) -> None:
 
 
 def _walk(g: OnnxGraph, custom: CustomOperators | None) -> None:
-    missing: dict[str, list[str]] = {}
+    missing: dict[tuple[str, str, str], list[str]] = {}
     for node in g.program.graph.nodes:
         if node.op != "call_function" or target_name(node.target) in CHECKS or _is_write(node):
             continue
         g.at(node)
-        name = target_name(node.target)
-        convert = CONVERTERS.get(name)
         try:
-            if any(arg not in g.values and not g.is_held(arg) for arg in node.all_input_nodes):
-                continue  # it reads something that is reported already
-            choice = custom.choice(node) if custom is not None else None
-            if custom is not None and choice is not None:
-                g.values[node] = custom.write(g, node, choice)
-                continue
-            if convert is None:
-                raise Unsupported("has no ONNX operator")
-            g.values[node] = convert(g, node, arguments(node))
+            g.values[node] = _written(g, node, custom)
         except Unsupported as error:
-            missing.setdefault(f"{label(node)}: {error}", []).append(node.name)
+            missing.setdefault((op_name(node.target), place(node), str(error)), []).append(node.name)
+            g.values[node] = _stand_in(g, node)  # what reads it is judged as well
     if missing:
-        rows = list(missing)[:_SHOWN]
-        more = f"; and {len(missing) - _SHOWN} more" if len(missing) > _SHOWN else ""
-        raise ExportError(
-            f"{len(missing)} calls cannot be written as ONNX: {'; '.join(rows)}{more}",
-            remedy="rewrite these lines, or export with format pt2",
-        )
+        raise _refusal(missing)
+
+
+def _written(g: OnnxGraph, node: fx.Node, custom: CustomOperators | None) -> Any:
+    choice = custom.choice(node) if custom is not None else None
+    if custom is not None and choice is not None:
+        return custom.write(g, node, choice)
+    convert = CONVERTERS.get(target_name(node.target))
+    if convert is None:
+        raise Unsupported("has no ONNX operator")
+    return convert(g, node, arguments(node))
+
+
+def _stand_in(g: OnnxGraph, node: fx.Node) -> Any:
+    """Names for the results of a call that cannot be written; the model is refused behind the walk."""
+    results = node.meta.get("val")
+    return [g.fresh() for _ in results] if isinstance(results, (list, tuple)) else g.fresh()
+
+
+def _refusal(missing: Mapping[tuple[str, str, str], list[str]]) -> ExportError:
+    """One row for the same call of many layers; every row names what and where it is."""
+    rows = []
+    for (op, where, reason), nodes in missing.items():
+        more = f" and {len(nodes) - _NODES_SHOWN} more" if len(nodes) > _NODES_SHOWN else ""
+        rows.append(f"{op} at {', '.join(nodes[:_NODES_SHOWN])}{more} ({where}): {reason}")
+    count = sum(map(len, missing.values()))
+    return ExportError(
+        f"{count} calls cannot be written as ONNX: {'; '.join(rows)}",
+        remedy="rewrite these lines, or export with format pt2",
+    )
 
 
 def _is_write(node: fx.Node) -> bool:
@@ -185,10 +201,10 @@ def _rename(g: OnnxGraph, names: Mapping[str, str]) -> None:
     taken = {name: g.fresh(name + ".inner") for name in names.values()}
     swap = {**taken, **names}
     for node in g.nodes:
-        for place in (node.input, node.output):
-            for i, name in enumerate(place):
+        for row in (node.input, node.output):
+            for i, name in enumerate(row):
                 if name in swap:
-                    place[i] = swap[name]
+                    row[i] = swap[name]
 
 
 def _shape(node: fx.Node, axes: Mapping[str, str]) -> list[Any]:

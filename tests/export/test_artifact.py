@@ -40,7 +40,7 @@ while True:
 
 def make(path: Path) -> Path:
     with new_artifact(path) as artifact:
-        artifact.write("model.onnx", bytes(range(256)) * 20)
+        artifact.write("model.bin", bytes(range(256)) * 20)
         artifact.write("sm_90/kernel.ptx", "text")
         artifact.finish({"kind": "onnx", "model": {"name": "m"}})
     return path
@@ -50,7 +50,7 @@ def test_round_trip(tmp_path: Path) -> None:
     folder = make(tmp_path / "out")
     manifest = checked_manifest(folder)
     assert manifest["kind"] == "onnx"
-    assert manifest["files"]["model.onnx"]["bytes"] == 5120
+    assert manifest["files"]["model.bin"]["bytes"] == 5120
     assert set(os.listdir(tmp_path)) == {"out"}
 
 
@@ -105,7 +105,7 @@ def test_hostile_file_names(tmp_path: Path, name: str) -> None:
 def test_every_flipped_byte_is_seen(tmp_path: Path) -> None:
     folder = make(tmp_path / "out")
     chosen = random.Random(3)
-    names = ["model.onnx", "sm_90/kernel.ptx", MANIFEST]
+    names = ["model.bin", "sm_90/kernel.ptx", MANIFEST]
     for _ in range(1000):
         path = folder / chosen.choice(names)
         data = path.read_bytes()
@@ -128,25 +128,25 @@ def test_missing_extra_and_odd_files(tmp_path: Path) -> None:
     (folder / "sm_90" / "pipe").touch()
     (folder / "sm_90" / "pipe").unlink()
     os.mkfifo(folder / "sm_90" / "pipe")
-    (folder / "link").symlink_to("model.onnx")
-    (folder / "model.onnx").unlink()
+    (folder / "link").symlink_to("model.bin")
+    (folder / "model.bin").unlink()
     assert sorted(faults(folder)) == [
         "empty: was added",
         "extra: was added",
         "link: is a symbolic link",
-        "model.onnx: is missing",
+        "model.bin: is missing",
         "sm_90/pipe: is not a regular file",
     ]
 
 
 def test_links_in_place_of_files(tmp_path: Path) -> None:
     folder = make(tmp_path / "out")
-    (tmp_path / "else").write_bytes((folder / "model.onnx").read_bytes())
-    (folder / "model.onnx").unlink()
-    os.link(tmp_path / "else", folder / "model.onnx")
+    (tmp_path / "else").write_bytes((folder / "model.bin").read_bytes())
+    (folder / "model.bin").unlink()
+    os.link(tmp_path / "else", folder / "model.bin")
     assert any("hard links" in fault for fault in faults(folder))
-    (folder / "model.onnx").unlink()
-    (folder / "model.onnx").symlink_to(tmp_path / "else")
+    (folder / "model.bin").unlink()
+    (folder / "model.bin").symlink_to(tmp_path / "else")
     assert any("symbolic link" in fault for fault in faults(folder))
 
 
@@ -163,7 +163,7 @@ def test_manifests_that_name_files_outside(tmp_path: Path, name: str) -> None:
 def test_the_command(tmp_path: Path, capsys) -> None:
     folder = make(tmp_path / "out")
     assert main(["verify", str(folder)]) == 0
-    (folder / "model.onnx").write_bytes(b"x")
+    (folder / "model.bin").write_bytes(b"x")
     assert main(["verify", str(folder)]) == 1
     assert main(["verify", str(tmp_path / "absent")]) == 2
     assert capsys.readouterr().err.count("\n") == 1

@@ -1,5 +1,6 @@
 """Block-sparse attention as an ONNX function: equal to its definition for any static layout."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ from torch import Tensor, nn
 
 import tilewright as tw
 from tilewright.compiler import ops
-from tilewright.compiler.block_layout import BlockLayout
+from tilewright.compiler.block_layout import BlockLayout, rows_from_block_mask
 from tilewright.compiler.diagnostics import ExportError
 
 
@@ -71,6 +72,30 @@ def test_layouts_that_are_not_written(tmp_path: Path) -> None:
     limited = layout.with_(k_valid=torch.tensor([50], dtype=torch.int32))
     with pytest.raises(ExportError, match="k_valid"):
         tw.export(Sparse(limited), (q, q, q), "exact", tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+class Online(nn.Module):
+    """Two layers of attention whose blocks the call chooses."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(2):
+            kept = (x[:, 0, ::15, 0] > 0)[:, :, None] | torch.eye(4, dtype=torch.bool)
+            row_ptr, col, _ = rows_from_block_mask(kept)
+            borders = torch.arange(0, 61, 15, dtype=torch.int32)[None]
+            heads = torch.zeros(1, 4, dtype=torch.int32)
+            x = ops.block_sparse_attention(x, x, x, row_ptr, col, borders, borders, heads)[0]
+        return torch.linalg.det(x @ x.mT)
+
+
+def test_layouts_of_the_call_are_refused_together(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    with pytest.raises(ExportError) as refused:
+        tw.export(Online(), (torch.randn(1, 4, 60, 16),), "exact", tmp_path / "out")
+    text, here = str(refused.value), r"\(.*test_onnx_sparse.py:\d+\)"
+    attention = rf"block_sparse_attention at \w+, \w+ {here}: a layout whose row_ptr, col, head_group"
+    for row in (attention, rf"scatter.src at \w+, \w+ {here}: has no", rf"linalg_det at \w+ {here}: has no"):
+        assert re.search(row, text), text
     assert list(tmp_path.iterdir()) == []
 
 
