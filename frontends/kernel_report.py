@@ -1,7 +1,7 @@
 """Static analysis of generated GPU code: what its inner loop is made of and what a block of it holds.
 
 Nothing runs: kernels are compiled for targets that are not here and their machine code is read. The attention
-kernel stands beside a plain flash kernel that the same toolchain compiles.
+kernel stands beside a plain flash kernel and FlexAttention's template that the same toolchain compiles.
 """
 
 from __future__ import annotations
@@ -16,12 +16,21 @@ from typing import Any
 
 from tilewright.compiler.devices import device_named
 from tilewright.compiler.ops import all_ops
+from tilewright.frontends.flex_template import NAME as FLEX
+from tilewright.frontends.flex_template import NoTemplate, flex_kernel
 from tilewright.kernels.common.family import KernelFamily, config_of
 from tilewright.kernels.load import store_triton_source
 from tilewright.kernels.table import FAMILIES, full_args
 from tilewright.runtime.contracts import KernelKey, Refusal, Target
 from tilewright.runtime.occupancy import occupancy
-from tilewright.runtime.offline import TARGETS, Compiled, OfflineFailed, compile_whole
+from tilewright.runtime.offline import (
+    FURTHER_TARGETS,
+    STAND_INS,
+    TARGETS,
+    Compiled,
+    OfflineFailed,
+    compile_whole,
+)
 
 _TENSOR_CORE = {
     "cuda": re.compile(r"^(?:HMMA|IMMA|QMMA|OMMA|DMMA|[HIQ]GMMA|UTC[A-Z]*MMA)"),
@@ -36,6 +45,9 @@ ASSUMPTIONS = (
     "roofline: the larger of flops / dense peak and bytes / memory bandwidth, plus one launch; every input "
     "and output is read or written once; no cache, no tail of the grid, no clock below boost"
 )
+
+
+REPORTED = (*TARGETS, *FURTHER_TARGETS)
 
 
 @dataclass(frozen=True)
@@ -158,14 +170,31 @@ def predict(flops: float, moved: float, dtype: str, arch: str) -> Prediction:
     return Prediction(flops, moved, moved / max(flops, 1.0), total, bound)
 
 
+def notes(archs: Sequence[str]) -> list[str]:
+    """What a reader must know about the rows of these architectures."""
+    found = [
+        f"{arch}: our kernels have no configurations of its own and are compiled with those of "
+        f"{STAND_INS[arch]}; no device descriptor, so no roofline"
+        for arch in archs
+        if arch in STAND_INS
+    ]
+    for arch in archs:
+        try:
+            flex_kernel(arch)
+        except NoTemplate as error:
+            found.append(f"FlexAttention has no row: {error}")
+    return found
+
+
 def kernel_rows(ops: Sequence[str], archs: Sequence[str]) -> Iterator[dict[str, Any]]:
     """Analysis and roofline of every default configuration; a kernel that does not compile is an error."""
     for op in ops:
         family = FAMILIES[op]
-        for target in TARGETS:
+        for target in REPORTED:
             if target.arch in archs and family.triton is not None:
+                stand_in = Target(target.kind, STAND_INS.get(target.arch, target.arch))
                 for args in family.examples():
-                    key = family.configure(full_args(op, args), target)
+                    key = family.configure(full_args(op, args), stand_in)
                     if not isinstance(key, Refusal):
                         yield _row(family, key, args, target)
 
@@ -189,7 +218,10 @@ def _row(family: KernelFamily, key: KernelKey, args: Sequence[Any], target: Targ
     flops = float(op.flops(*given, out=out))
     options = [f"{k}={v}" for k, v in config_of(key).items() if v is not False and v != "none"]
     analysis = analyse(f"{key.op} {key.dtype} {' '.join(options)}", compiled, target)
-    return {**asdict(analysis), "roofline": asdict(predict(flops, moved, key.dtype, target.arch))}
+    described = {**asdict(analysis), "configuration": key.target.arch}
+    if target.arch in STAND_INS:
+        return described
+    return {**described, "roofline": asdict(predict(flops, moved, key.dtype, target.arch))}
 
 
 def _flat(value: Any) -> Iterator[Any]:
@@ -236,8 +268,24 @@ def plain_flash_rows(
     """The plain flash kernel in float16, heads of 64, for the same targets."""
     signature = {**dict.fromkeys(("q", "k", "v", "out"), "*fp16"), "S": "i32", "T": "i32", "factor": "fp32"}
     path = store_triton_source("plain_flash", PLAIN_FLASH)
-    for target in TARGETS:
+    for target in REPORTED:
         for rows, keys in blocks if target.arch in archs else ():
             constants = {"BLOCK_M": rows, "BLOCK_N": keys, "D": 64}
             compiled = compile_whole(path, "plain_flash", signature, constants, target, num_warps=8)
             yield asdict(analyse(f"plain flash float16 head=64 {rows}x{keys}", compiled, target))
+
+
+def flex_rows(archs: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """FlexAttention's template in float16, heads of 64, with the tile that Inductor takes on each device."""
+    for target in (t for t in REPORTED if t.arch in archs):
+        try:
+            kernel = flex_kernel(target.arch)
+        except NoTemplate:
+            continue  # `notes` says why
+        name = f"{FLEX}_{target.arch}"
+        path = store_triton_source(name, kernel.text.replace(f"def {FLEX}(", f"def {name}("))
+        compiled = compile_whole(
+            path, name, kernel.signature, {}, target, num_warps=kernel.warps, num_stages=kernel.stages
+        )
+        title = f"FlexAttention's template float16 head=64 {kernel.rows}x{kernel.keys} stages={kernel.stages}"
+        yield asdict(analyse(title, compiled, target))

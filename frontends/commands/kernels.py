@@ -43,25 +43,38 @@ def run(args: argparse.Namespace) -> Result:
 def _report(ops: list[str], archs: list[str]) -> Result:
     from tilewright.compiler.diagnostics import OptionError, nearest
     from tilewright.frontends.commands.shared import step
-    from tilewright.frontends.kernel_report import ASSUMPTIONS, kernel_rows, plain_flash_rows
-    from tilewright.runtime.offline import TARGETS
+    from tilewright.frontends.kernel_report import (
+        ASSUMPTIONS,
+        REPORTED,
+        flex_rows,
+        kernel_rows,
+        notes,
+        plain_flash_rows,
+    )
 
-    known = [target.arch for target in TARGETS]
+    known = [target.arch for target in REPORTED]
     for arch in archs:
         if arch not in known:
             raise OptionError(f"--target {arch}", remedy=nearest(arch, known))
     with step("compiling"):
-        rows = [*plain_flash_rows(archs), *kernel_rows(ops or ["block_sparse_attention"], archs)]
-    return Result({"assumptions": ASSUMPTIONS, "kernels": rows}, [*map(_line, rows), ASSUMPTIONS])
+        beside = [*plain_flash_rows(archs), *flex_rows(archs)]
+        rows = [*beside, *kernel_rows(ops or ["block_sparse_attention"], archs)]
+    said = [ASSUMPTIONS, *notes(archs)]
+    return Result(
+        {"assumptions": ASSUMPTIONS, "notes": said[1:], "kernels": rows}, [*map(_line, rows), *said]
+    )
 
 
 def _line(row: dict[str, Any]) -> str:
     text = (
-        f"{row['kernel']}  {row['target']}  registers {row['registers']}  spills {row['spill_bytes']} B  "
-        f"shared {row['shared_bytes']} B  occupancy {row['occupancy']:.0%} ({row['occupancy_limit']})  "
+        f"{row['kernel']}  {row['target']}  warps {row['warps']}  "
+        f"registers {row['registers']}  spills {row['spill_bytes']} B  shared {row['shared_bytes']} B  "
+        f"occupancy {row['occupancy']:.0%} ({row['occupancy_limit']})  "
         f"loop {row['loop_instructions']} instructions: tensor core {row['tensor_core_share']:.1%}, "
         f"memory {row['memory_share']:.1%}"
     )
+    if row.get("configuration", "") not in row["target"]:
+        text += f"  configuration of {row['configuration']}"
     found = row.get("roofline")
     if found is None:
         return text
