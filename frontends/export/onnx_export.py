@@ -54,7 +54,10 @@ def write_onnx(
                 custom = CustomOperators() if operators == "custom" else None
                 if custom is not None and entry.shared:
                     custom.attend_to_held(captured)
-                model = to_onnx(captured.program, captured.names(), entry.outputs, captured.axes, custom)
+                names = captured.names()
+                position = {n: p for p, n in names.items()}["position_ids"] if entry.shared else ""
+                own = "" if custom is not None else position
+                model = to_onnx(captured.program, names, entry.outputs, captured.axes, custom, own)
                 write_model(artifact, f"{entry.name}.onnx", model, weights)
                 file.flush()
             library = None

@@ -53,6 +53,8 @@ class OnnxGraph:
         self.functions: dict[str, FunctionProto] = {}
         self.tables: dict[Any, Any] = {}
         """What converters have worked out once for several nodes, by their own keys."""
+        self.held_steps: dict[fx.Node, Any] = {}
+        """Attentions that are written together with the rows that go into their buffers."""
         self._constants: dict[Any, str] = {}
         self._taken: set[str] = set()
         self._hint = "value"

@@ -1,15 +1,19 @@
 """A decode step over buffers of fixed size: attention to what is held, not to a mask over the whole buffer.
 
 The mask of such a step depends on the position alone, so it is computed for every position that the buffer
-has; where each one names exactly the tokens up to its own, the buffer is read as pages and the kernel of
-paged attention stops at the token's own position.
+has. Where each one names exactly the tokens up to its own, our kernel of paged attention reads the buffer as
+pages and stops at the position; in the form without our kernels, onnxruntime's GroupQueryAttention does.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
+from onnx import helper
 from torch import Tensor, fx
 
 from tilewright.compiler import ops
@@ -19,6 +23,7 @@ from tilewright.compiler.program import Program
 from tilewright.compiler.regions import inline
 from tilewright.compiler.rewrite import trace, traced_outputs
 from tilewright.compiler.schema import arguments
+from tilewright.frontends.export.onnx_graph import MICROSOFT, OnnxGraph, dtype_of, shape_of
 
 ORIGIN = "onnx-held"
 
@@ -32,7 +37,7 @@ def attend_to_held(program: Program, position: str) -> list[str]:
     reasons = []
     for node in [n for n in program.graph.nodes if n.target is ops.attention]:
         a = arguments(node)
-        reason = _refusal(a)
+        reason = _refusal(a) or _page_refusal(a["k"])
         if not reason:
             key = (a["mask"], int(a["k"].meta["val"].shape[2]))
             if key not in prefixes:
@@ -54,38 +59,47 @@ def _refusal(a: dict[str, Any]) -> str:
         return "sizes that only the call knows"
     if q[0] != 1:
         return f"a batch of {q[0]}, not one"
-    if k[2] % PAGE_SIZES[0]:
-        return f"buffers of {k[2]} tokens, which pages of {PAGE_SIZES[0]} do not divide"
     return ""
+
+
+def _page_refusal(k: fx.Node) -> str:
+    capacity, page = k.meta["val"].shape[2], PAGE_SIZES[0]
+    return f"buffers of {capacity} tokens, which pages of {page} do not divide" if capacity % page else ""
 
 
 def _is_prefix(program: Program, mask: fx.Node, capacity: int, at: fx.Node) -> bool:
     """True when every row of the mask at each position p < capacity is of the keys 0 .. p: it is computed for
     each of them."""
-    if mask.op != "call_function":
+    keys = torch.arange(capacity)
+
+    def fits(found: Tensor, p: int) -> bool:
+        right = found.dtype == torch.bool and found.shape[-1] == capacity
+        return right and bool((found == (keys <= p)).all())
+
+    return _at_every_position(program, mask, capacity, at, fits)
+
+
+def _at_every_position(
+    program: Program, node: fx.Node, capacity: int, at: fx.Node, fits: Callable[[Tensor, int], bool]
+) -> bool:
+    """True when `node` depends on the position alone, and fits(its value, p) at each p < capacity."""
+    if node.op != "call_function":
         return False
-    nodes, seen = [mask], {mask}
-    for node in nodes:
-        new = [n for n in node.all_input_nodes if n not in seen]
+    nodes, seen = [node], {node}
+    for reader in nodes:
+        new = [n for n in reader.all_input_nodes if n not in seen]
         nodes += new
         seen.update(new)
     known: dict[fx.Node, Any] = {}
-    for node in seen:
-        if node is at:
-            continue
-        if program.is_constant(node):
-            known[node] = program.tensor_of(node)
-        elif node.op == "get_attr":
-            known[node] = program.module.get_buffer(str(node.target))
-        elif node.op != "call_function":
+    for found in seen - {at}:
+        if program.is_constant(found):
+            known[found] = program.tensor_of(found)
+        elif found.op == "get_attr":
+            known[found] = program.module.get_buffer(str(found.target))
+        elif found.op != "call_function":
             return False
     order = [n for n in program.graph.nodes if n in seen and n.op == "call_function"]
-    keys = torch.arange(capacity)
-    for p in range(capacity):
-        found = _computed(order, {**known, at: torch.full((1, 1), p)})
-        if found.dtype != torch.bool or found.shape[-1] != capacity or not bool((found == (keys <= p)).all()):
-            return False
-    return True
+    return all(fits(_computed(order, {**known, at: torch.full((1, 1), p)}), p) for p in range(capacity))
 
 
 def _computed(order: list[fx.Node], env: dict[fx.Node, Any]) -> Tensor:
@@ -95,6 +109,79 @@ def _computed(order: list[fx.Node], env: dict[fx.Node, Any]) -> Tensor:
         env[node] = node.target(*args, **kwargs)  # type: ignore[operator]
     found: Tensor = env[order[-1]]
     return found
+
+
+@dataclass(frozen=True)
+class HeldStep:
+    """An attention of one new token to two buffers that its rows were just written into."""
+
+    at: fx.Node
+    """The position, int64 [1, 1]."""
+    k: fx.Node
+    v: fx.Node
+    """The writes, which only the attention and the outputs read."""
+
+
+def held_steps(program: Program, position: str) -> dict[fx.Node, HeldStep]:
+    """The attentions that one GroupQueryAttention means together with the writes into their buffers."""
+    at = next(n for n in program.graph.nodes if n.op == "placeholder" and n.name == position)
+    proven: dict[Any, bool] = {}
+    found = {}
+    for node in [n for n in program.graph.nodes if n.target is ops.attention]:
+        a = arguments(node)
+        k, v = a["k"], a["v"]
+        written = all(_is_row_written(x, node) for x in (k, v))
+        if not written or _refusal(a) or dtype_of(a["q"]) != torch.float32:
+            continue
+        capacity = int(k.meta["val"].shape[2])
+        checks = {
+            ("mask", a["mask"]): partial(_is_prefix, program, a["mask"], capacity, at),
+            **{("row", x.args[2]): partial(_is_row, program, x.args[2], capacity, at) for x in (k, v)},
+        }
+        for key, check in checks.items():
+            if (key, capacity) not in proven:
+                proven[key, capacity] = check()
+        if all(proven[key, capacity] for key in checks):
+            found[node] = HeldStep(at, k, v)
+    return found
+
+
+def _is_row_written(x: fx.Node, attention: fx.Node) -> bool:
+    """True for one row written along axis 2 of an input, read by the attention and the outputs alone."""
+    if x.target is not ops.kv_update or x.args[0].op != "placeholder" or x.args[3] not in (2, -2):  # type: ignore[union-attr]
+        return False
+    return x.args[1].meta["val"].shape[2] == 1 and all(u is attention or u.op == "output" for u in x.users)  # type: ignore[union-attr]
+
+
+def _is_row(program: Program, positions: Any, capacity: int, at: fx.Node) -> bool:
+    """True when the row written is that of the position."""
+    return _at_every_position(program, positions, capacity, at, lambda found, p: found.tolist() == [p])
+
+
+def grouped_query(g: OnnxGraph, node: fx.Node, step: HeldStep) -> str:
+    """com.microsoft::GroupQueryAttention: it writes the rows and attends to what is held."""
+    a, (_, queries, rows, size) = arguments(node), shape_of(node.args[0])
+    heads = int(shape_of(step.k)[1])
+    flat = g.constant([1, 1, -1], torch.int64)
+    new = [g.node("Reshape", [g.name(x), flat]) for x in (a["q"], step.k.args[1], step.v.args[1])]
+    past = [g.name(x.args[0]) for x in (step.k, step.v)]
+    one = g.constant([1], torch.int64)
+    last = g.cast(g.shared("held", "Reshape", [g.name(step.at), one]), torch.int64, torch.int32)
+    total = g.shared("held", "Add", [last, g.constant([1], torch.int32)])
+    total = g.shared("total", "Squeeze", [total])
+    out = g.fresh()
+    inputs = [*new, *past, last, total]
+    sizes = {"num_heads": queries * rows, "kv_num_heads": heads}
+    scale = size**-0.5 if a["scale"] is None else a["scale"]
+    made = [out, g.name(step.k), g.name(step.v)]
+    g.nodes.append(
+        helper.make_node(
+            "GroupQueryAttention", inputs, made, name=out, domain=MICROSOFT, scale=float(scale), **sizes
+        )
+    )
+    g.domains.add(MICROSOFT)
+    back = g.constant([*shape_of(node)], torch.int64)
+    return g.node("Reshape", [out, back])
 
 
 def _replace(

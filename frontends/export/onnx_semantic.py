@@ -9,6 +9,7 @@ from torch import fx
 
 from tilewright.compiler.schema import arguments, target_name
 from tilewright.frontends.export.onnx_graph import OnnxGraph, Unsupported, dtype_of, rank_of, shape_of
+from tilewright.frontends.export.onnx_held import grouped_query
 from tilewright.frontends.export.onnx_pointwise import Arguments, Converter
 
 
@@ -31,6 +32,8 @@ def _mask_rank(mask: Any) -> int:
 
 
 def _attention(g: OnnxGraph, node: fx.Node, a: Arguments) -> str:
+    if node in g.held_steps:
+        return grouped_query(g, node, g.held_steps[node])
     q, k, v, mask = (a[name] for name in ("q", "k", "v", "mask"))
     scale = shape_of(q)[-1] ** -0.5 if a["scale"] is None else a["scale"]
     inputs = [g.name(q), g.name(k), g.name(v)]
@@ -169,6 +172,8 @@ def _rope(g: OnnxGraph, node: fx.Node, a: Arguments) -> str:
 def _kv_update(g: OnnxGraph, node: fx.Node, a: Arguments) -> str:
     """The cache with new rows where they belong, so that a runtime which holds the result in the place of the
     cache moves nothing else."""
+    if any(node in (step.k, step.v) for step in g.held_steps.values()):
+        return g.fresh()  # GroupQueryAttention will make it
     axis = a["dim"] % rank_of(node)
     lead = shape_of(node)[:axis]
     if not all(isinstance(n, int) for n in lead):

@@ -28,6 +28,7 @@ from tilewright.frontends.export.onnx_graph import (
     onnx_type,
     place,
 )
+from tilewright.frontends.export.onnx_held import held_steps
 from tilewright.frontends.export.onnx_layout import LAYOUT
 from tilewright.frontends.export.onnx_pointwise import POINTWISE, Converter
 from tilewright.frontends.export.onnx_quantized import QUANTIZED
@@ -61,15 +62,19 @@ def to_onnx(
     output_names: Sequence[str],
     axes: Mapping[str, str],
     custom: CustomOperators | None = None,
+    position: str = "",
 ) -> OnnxModel:
     """The ONNX model of a program after its passes.
 
     input_names: placeholder name -> name in the model; output_names: one per output; axes: symbol of a
-    dynamic size -> name; custom: gathers the operators of ours that are to be used. Raises ExportError that
+    dynamic size -> name; custom: gathers the operators of ours that are to be used; position: the input that
+    says how much of its buffers a decode step holds, for onnxruntime's own operator. Raises ExportError that
     lists every operator without a counterpart.
     """
     _inline_the_rest(program, custom)
     g = OnnxGraph(program)
+    if position:
+        g.held_steps = held_steps(program, position)
     inputs, given = _inputs(g, input_names, axes)
     _walk(g, custom)
     results = _results(g, list(output_names))

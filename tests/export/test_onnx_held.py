@@ -15,7 +15,7 @@ from tilewright.frontends.export.onnx_file import session
 from tilewright.frontends.loaded_model import LoadedModel
 from tilewright.kernels.table import host_target
 
-KERNELS = host_target().arch != "generic"
+needs_kernels = pytest.mark.skipif(host_target().arch == "generic", reason="no kernels for this CPU")
 SIZES: dict[str, Any] = {
     "hidden_size": 96, "intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 6,
     "num_key_value_heads": 2, "vocab_size": 97, "head_dim": 16, "max_position_embeddings": 200,
@@ -61,7 +61,15 @@ def follow(folder: Path, manifest: dict[str, Any], model: LoadedModel, start: in
         with torch.no_grad():
             want = model.module(input_ids=tokens[:, : at + 1]).logits[:, -1:]
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    binding.bind_cpu_input("position_ids", np.array([[held_tokens(decode)]]))
+    with pytest.raises(RuntimeError, match=r"invalid ind|allocated shapes match"):
+        opened.run_with_iobinding(binding)
     assert (buffers["past.0.key"].numpy()[:, :, start + steps :] == 1e4).all(), "one row a step"
+
+
+def held_tokens(decode: dict[str, Any]) -> int:
+    """The capacity: the first position that the buffers do not have."""
+    return int(next(row["shape"][2] for row in decode["inputs"] if row["name"].startswith("past.")))
 
 
 def prefill_outputs(rows: dict[str, Any]) -> list[str]:
@@ -69,37 +77,39 @@ def prefill_outputs(rows: dict[str, Any]) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "operators",
-    [
-        "standard",
-        pytest.param("custom", marks=pytest.mark.skipif(not KERNELS, reason="no kernels for this CPU")),
-    ],
-)
+@pytest.mark.parametrize("operators", ["standard", pytest.param("custom", marks=needs_kernels)])
 def test_steps_over_shared_buffers(tmp_path: Path, operators: str) -> None:
     model = small()
     manifest = tw.export(model, pipeline="exact", path=tmp_path / "out", operators=operators, capacity=48)
     decode = manifest["entries"][1]
-    assert decode["operators"]["ScatterND"] == 4
     assert not decode["dynamic"]
-    paged = sum(n for name, n in decode["operators"].items() if "paged_attention" in name)
-    assert (paged, decode["operators"].get("Attention", 0)) == ((2, 0) if operators == "custom" else (0, 2))
+    assert "Attention" not in decode["operators"]
+    name = "paged_attention" if operators == "custom" else "com.microsoft::GroupQueryAttention"
+    assert sum(n for found, n in decode["operators"].items() if name in found) == 2
+    assert decode["operators"].get("ScatterND", 0) == (4 if operators == "custom" else 0)
     follow(tmp_path / "out", manifest, model, start=41, steps=7)
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not KERNELS, reason="no kernels for this CPU")
-@pytest.mark.parametrize(("window", "capacity"), [(9, 32), (None, 33)])
-def test_what_paged_attention_does_not_mean(tmp_path: Path, window: int | None, capacity: int) -> None:
+@pytest.mark.parametrize(
+    ("operators", "window", "capacity"),
+    [
+        pytest.param("custom", 9, 32, marks=needs_kernels),
+        pytest.param("custom", None, 33, marks=needs_kernels),
+        ("standard", 9, 33),
+    ],
+)
+def test_what_only_a_mask_says(tmp_path: Path, operators: str, window: int | None, capacity: int) -> None:
     model = small(window)
-    manifest = tw.export(
-        model, pipeline="exact", path=tmp_path / "out", operators="custom", capacity=capacity
-    )
+    folder = tmp_path / "out"
+    manifest = tw.export(model, pipeline="exact", path=folder, operators=operators, capacity=capacity)
     decode = manifest["entries"][1]
     assert decode["operators"]["Attention"] == 2
-    reason = "mask is not of all keys up to the position" if window else "pages of 8 do not divide"
-    assert reason in decode["standard"]["paged_attention"]
-    follow(tmp_path / "out", manifest, model, start=20, steps=5)
+    assert decode["operators"]["ScatterND"] == 4
+    if operators == "custom":
+        reason = "mask is not of all keys up to the position" if window else "pages of 8 do not divide"
+        assert reason in decode["standard"]["paged_attention"]
+    follow(folder, manifest, model, start=20, steps=5)
 
 
 def test_capacities_that_make_no_sense(tmp_path: Path) -> None:
