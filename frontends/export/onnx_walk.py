@@ -32,6 +32,7 @@ from tilewright.frontends.export.onnx_held import held_steps
 from tilewright.frontends.export.onnx_layout import LAYOUT
 from tilewright.frontends.export.onnx_pointwise import POINTWISE, Converter
 from tilewright.frontends.export.onnx_quantized import QUANTIZED
+from tilewright.frontends.export.onnx_reshapes import fold_reshapes
 from tilewright.frontends.export.onnx_semantic import SEMANTIC, fits
 from tilewright.frontends.export.onnx_sparse import SPARSE
 from tilewright.frontends.lowering import inline_definition
@@ -78,6 +79,7 @@ def to_onnx(
     inputs, given = _inputs(g, input_names, axes)
     _walk(g, custom)
     results = _results(g, list(output_names))
+    fold_reshapes(g, {value for _, _, value in results})
     ins = [_value_info(name, dtype, shape) for name, dtype, shape in inputs]
     outs, renamed = [], dict[str, str]()
     for name, node, value in results:
