@@ -42,6 +42,8 @@ class Row:
     high: float
     calibrated: str | None = None
     """The passes behind which its statistics are taken; None where it needs none."""
+    cached: bool = False
+    """Each window goes through a StaticCache, which it fills."""
 
 
 def _linear(weight: str, group: int = 0, activation: str = "none", more: str = "") -> str:
@@ -78,6 +80,11 @@ ROWS = (
         0.26,
         ROTATED,
     ),
+    Row("KV8", "quantize-kv", -0.01, 0.01, cached=True),
+    Row("KV4", "quantize-kv{bits=4}", 0.0, 3.0, cached=True),
+    Row("KV4 g32", "quantize-kv{bits=4,group=32}", 0.0, 3.0, cached=True),
+    Row("KV4 rotated", "quantize-kv{bits=4,rotate=true}", 0.0, 3.0, cached=True),
+    Row("KV4 g32 rotated", "quantize-kv{bits=4,group=32,rotate=true}", 0.0, 3.0, cached=True),
 )
 
 
@@ -106,11 +113,22 @@ def topics() -> tuple[str, bool]:
     return text[:400_000], hashlib.sha256(text.encode()).hexdigest().startswith(TEXT_SHA256)
 
 
-def losses(model: Any, calls: Sequence[Call]) -> Tensor:
-    """float64 [positions]: the loss at every position but the first of each window."""
+def losses(model: Any, calls: Sequence[Call], config: Any = None) -> Tensor:
+    """float64 [positions]: the loss at every position but the first of each window.
+
+    With the model's config every window goes through an empty StaticCache of its length.
+    """
+    from transformers import StaticCache
+
     rows = []
     with torch.no_grad():
         for args, kwargs in calls:
+            if config is not None:
+                heads, size = config.num_key_value_heads, config.head_dim
+                cache = StaticCache(config=config, max_cache_len=LENGTH)
+                # before the call: one that a call makes is no input of its program
+                cache.early_initialization(1, heads, size, torch.float32, torch.device("cpu"))
+                kwargs = kwargs | {"past_key_values": cache, "use_cache": True}
             logits = model(*args, **kwargs).logits[0, :-1].double()
             rows.append(F.cross_entropy(logits, kwargs["input_ids"][0, 1:], reduction="none"))
     return torch.cat(rows)
@@ -132,7 +150,8 @@ def measure(model: LoadedModel, rows: Sequence[Row], text: str, windows: int) ->
             torch._dynamo.reset()
             options: dict[str, Any] = {"pipeline": pipeline, "lower": "eager", "replay": False}
             candidate = torch.compile(model.module, backend="tilewright", options=options, dynamic=False)
-            more = losses(candidate, calls) - base
+            config = model.module.config if row.cached else None
+            more = losses(candidate, calls, config) - base
             delta = float(more.mean())
             error = float(more.std() / math.sqrt(more.numel()))
             inside = row.low <= delta <= row.high

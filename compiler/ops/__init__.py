@@ -41,6 +41,7 @@ rope = _rope.rope.overload
 gated_mlp = _mlp.gated_mlp.overload
 hadamard = _hadamard.hadamard.overload
 kv_update = _cache.kv_update.overload
+kv_round = _cache.kv_round.overload
 paged_attention = _paged.paged_attention.overload
 token_attention = _paged.token_attention.overload
 paged_append = _paged.paged_append.overload
@@ -61,6 +62,7 @@ __all__ = [
     "embedding",
     "gated_mlp",
     "hadamard",
+    "kv_round",
     "kv_update",
     "layer_norm",
     "linear",
