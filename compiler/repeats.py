@@ -260,8 +260,7 @@ def _pieces(calls: Sequence[fx.Node], runs: Sequence[_Run], single: set[int]) ->
             number += 1
         windows = [calls[run.start + k * run.period :][: run.period] for k in range(run.count)]
         if run.start in single:
-            given = calls[run.start].args  # as the call has them: one value may stand twice
-            values = tuple(a for a in given if isinstance(a, fx.Node))
+            values = tuple(_arguments(calls[run.start]))  # as the call has them: one value may stand twice
             yield replace(_piece(windows[0], number), inputs=values, alone=True)
             number += 1
         else:

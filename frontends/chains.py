@@ -14,6 +14,7 @@ from tilewright.compiler.ops import semantic_op
 from tilewright.compiler.program import Program
 from tilewright.compiler.repeats import Piece, cut, sink_writes
 from tilewright.compiler.report import Report
+from tilewright.frontends.exits import is_gate
 from tilewright.kernels.chain.build import build, refusal
 from tilewright.kernels.chain.plan import plan
 from tilewright.kernels.common.cpp import NAMESPACE
@@ -40,10 +41,12 @@ def raise_chains(program: Program, target: Target, report: Report) -> None:
         report.chains.append(refused.reason)
         return
     sink_writes(program.graph)
-    pieces = cut(program.graph)
+    pieces = cut(program.graph, is_gate)
     chosen: dict[int, tuple[torch._ops.OpOverload, Path]] = {}
     for number, count in sorted(Counter(p.instance_of for p in pieces).items()):
         first = pieces[number]
+        if first.alone:
+            continue
         made = plan(first.nodes, first.inputs, first.outputs)
         if isinstance(made, Refusal):
             stretch = f"{count} x {len(first.nodes)} nodes from {first.nodes[0].name}"

@@ -14,7 +14,7 @@ from torch import fx
 from tilewright.compiler import ops
 from tilewright.compiler.cost import node_costs, size_values, totals
 from tilewright.compiler.devices import measure_host
-from tilewright.compiler.diagnostics import FactError, OptionError, nearest
+from tilewright.compiler.diagnostics import FactError, OptionError, VerifyError, nearest
 from tilewright.compiler.facts import apply_user_facts, derive_facts
 from tilewright.compiler.ops import semantic_op
 from tilewright.compiler.pipeline import Pipeline, RunOptions
@@ -22,6 +22,7 @@ from tilewright.compiler.program import DerivedCheck, Program
 from tilewright.compiler.report import Report
 from tilewright.frontends.capture import normalize
 from tilewright.frontends.chains import raise_chains
+from tilewright.frontends.exits import FILL, split_exits
 from tilewright.frontends.instances import compile_pieces
 from tilewright.frontends.lowering import lower, where_of
 from tilewright.kernels.table import host_target
@@ -143,9 +144,9 @@ def lower_program(program: Program, options: CompileOptions, report: Report) -> 
     before = {n.name: n for n in program.graph.nodes} if options.costs else {}
     costs = node_costs(program, measure_host()) if options.costs else []
     started = time.perf_counter()
-    if options.kernels:
-        raise_chains(program, host_target(), report)
-    lower(program, report, rest=options.lower, use_kernels=options.kernels)
+    for fill in split_exits(program) if options.lower == "inductor" else []:
+        _lower(fill, options, Report())
+    _lower(program, options, report)
     report.seconds["lower"] = time.perf_counter() - started
     if options.costs:
         where = where_of(report)
@@ -155,14 +156,19 @@ def lower_program(program: Program, options: CompileOptions, report: Report) -> 
     REPORTS.append(report)
 
 
+def _lower(program: Program, options: CompileOptions, report: Report) -> None:
+    if options.kernels:
+        raise_chains(program, host_target(), report)
+    lower(program, report, rest=options.lower, use_kernels=options.kernels)
+
+
 def compile_lowered(program: Program, options: CompileOptions, report: Report) -> Callable[..., Any]:
     """Compile a lowered program; the result takes the program's inputs in order."""
     check = DerivedCheck(program)
     started = time.perf_counter()
     compiled = _compile_rest(program, options, report)
     report.seconds[options.lower] = time.perf_counter() - started
-    if not report.pieces:
-        _say_that_nothing_is_left_out(program, report)
+    _say_that_nothing_is_left_out(program, report)
     if check.empty:
         return compiled
 
@@ -175,7 +181,10 @@ def compile_lowered(program: Program, options: CompileOptions, report: Report) -
 
 def _say_that_nothing_is_left_out(program: Program, report: Report) -> None:
     """Blocks are left out between pieces: without pieces a gate only computes, and its pass must say so."""
-    gates = {n.name for n in program.graph.nodes if n.target is ops.step_reuse_begin}
+    begins = (ops.step_reuse_begin, ops.early_exit_begin)
+    found = [n for n in program.graph.nodes if n.target in begins]
+    exits = [n for n in found if n.target is ops.early_exit_begin and FILL not in n.meta]
+    gates = {n.name for n in (exits if report.pieces else found)}
     for done in report.passes:
         if any(gates.intersection(a.inserted) for a in done.applied):
             done.notes.append("compiled as a whole: results are right, but no block is ever left out")
@@ -187,6 +196,9 @@ def _compile_rest(program: Program, options: CompileOptions, report: Report) -> 
         if chain is not None:
             report.pieces = chain[1]
             return chain[0]
+        stuck = next((n for n in program.graph.nodes if FILL in n.meta), None)
+        if stuck is not None:
+            raise VerifyError(f"{stuck.name}: the program can no longer be cut at its early exits")
         _name_buffers(program)
     return compile_graph(program.module, program.example_inputs, options)
 

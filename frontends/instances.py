@@ -20,10 +20,36 @@ from tilewright.compiler.graph import fake_mode_of, output_node
 from tilewright.compiler.program import Program
 from tilewright.compiler.repeats import Piece, cut, layout_of, sink_writes
 from tilewright.frontends.chains import is_chain
+from tilewright.frontends.exits import FILL, Fill, is_gate
 from tilewright.runtime.contracts import REUSE
 
 Compiled = Callable[..., Any]
 CompileOne = Callable[[fx.GraphModule, Sequence[Any]], Compiled]
+
+
+@dataclass(frozen=True)
+class _Gate:
+    """What stands at the begin of a stretch that may be left out."""
+
+    resume: int
+    """The step of its end."""
+    number: int
+    """Of a gate whose residual may be reused."""
+    active: int = -1
+    """The value, of an early exit, that says which tokens go on; -1 for reuse."""
+    fill: Compiled | None = None
+    """What runs instead of the stretch: its writes of state."""
+    given: tuple[int, ...] = ()
+    """Values that `fill` takes."""
+    later: tuple[int, ...] = ()
+    """Values from the stretch that are read behind it: without tokens that go on, they are its entry."""
+
+    def closed(self, values: Sequence[Any]) -> bool:
+        """Whether the stretch is left out in this call."""
+        if self.active >= 0:
+            return not values[self.active].any()
+        access = REUSE.get()
+        return access is not None and access.reuses(self.number)
 
 
 @dataclass(frozen=True)
@@ -34,9 +60,8 @@ class _Step:
     arguments: tuple[int, ...]
     results: tuple[int, ...]
     dead: tuple[int, ...]
-    gate: int | None = None
-    """Behind this call the steps up to `resume` are left out where the gate's residual is reused."""
-    resume: int = 0
+    gate: _Gate | None = None
+    """Behind this call the steps up to `gate.resume` may be left out."""
 
 
 def compile_pieces(program: Program, compile_one: CompileOne) -> tuple[Compiled, list[int]] | None:
@@ -52,6 +77,7 @@ def compile_pieces(program: Program, compile_one: CompileOne) -> tuple[Compiled,
         return None
     mode = fake_mode_of(*program.graph.nodes)
     code: dict[Any, Compiled] = {}
+    fills = {n: _compile_fill(n.meta[FILL], compile_one) for n in program.graph.nodes if FILL in n.meta}
     values: dict[fx.Node, Any] = {n: n.meta["val"] for n in program.graph.nodes if n.op in _GIVEN}
     runs, calls = [], dict[Any, int]()
     with tracing(TracingContext(mode)):
@@ -70,22 +96,29 @@ def compile_pieces(program: Program, compile_one: CompileOne) -> tuple[Compiled,
                 code[key] = compile_one(module, fakes)
             calls[key] = calls.get(key, 0) + 1
             runs.append(code[key])
-    return _chain(program, pieces, runs), list(calls.values())
+    return _chain(program, pieces, runs, fills), list(calls.values())
+
+
+def _compile_fill(fill: Fill, compile_one: CompileOne) -> Compiled:
+    chain = compile_pieces(fill.program, compile_one)
+    if chain is not None:
+        return chain[0]
+    module = fill.program.module
+    with tracing(TracingContext(fake_mode_of(*module.graph.nodes))):
+        return compile_one(module, fill.program.example_inputs)
 
 
 def _stands_alone(node: fx.Node) -> bool:
-    return is_chain(node) or node.target in (ops.step_reuse_begin, ops.step_reuse_end)
-
-
-def _is_reused(gate: int) -> bool:
-    access = REUSE.get()
-    return access is not None and access.reuses(gate)
+    return is_chain(node) or is_gate(node)
 
 
 def _direct(piece: Piece) -> Compiled:
     """A call that stands alone, without anything around it; results that nobody reads are left out."""
     call = piece.nodes[0]
     op: Any = call.target
+    if call.target is ops.early_exit_begin:
+        gate, layers = call.args[3:]
+        return lambda entry, active, *held: (op(entry, active, list(held), gate, layers),)
     constants = tuple(a for a in call.args if not isinstance(a, fx.Node))
     if constants:  # gates: their number comes last
         return lambda *given: (op(*given, *constants),)
@@ -115,7 +148,9 @@ def _module_of(program: Program, piece: Piece) -> fx.GraphModule:
     return fx.GraphModule({}, graph)
 
 
-def _chain(program: Program, pieces: Sequence[Piece], runs: Sequence[Compiled]) -> Compiled:
+def _chain(
+    program: Program, pieces: Sequence[Piece], runs: Sequence[Compiled], fills: dict[fx.Node, Compiled]
+) -> Compiled:
     graph, module = program.graph, program.module
     slots: dict[fx.Node, int] = {n: i for i, n in enumerate(n for n in graph.nodes if n.op == "placeholder")}
     held = [(slots.setdefault(n, len(slots)), str(n.target)) for n in graph.nodes if n.op == "get_attr"]
@@ -123,7 +158,7 @@ def _chain(program: Program, pieces: Sequence[Piece], runs: Sequence[Compiled]) 
         for node in piece.outputs:
             slots[node] = len(slots)
     leaves, structure = tree_flatten(output_node(graph).args[0])
-    steps = _steps(graph, pieces, runs, slots)
+    steps = _steps(graph, pieces, runs, fills, slots)
     buffers, size = module._buffers, len(slots)
 
     def run(*args: Any) -> Any:
@@ -136,13 +171,16 @@ def _chain(program: Program, pieces: Sequence[Piece], runs: Sequence[Compiled]) 
             results = step.run(*[values[i] for i in step.arguments])
             for i, result in zip(step.results, results, strict=True):
                 values[i] = result
+            at += 1
+            gate = step.gate
+            if gate is not None and gate.closed(values):
+                at = gate.resume
+                if gate.fill is not None:
+                    gate.fill(*[values[i] for i in gate.given])
+                for i in gate.later:  # the end does not read what the stretch gives it: any tensor will do
+                    values[i] = values[step.results[0]]
             for i in step.dead:
                 values[i] = None
-            at += 1
-            if step.gate is not None and _is_reused(step.gate):
-                at = step.resume
-                for i in steps[at].arguments:  # exit and measured are not read: any tensor will do
-                    values[i] = values[step.results[0]]
         returned = [values[slots[v]] if isinstance(v, fx.Node) else v for v in leaves]
         return tree_unflatten(returned, structure)
 
@@ -150,7 +188,11 @@ def _chain(program: Program, pieces: Sequence[Piece], runs: Sequence[Compiled]) 
 
 
 def _steps(
-    graph: fx.Graph, pieces: Sequence[Piece], runs: Sequence[Compiled], slots: dict[fx.Node, int]
+    graph: fx.Graph,
+    pieces: Sequence[Piece],
+    runs: Sequence[Compiled],
+    fills: dict[fx.Node, Compiled],
+    slots: dict[fx.Node, int],
 ) -> list[_Step]:
     last: dict[fx.Node, int] = {}
     for k, piece in enumerate(pieces):
@@ -167,26 +209,40 @@ def _steps(
             tuple(slots[n] for n in piece.inputs),
             tuple(slots[n] for n in piece.outputs),
             tuple(dead.get(k, ())),
-            *_gate(pieces, k),
+            _gate(pieces, k, fills, slots),
         )
         for k, (piece, run) in enumerate(zip(pieces, runs, strict=True))
     ]
 
 
-def _gate(pieces: Sequence[Piece], at: int) -> tuple[int | None, int]:
-    """(gate, the piece of its end) where a piece is the begin of one.
+_ENDS = {ops.step_reuse_begin: ops.step_reuse_end, ops.early_exit_begin: ops.early_exit_end}
 
-    VerifyError when something between them is read behind: it would be missing where they are left out.
+
+def _gate(
+    pieces: Sequence[Piece], at: int, fills: dict[fx.Node, Compiled], slots: dict[fx.Node, int]
+) -> _Gate | None:
+    """The gate of a piece that is the begin of one.
+
+    VerifyError when something between begin and end of a reuse gate is read behind: it would be missing where
+    they are left out.
     """
     node = pieces[at].nodes[0]
-    if node.target is not ops.step_reuse_begin:
-        return None, 0
-    gate = cast(int, node.args[2])
-    ends = (ops.step_reuse_end, gate)
-    end = next(k for k, p in enumerate(pieces) if (p.nodes[0].target, p.nodes[0].args[-1]) == ends)
+    if node.target not in _ENDS:
+        return None
+    exits = node.target is ops.early_exit_begin
+    if exits and node not in fills:
+        return None
+    number = cast(int, node.args[3 if exits else 2])
+    wanted = (_ENDS[node.target], number)
+    end = next(k for k, p in enumerate(pieces) if (p.nodes[0].target, p.nodes[0].args[-1]) == wanted)
     inner = {n for piece in pieces[at + 1 : end] for n in piece.outputs}
-    for piece in pieces[end + 1 :]:
-        for n in piece.inputs:
-            if n in inner:
-                raise VerifyError(f"{n.name} is computed inside reuse gate {gate} and read behind it")
-    return gate, end
+    later = dict.fromkeys(n for piece in pieces[end + 1 :] for n in piece.inputs if n in inner)
+    if later and not exits:
+        raise VerifyError(f"{next(iter(later))} is computed inside reuse gate {number} and read behind it")
+    unread = [slots[n] for n in (*later, *pieces[end].inputs) if n in inner or not exits]
+    if not exits:
+        return _Gate(end, number, later=tuple(unread))
+    _, *held = [n for n in pieces[at].inputs if n is not node.args[1]]
+    given = tuple(slots[n] for n in (node, *held, *node.meta[FILL].given))
+    active = slots[cast(fx.Node, node.args[1])]
+    return _Gate(end, number, active, fills[node], given, tuple(unread))

@@ -98,3 +98,14 @@ class ReuseAccess(Protocol):
 
 REUSE: ContextVar[ReuseAccess | None] = ContextVar("tilewright_reuse", default=None)
 """Of the call that is running; None: every step is computed."""
+
+
+class ExitAccess(Protocol):
+    """Who counts how many layers tokens went through."""
+
+    def reached(self, gate: int, layers: int, active: Any) -> None:
+        """A call came to a stretch of so many layers; `active`: bool [B, S], the tokens that go through."""
+
+
+EXITS: ContextVar[ExitAccess | None] = ContextVar("tilewright_exits", default=None)
+"""Of the call that is running; None: nobody counts."""

@@ -7,6 +7,7 @@ from tilewright.compiler.ops import attention_mass as _attention_mass
 from tilewright.compiler.ops import block_mass as _block_mass
 from tilewright.compiler.ops import block_sparse_attention as _block_sparse
 from tilewright.compiler.ops import cache as _cache
+from tilewright.compiler.ops import early_exit as _early_exit
 from tilewright.compiler.ops import hadamard as _hadamard
 from tilewright.compiler.ops import int8_attention as _int8_attention
 from tilewright.compiler.ops import linear as _linear
@@ -25,6 +26,9 @@ block_sparse_attention_backward = _block_sparse.block_sparse_attention_backward.
 block_sparse_attention_int8 = _int8_attention.block_sparse_attention_int8.overload
 merge_attention = _block_sparse.merge_attention.overload
 block_mass = _block_mass.block_mass.overload
+early_exit_begin = _early_exit.early_exit_begin.overload
+early_exit_end = _early_exit.early_exit_end.overload
+early_exit_select = _early_exit.early_exit_select.overload
 step_reuse_begin = _step_reuse.step_reuse_begin.overload
 step_reuse_end = _step_reuse.step_reuse_end.overload
 step_state_get = _step_state.step_state_get.overload
@@ -59,6 +63,9 @@ __all__ = [
     "block_sparse_attention",
     "block_sparse_attention_backward",
     "block_sparse_attention_int8",
+    "early_exit_begin",
+    "early_exit_end",
+    "early_exit_select",
     "embedding",
     "gated_mlp",
     "hadamard",
