@@ -80,7 +80,7 @@ def _replace(
     graph = program.graph
     with graph.inserting_before(piece.nodes[0]):
         call = graph.call_function(op, tuple(moved.get(n, n) for n in piece.inputs))
-        results = [call]
+        results = [call][: len(piece.outputs)]
         if len(piece.outputs) > 1:
             results = [graph.call_function(operator.getitem, (call, i)) for i in range(len(piece.outputs))]
     copy_source(piece.nodes[0], call)

@@ -46,6 +46,21 @@ class _Capturing:
         return run
 
 
+def captured_calls(module: nn.Module, calls: Sequence[Call]) -> tuple[Program, list[tuple[Any, ...]]]:
+    """(the one program of all calls in normal form, its inputs at each); CaptureError for several."""
+    capturing = _Capturing()
+    torch._dynamo.reset()
+    compiled = torch.compile(module, backend=capturing, dynamic=False)
+    with torch.no_grad():
+        for args, kwargs in calls:
+            compiled(*args, **kwargs)
+    torch._dynamo.reset()
+    if capturing.program is None:
+        raise CaptureError("nothing was captured", remedy="the call ran no tensor operation")
+    normalize(capturing.program, RunOptions(replay=False))
+    return capturing.program, capturing.calls
+
+
 class _Measuring:
     """Perplexity of one program without some of its layers, over samples whose states are kept."""
 
@@ -71,7 +86,7 @@ class _Measuring:
         for states, tokens in zip(self.states, self.tokens, strict=True):
             result, found = self.run.run(start, states[start], self.dropped)
             states[start:] = found
-            loss, seen = next_token_loss(_logits(result), tokens)
+            loss, seen = next_token_loss(logits_in(result), tokens)
             total, count = total + loss, count + seen
         return _exp(total / count)
 
@@ -80,7 +95,7 @@ class _Measuring:
         total, count = 0.0, 0
         for states, tokens in zip(self.states, self.tokens, strict=True):
             result, _ = self.run.run(layer + 1, states[layer + 1], [*self.dropped, layer])
-            loss, seen = next_token_loss(_logits(result), tokens)
+            loss, seen = next_token_loss(logits_in(result), tokens)
             total, count = total + loss, count + seen
         return _exp(total / count)
 
@@ -118,19 +133,9 @@ def measure_influence(
         raise OptionError(
             f"{len(given)} samples, count = {count}, pool = {pool}: expected 1, 0 and 1 or more"
         )
-    capturing = _Capturing()
-    torch._dynamo.reset()
-    compiled = torch.compile(module, backend=capturing, dynamic=False)
+    program, samples = captured_calls(module, given)
     with torch.no_grad():
-        for args, kwargs in given:
-            compiled(*args, **kwargs)
-    torch._dynamo.reset()
-    program = capturing.program
-    if program is None:
-        raise CaptureError("nothing was captured", remedy="the call ran no tensor operation")
-    normalize(program, RunOptions(replay=False))
-    with torch.no_grad():
-        measuring = _Measuring(program, capturing.calls, [kwargs["input_ids"] for _, kwargs in given])
+        measuring = _Measuring(program, samples, [kwargs["input_ids"] for _, kwargs in given])
         layers = len(measuring.run.layers)
         if count >= layers:
             raise OptionError(f"count = {count}: the model has {layers} layers")
@@ -163,7 +168,8 @@ def _order(
     return order
 
 
-def _logits(result: Any) -> Tensor:
+def logits_in(result: Any) -> Tensor:
+    """The model's logits among what it returned; CaptureError without any."""
     for tensor in tensors_in(result):
         if tensor.is_floating_point() and tensor.dim() == 3:
             return tensor

@@ -1,8 +1,10 @@
-"""`tilewright calibrate`: what a model's linear layers read on sample text, saved for other passes."""
+"""`tilewright calibrate`: what a model's linear layers read on sample text, or when its answer is sure, saved
+for other passes."""
 
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--samples", type=int, default=4, metavar="N", help="windows of --length (default 4)")
     parser.add_argument("--first", type=int, default=0, metavar="N", help="first token of the text to use")
     parser.add_argument("--hessian", action="store_true", help="also second moments, for GPTQ and plans")
+    parser.add_argument(
+        "--exits", metavar="N+N", help="train the policy of early-exit for leaving after so many layers"
+    )
 
 
 def run(args: argparse.Namespace) -> Result:
@@ -35,8 +40,11 @@ def run(args: argparse.Namespace) -> Result:
         raise OptionError(f"--out = {args.out}: there is no folder {out.parent}")
     Pipeline.parse(args.pipeline or [])
     text = read_text(args.text)
+    exits = _exits(args)
     model = load(args)
     calls, source = _calls(model, text, args)
+    if exits:
+        return _train(model, calls, source, exits, out)
     with step(f"calibrating on {len(calls)} samples"):
         found = calibrate(model.module, calls, pipeline=args.pipeline, source=source, hessian=args.hessian)
     found.save(out)
@@ -55,6 +63,28 @@ def run(args: argparse.Namespace) -> Result:
     lines = [f"{len(rows)} layers, {found.samples} samples, {source or 'example calls'}: {out}"]
     lines += [f"  {r['layer']}: largest channel {r['largest']:.3g}, median {r['typical']:.3g}" for r in worst]
     return Result(data, lines)
+
+
+def _exits(args: argparse.Namespace) -> list[int]:
+    """The exits a policy is wanted for; none without --exits."""
+    if args.exits is None:
+        return []
+    if args.pipeline or args.hessian:
+        raise OptionError("--exits: takes neither --pipeline nor --hessian")
+    if not re.fullmatch(r"\d{1,6}(\+\d{1,6})*", args.exits):
+        raise OptionError(f"--exits = {args.exits!r}: expected numbers joined by +, such as 15+20")
+    return [int(n) for n in args.exits.split("+")]
+
+
+def _train(model: Any, calls: list[Any], source: str, exits: list[int], out: Path) -> Result:
+    from tilewright.frontends.exit_policy import train_exit_policy
+
+    with step(f"training on {len(calls)} samples"):
+        found = train_exit_policy(model.module, calls, exits, source=source)
+    found.save(out)
+    data = {"model": model.name, "file": str(out), "fingerprint": found.fingerprint, "exits": exits}
+    names = "+".join(map(str, exits))
+    return Result(data, [f"exits {names}, {source or 'example calls'}: {out}"])
 
 
 def _calls(model: Any, text: str, args: argparse.Namespace) -> tuple[list[Any], str]:

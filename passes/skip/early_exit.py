@@ -1,7 +1,7 @@
 """Let tokens leave a language model after some of its layers, where the answer is already certain.
 
 paper: arXiv:2207.07061 (CALM); `measure=policy` is GREEN-CODE's (arXiv:2501.11006), a small classifier that
-`tilewright.frontends.exit_policy` trains. A token that has left keeps its state: the keys and values of the
+`tilewright calibrate --exits` trains. A token that has left keeps its state: the keys and values of the
 layers behind come from that state, so later tokens find all they attend to. Members of a batch leave one by
 one; arithmetic is saved once all have left. Text is not the model's own any more: what it costs is measured
 as perplexity (`tilewright evaluate`, with `prompt=true`).
@@ -51,7 +51,7 @@ class EarlyExit(GraphPass):
     threshold: float = 1.0
     """Tokens with a higher score leave; scores end at 1, so 1 is never."""
     policy: str = ""
-    """A file of `tilewright.frontends.exit_policy`, of this very model and these exits."""
+    """A file of `tilewright calibrate --exits`, of this very model and these exits."""
     prompt: bool = False
     """Tokens of calls with several tokens may leave too: for measuring quality, as next to nothing is
     saved."""
