@@ -64,6 +64,15 @@ class KVRows:
             self.held[row] += count - before[row]
         self.length = start + max(counts, default=0)
 
+    def keep(self, start: int, chosen: Sequence[int]) -> None:
+        """Of the slots of the only row, from `start` on, only start + chosen[i] stay, moved to start + i."""
+        self.take_back(start, [len(chosen)])
+        if list(chosen) != list(range(len(chosen))):
+            for layer in self.cache.layers:
+                for tensor in (layer.keys, layer.values):
+                    places = torch.tensor([start + c for c in chosen], device=tensor.device)
+                    tensor[:, :, start : self.length] = tensor.index_select(2, places)
+
     def _close_holes(self) -> None:
         order = torch.argsort(~self.used, dim=1, stable=True)
         longest = max(self.held)
@@ -119,3 +128,33 @@ class RowModel:
         kv.held = [n + width for n in kv.held]
         kv.take_back(start, [len(row) for row in rows])
         return logits
+
+    def feed_seeing(self, tokens: Sequence[int], places: Sequence[int], seen: Tensor) -> Tensor:
+        """Logits [W, V] of W tokens of the only row, put behind everything in the cache.
+
+        places: their positions in the text. seen: bool [W, capacity], the slots that each may attend to,
+        besides its own.
+        """
+        kv = self.kv
+        start, width = kv.length, len(tokens)
+        if kv.batch != 1 or start + width > kv.capacity:
+            raise OptionError(f"{start} + {width} tokens in a cache of {kv.batch} x {kv.capacity} slots")
+        seen = seen.clone()
+        seen[torch.arange(width), start + torch.arange(width)] = True
+        dtype = kv.cache.layers[0].keys.dtype
+        mask = torch.zeros(1, 1, width, kv.capacity, dtype=dtype)
+        mask.masked_fill_(~seen, torch.finfo(dtype).min)
+        for layer in kv.cache.layers:
+            layer.cumulative_length.fill_(start)
+        with torch.no_grad():
+            logits: Tensor = self._step(
+                input_ids=torch.tensor([list(tokens)], device=self._device),
+                position_ids=torch.tensor([list(places)], device=self._device),
+                attention_mask=mask.to(self._device),
+                past_key_values=kv.cache,
+                use_cache=True,
+            ).logits
+        kv.length += width
+        kv.used[:, start : kv.length] = True
+        kv.held[0] += width
+        return logits[0]

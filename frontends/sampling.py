@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tilewright.compiler.diagnostics import OptionError
 from tilewright.runtime.acceptance import accept_greedy, accept_sampled, draw
+from tilewright.runtime.token_tree import TokenTree, accept_tree_greedy, accept_tree_sampled
 
 
 class Sampling:
@@ -19,6 +20,16 @@ class Sampling:
         """processors: a LogitsProcessorList of transformers; each verified position sees its own prefix."""
         self._processors = processors if processors else None
         self._sample, self._generator = sample, generator
+
+    @property
+    def draws(self) -> bool:
+        """Whether tokens are drawn; otherwise the likeliest is taken."""
+        return self._sample
+
+    @property
+    def generator(self) -> torch.Generator | None:
+        """Of the draws."""
+        return self._generator
 
     @classmethod
     def of(cls, temperature: float, top_k: int, top_p: float, seed: int | None) -> Sampling:
@@ -74,3 +85,17 @@ class Sampling:
         if not self._sample:
             return accept_greedy(drafted, scores.argmax(-1).tolist())
         return accept_sampled(drafted, drafts, scores.double().softmax(-1).cpu(), self._generator)
+
+    def distribution(self, prefix: Sequence[int], logits: Tensor) -> Tensor:
+        """[V], float64, that the token behind `prefix` is drawn from, or whose greatest is taken."""
+        return self._scores(prefix, logits).double().softmax(-1).cpu()
+
+    def accept_tree(self, prefix: Sequence[int], tree: TokenTree, logits: Tensor) -> tuple[list[int], int]:
+        """(the nodes to keep, the token behind them); logits [n + 1, V] of the target: behind `prefix`, then
+        behind each node."""
+        words = [[], *[tree.words(node) for node in range(len(tree.tokens))]]
+        scores = [self._scores([*prefix, *w], row) for w, row in zip(words, logits, strict=True)]
+        stacked = torch.stack(scores)
+        if not self._sample:
+            return accept_tree_greedy(tree, stacked.argmax(-1).tolist())
+        return accept_tree_sampled(tree, stacked.double().softmax(-1).cpu(), self._generator)

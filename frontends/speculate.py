@@ -16,8 +16,10 @@ from tilewright.frontends.drafters import Draft, Drafter, ModelDrafter, Retrieva
 from tilewright.frontends.kv_rows import KVRows, RowModel
 from tilewright.frontends.language_model import LanguageModel, check_same_vocabulary
 from tilewright.frontends.sampling import Sampling
+from tilewright.frontends.token_trees import ModelTrees, RetrievalTrees, TreeDrafter, feed_tree
 from tilewright.runtime.draft_length import DraftLength
 from tilewright.runtime.retrieval import NgramStore
+from tilewright.runtime.token_tree import TokenTree
 
 SLACK = 64
 """Slots of a batch's cache for holes, before they must be closed."""
@@ -86,6 +88,10 @@ class Speculator:
     length: DraftLength
     statistics: Statistics = field(default_factory=Statistics)
     """Of the latest generation."""
+    tree: bool = False
+    """Whether drafts are trees; a length then counts their nodes."""
+    branches: int = 4
+    """Children of a node at most."""
 
     def __post_init__(self) -> None:
         self._busy = threading.Lock()
@@ -157,10 +163,16 @@ class Speculator:
     def _rounds(
         self, prompts: Sequence[Sequence[int]], count: int, sampling: Sampling, stop: Stop
     ) -> Iterator[list[list[int]]]:
+        if self.tree and len(prompts) > 1:
+            raise OptionError(
+                f"{len(prompts)} rows: trees are drafted for one row at a time",
+                remedy="generate row by row, or without tree=",
+            )
         rows = [_Row(list(p), len(p) + count) for p in prompts]
         room = max(row.last for row in rows) + self._width() + 1 + (SLACK if len(rows) > 1 else 0)
         target = self.target.rows(self._cache("target", self.target, len(rows), room))
-        drafter = self._drafter(target, sampling, room)
+        drafter = None if self.tree else self._drafter(target, sampling, room)
+        trees = self._trees(target, sampling, room) if self.tree else None
         self.statistics = Statistics()
         started = time.perf_counter()
         logits = target.feed([row.tokens for row in rows], prompt=True)
@@ -172,7 +184,10 @@ class Speculator:
         self.statistics.tokens = len(rows)
         yield new
         while not all(row.done for row in rows):
-            yield self._round(rows, target, drafter, sampling, stop)
+            if trees is not None:
+                yield [self._tree_round(rows[0], target, trees, sampling, stop)]
+            else:
+                yield self._round(rows, target, drafter, sampling, stop)
 
     def _round(
         self, rows: Sequence[_Row], target: RowModel, drafter: Drafter | None, sampling: Sampling, stop: Stop
@@ -205,11 +220,41 @@ class Speculator:
             drafter.commit(accepted)
         seconds = time.perf_counter() - started
         self.length.observe(length, seconds, sum(map(len, new)) / live, kept, tried)
-        self._count(drafts, kept, sum(map(len, new)), seconds)
+        self._count(sum(len(d.tokens) for d in drafts), kept, sum(map(len, new)), seconds)
         return new
 
-    def _count(self, drafts: Sequence[Draft], kept: int, tokens: int, seconds: float) -> None:
-        drafted = sum(len(d.tokens) for d in drafts)
+    def _tree_round(
+        self, row: _Row, target: RowModel, drafter: TreeDrafter, sampling: Sampling, stop: Stop
+    ) -> list[int]:
+        """Draft a tree, let the target answer all of it at once, keep one path and one token more."""
+        started = time.perf_counter()
+        left = row.last - len(row.tokens) - 1
+        nodes = self.length.choose(self.length.lengths[-1]) if left else 0
+        tree = drafter.propose(row.tokens, nodes, left) if nodes else TokenTree()
+        drafted = len(tree.tokens)
+        nodes = min(n for n in self.length.lengths if n >= drafted)
+        start = target.kv.length
+        logits = feed_tree(target, start, tree, row.tokens, nodes + 1)
+        path, last = sampling.accept_tree(row.tokens, tree, logits)
+        new = row.take([*[tree.tokens[n] for n in path], last], stop)
+        target.kv.keep(start, [0, *[n + 1 for n in path]][: len(new)])
+        seconds, kept = time.perf_counter() - started, len(path)
+        self.length.observe(nodes, seconds, len(new), kept, min(drafted, kept + 1))
+        self._count(drafted, kept, len(new), seconds)
+        return new
+
+    def _trees(self, target: RowModel, sampling: Sampling, room: int) -> TreeDrafter | None:
+        if self.draft is None:
+            return None
+        if isinstance(self.draft, Retrieval):
+            size = int(self.target.config.get_text_config().vocab_size)
+            shortest, longest = self.draft.shortest, self.draft.longest
+            return RetrievalTrees(self._datastore, self.branches, size, shortest, longest)
+        shared = self.draft.shares(self.target)
+        kv = target.kv if shared else self._cache("draft", self.draft, 1, room + self._width())
+        return ModelTrees(self.draft.rows(kv), sampling, self.branches, shared=shared)
+
+    def _count(self, drafted: int, kept: int, tokens: int, seconds: float) -> None:
         s = self.statistics
         s.tokens, s.target_calls, s.seconds = s.tokens + tokens, s.target_calls + 1, s.seconds + seconds
         s.drafted, s.accepted = s.drafted + drafted, s.accepted + kept
@@ -289,6 +334,8 @@ def speculate(
     pipeline: Any = None,
     lengths: Sequence[int] | None = None,
     prior: float = 0.7,
+    tree: int = 0,
+    branches: int = 4,
 ) -> Speculator:
     """Lossless generation: `draft` proposes, `target` confirms; the text is the target's own.
 
@@ -298,7 +345,9 @@ def speculate(
     plain decoding. lengths: how many tokens may be drafted in a round; 0 is always allowed, and taken
     while drafting does not pay. Compiled targets compile once per length, so they get few by default, and at
     most 7, because the kernels for few rows end at 8. prior:
-    the acceptance that is assumed before anything was seen.
+    the acceptance that is assumed before anything was seen. tree: draft trees of up to so many tokens, 1 to
+    64, instead of one line (0); the target answers a whole tree at once; one row at a time; takes the place
+    of lengths. branches: how many tokens may follow one; 1 makes a line of it.
 
     Greedy text equals the target's up to ties of its own rounding; sampled text has the target's
     distribution. Raises OptionError for a draft of another vocabulary or a target that cannot take tokens
@@ -325,9 +374,12 @@ def speculate(
         lengths = few if model.compiled else many
     if any(not isinstance(n, int) or not 0 <= n <= 64 for n in lengths) or len(set(lengths)) != len(lengths):
         raise OptionError(f"lengths = {tuple(lengths)}: expected different numbers, 0 to 64")
+    if not 0 <= tree <= 64 or branches < 1:
+        raise OptionError(f"tree = {tree}, branches = {branches}: expected 0 to 64, and 1 or more")
+    if tree:
+        lengths = (tree,)
     if not 0.0 < prior < 1.0:
         raise OptionError(f"prior = {prior}: expected between 0 and 1")
     slow = model.compiled or (isinstance(drafting, LanguageModel) and drafting.compiled)
-    return Speculator(
-        model, drafting, DraftLength([0, *[n for n in lengths if n]], prior=prior, first_is_slow=slow)
-    )
+    choice = DraftLength([0, *[n for n in lengths if n]], prior=prior, first_is_slow=slow)
+    return Speculator(model, drafting, choice, tree=bool(tree), branches=branches)

@@ -75,3 +75,8 @@ class NgramStore:
             tokens.append(chosen)
             places = [(t, p + 1) for token, (t, p) in held if token == chosen]
         return size, tokens
+
+    def continuations(self, context: Sequence[int], count: int) -> tuple[int, list[list[int]]]:
+        """(tokens that agree, up to `count` tokens behind each place that agrees so far, latest first)."""
+        size, places = self.matches(context)
+        return size, [self._texts[text][place : place + count] for text, place in places]
