@@ -131,16 +131,30 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--target", default="exact", metavar="PIPELINE", help="of both sides (default exact)")
     parser.add_argument("--draft", default="cpu-int4", help="a pipeline, or `retrieval` (default cpu-int4)")
     parser.add_argument("--lengths", default="3", metavar="N[,N]", help="tokens drafted a round (default 3)")
+    parser.add_argument(
+        "--tree", type=int, default=0, metavar="N", help="tokens of a tree, instead of --lengths"
+    )
+    parser.add_argument(
+        "--branches", type=int, default=2, metavar="N", help="tokens that may follow one there"
+    )
     parser.add_argument("--prompts", choices=sorted(PROMPTS), default="chat")
     parser.add_argument("--tokens", type=int, default=64, metavar="N")
     parser.add_argument("--rounds", type=int, default=5, metavar="N")
     options = parser.parse_args(argv)
     model = resolve(options.model)
     lengths = [int(n) for n in options.lengths.split(",")]
-    drafting = speculate(model.module, options.draft, pipeline=options.target, lengths=lengths)
+    drafting = speculate(
+        model.module,
+        options.draft,
+        pipeline=options.target,
+        lengths=lengths,
+        tree=options.tree,
+        branches=options.branches,
+    )
     plain = Speculator(drafting.target, None, type(drafting.length)([0]))
     prompts = list(PROMPTS[options.prompts])
-    print(f"{options.draft} over {options.target}, lengths {lengths}, {torch.get_num_threads()} threads")
+    shape = f"trees of {options.tree}" if options.tree else f"lengths {lengths}"
+    print(f"{options.draft} over {options.target}, {shape}, {torch.get_num_threads()} threads")
     ratio = measure(model, plain, drafting, prompts, options.tokens, options.rounds)
     costs = {n: drafting.length.cost(n) for n in drafting.length.lengths}
     shown = ", ".join(f"{n}: {seconds * 1e3:.1f}" for n, seconds in costs.items() if seconds is not None)
