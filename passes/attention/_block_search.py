@@ -9,7 +9,12 @@ import torch
 from torch import Tensor
 
 from tilewright.compiler.block_layout import BlockLayout, rows_from_block_mask
+from tilewright.compiler.tiles import Tiling, Triple, tile_grid
 from tilewright.passes.attention._sites import VideoAttention
+from tilewright.passes.attention._tile_layout import slot_order
+
+TOKEN_ORDER: Triple = (0, 0, 0)
+"""The tile of blocks that are cut from tokens in their own order."""
 
 
 @dataclass(frozen=True)
@@ -18,16 +23,20 @@ class Blocks:
 
     sizes: tuple[int, ...]
     text: tuple[bool, ...]
+    tiling: Tiling | None = None
+    """The tiles that video tokens stand in before they are cut; None: their own order."""
 
     @staticmethod
-    def of(site: VideoAttention, block: int) -> Blocks:
-        """Blocks of a site's tokens."""
+    def of(site: VideoAttention, block: int, tile: Triple = TOKEN_ORDER) -> Blocks:
+        """Blocks of a site's tokens, tile by tile; OptionError for a tile larger than the grid."""
 
         def runs(length: int) -> list[int]:
             return [min(block, length - at) for at in range(0, length, block)]
 
         parts = [runs(site.start), runs(site.video), runs(site.tokens - site.start - site.video)]
-        return Blocks(tuple(itertools.chain(*parts)), tuple(i != 1 for i, p in enumerate(parts) for _ in p))
+        text = tuple(i != 1 for i, p in enumerate(parts) for _ in p)
+        tiling = None if tile == TOKEN_ORDER else tile_grid(site.grid, tile)
+        return Blocks(tuple(itertools.chain(*parts)), text, tiling)
 
     @property
     def count(self) -> int:
@@ -42,10 +51,21 @@ class Blocks:
     def borders(self) -> list[int]:
         return [*itertools.accumulate(self.sizes, initial=0)]
 
+    def order(self) -> tuple[Tensor, ...]:
+        """int64 [tokens]: the token in each slot; empty where that is the token itself."""
+        if self.tiling is None:
+            return ()
+        borders = self.borders()
+        return (slot_order(self.tiling.table(), borders[self.video.start], borders[-1]),)
+
     def dense(self, heads: int) -> BlockLayout:
         """The layout of all blocks."""
         whole = torch.ones(self.count, self.count, dtype=torch.bool)
-        return BlockLayout.from_block_mask(whole, self.borders(), self.borders(), heads)
+        layout = BlockLayout.from_block_mask(whole, self.borders(), self.borders(), heads)
+        if self.tiling is None:
+            return layout
+        source = self.order()[0].to(torch.int32)[None]
+        return layout.with_(src_q=source, src_k=source)
 
 
 def kept_per_row(blocks: int, sparsity: float) -> int:

@@ -90,9 +90,11 @@ def linear_branch(
 
 
 def found_lists(
-    q: Tensor, k: Tensor, text: Tensor, *, plan: Blocks, block: int, topk: float
+    q: Tensor, k: Tensor, text: Tensor, *order: Tensor, plan: Blocks, block: int, topk: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The kernel's lists of critical blocks; text blocks are critical for all."""
+    """The kernel's lists of critical blocks; text blocks are critical for all. order: as `Blocks.order`."""
+    if order:
+        q, k = q.index_select(2, order[0]), k.index_select(2, order[0])
     first, end = plan.borders()[plan.video.start], plan.borders()[plan.video.stop]
     critical, _ = block_classes(q[:, :, first:end], k[:, :, first:end], block, topk, 0.0, "none")
     return lists(with_text_blocks(critical, text))

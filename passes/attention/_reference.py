@@ -77,6 +77,16 @@ Obvious = tuple[Callable[..., tuple[torch.Tensor]], tuple[torch.Tensor, ...]]
 """A plain function of (q, k, v, constants, own mask if any), and those constants."""
 
 
+def reordered(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, order: torch.Tensor, *mask: torch.Tensor,
+    function: Callable[..., tuple[torch.Tensor]],
+) -> tuple[torch.Tensor]:  # fmt: skip
+    """A function of (q, k, v, own mask if any) on tokens in an order, its result in theirs."""
+    moved = [x.index_select(2, order) for x in (q, k, v)]
+    (out,) = function(*moved, *(m.index_select(-1, order) for m in mask))
+    return (out.index_select(2, torch.argsort(order)),)
+
+
 def computed_reference(program: Program, obvious: Callable[[VideoAttention], Obvious | None]) -> None:
     """Put a plain function where each video self-attention stands; None leaves the attention."""
     constants = Constants(program)

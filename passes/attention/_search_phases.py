@@ -48,7 +48,8 @@ def insert_phase(
         out, _, called = _sparse(program, site, plan, constants, {n: found[n] for n in SLOTS[:3]})
         made += more + called
     else:
-        dense, lse, made = insert_sparse(program, site, plan.dense(site.heads), constants)
+        every = Blocks(plan.sizes, plan.text).dense(site.heads)
+        dense, lse, made = insert_sparse(program, site, every, constants)
         found, more = _search(program, site, plan, constants, choose, lse)
         found["lse"], out = lse, dense
         made += more
@@ -66,10 +67,11 @@ def insert_found(
     site: VideoAttention,
     plan: Blocks,
     constants: Constants,
-    look: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]],
+    look: Callable[..., tuple[Tensor, Tensor, Tensor]],
 ) -> tuple[fx.Node, list[fx.Node]]:
-    """Insert a layout found in the call, by look(q, k, text blocks), and the attention that uses it."""
+    """Insert a layout found in the call, by look(q, k, text blocks, *order), and its attention."""
     inputs = [site.query, site.key, constants.node(torch.tensor(plan.text), site.query)]
+    inputs += [constants.node(t, site.query) for t in plan.order()]
     found, made = insert_function(program, site, look, inputs)
     out, _, called = _sparse(program, site, plan, constants, dict(zip(SLOTS, found, strict=False)))
     return out, made + called
@@ -81,17 +83,22 @@ def _search(
     """Insert block mass and selection: the layout's tensors by name."""
     borders = constants.node(torch.tensor([plan.borders()], dtype=torch.int32), site.query)
     text = constants.node(torch.tensor(plan.text), site.query)
-    inputs = [site.query, site.key, lse, borders, text, *key_mask_inputs(site)]
+    order = [constants.node(t, site.query) for t in plan.order()]
+    inputs = [site.query, site.key, lse, borders, text, *order, *key_mask_inputs(site)]
     look = partial(_found, plan=plan, choose=choose, scale=site.scale, kind=site.keys.kind)
     found, made = insert_function(program, site, look, inputs)
     return dict(zip(SLOTS, found, strict=False)), made
 
 
 def _found(
-    q: Tensor, k: Tensor, lse: Tensor, borders: Tensor, text: Tensor, *keys: Tensor,
+    q: Tensor, k: Tensor, lse: Tensor, borders: Tensor, text: Tensor, *rest: Tensor,
     plan: Blocks, choose: Choice, scale: float | None, kind: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    order, keys = (rest[:1], rest[1:]) if plan.tiling is not None else ((), rest)
     mask = kept_keys(kind, keys[0], k.shape[2]) if keys else None
+    if order:
+        q, k, lse = (x.index_select(2, order[0]) for x in (q, k, lse))
+        mask = mask.index_select(3, order[0]) if mask is not None else None
     mass = ops.block_mass(q, k, lse, borders, borders, mask, scale)[:, :, plan.video, plan.video]
     return lists(with_text_blocks(choose(mass), text))
 

@@ -16,8 +16,9 @@ import torch
 from torch import fx
 
 from tilewright.compiler import Exactness, Example, PassLog, Program, Stage, Tensor, graph_pass, ops
-from tilewright.passes.attention._block_search import Blocks
-from tilewright.passes.attention._reference import computed_reference
+from tilewright.compiler.tiles import Triple
+from tilewright.passes.attention._block_search import TOKEN_ORDER, Blocks
+from tilewright.passes.attention._reference import computed_reference, reordered
 from tilewright.passes.attention._search_phases import dense_choice, insert_phase, written_out
 from tilewright.passes.attention._sites import VideoAttention
 from tilewright.passes.attention._sparse_call import Constants
@@ -43,6 +44,9 @@ class AdaptiveBlockAttention(VideoAttentionPass):
     """Share of the video's key blocks that a row leaves out; 0 is dense."""
     block: int = 64
     """Tokens of a block."""
+    tile: Triple = TOKEN_ORDER
+    """Video tokens stand in tiles of this size before blocks are cut, so blocks are near in space; 0x0x0
+    keeps their own order."""
     threshold: float = 0.8
     """Recall above which a head may be sparser."""
     head_adaptive: bool = True
@@ -58,6 +62,8 @@ class AdaptiveBlockAttention(VideoAttentionPass):
             raise self.option_error("sparsity", f"expected {adaptive}up to less than 1")
         if self.block < 16 or self.block % 16:
             raise self.option_error("block", "expected a multiple of 16")
+        if self.tile != TOKEN_ORDER and min(self.tile) < 1:
+            raise self.option_error("tile", "expected three whole numbers from 1, or 0x0x0")
         if not 0.0 <= self.threshold <= 1.0:
             raise self.option_error("threshold", "expected 0 to 1")
 
@@ -67,7 +73,7 @@ class AdaptiveBlockAttention(VideoAttentionPass):
     def plan(self, program: Program, site: VideoAttention) -> Blocks | str:
         if site.keys.kind == "columns" and not site.keys.keeps_video:
             return "its key mask may hide video tokens: the mass of their blocks would mislead the search"
-        return Blocks.of(site, self.block)
+        return Blocks.of(site, self.block, self.tile)
 
     def rewrite(
         self, program: Program, site: VideoAttention, plan: Blocks, constants: Constants
@@ -93,7 +99,8 @@ class AdaptiveBlockAttention(VideoAttentionPass):
                 "threshold": self.threshold,
                 "adaptive": self.head_adaptive,
             }
-            return partial(written_out, plan=plan, scale=site.scale, **how), ()
+            dense = partial(written_out, plan=plan, scale=site.scale, **how)
+            return (partial(reordered, function=dense) if plan.tiling else dense), plan.order()
 
         computed_reference(program, obvious)
 
@@ -117,6 +124,7 @@ class AdaptiveBlockAttention(VideoAttentionPass):
         yield {**small, "threshold": 0.5}, Example(plain, video, facts=grid)
         yield {**small, "head_adaptive": False}, Example(plain, joint, facts={**grid, "text_segment": (0, 5)})
         yield small, Example(plain, joint, facts={**grid, "text_segment": (144, 5)})
+        yield {**small, "tile": (2, 3, 4)}, Example(plain, joint, facts={**grid, "text_segment": (0, 5)})
         hidden = {**grid, "text_segment": (144, 5)}
         yield small, Example(masked, (*joint, keys), facts=hidden, refusal="may hide video tokens")
         yield small, Example(plain, video, refusal="fact 'video_grid' is absent")

@@ -16,7 +16,8 @@ from torch import Tensor, fx
 
 from tilewright.compiler import Exactness, Example, PassLog, Program, Stage, graph_pass, ops
 from tilewright.compiler import Tensor as Drawn
-from tilewright.passes.attention._block_search import Blocks
+from tilewright.compiler.tiles import Triple
+from tilewright.passes.attention._block_search import TOKEN_ORDER, Blocks
 from tilewright.passes.attention._linear_branch import (
     Feature,
     Variant,
@@ -25,7 +26,7 @@ from tilewright.passes.attention._linear_branch import (
     with_linear_branch,
     written_out,
 )
-from tilewright.passes.attention._reference import computed_reference
+from tilewright.passes.attention._reference import computed_reference, reordered
 from tilewright.passes.attention._search_phases import insert_found
 from tilewright.passes.attention._sites import VideoAttention
 from tilewright.passes.attention._sparse_call import Constants, insert_function
@@ -54,6 +55,8 @@ class SparseLinearAttention(VideoAttentionPass):
     """Share that even the linear branch skips, for variant=paper."""
     block: int = 64
     """Tokens of a block."""
+    tile: Triple = TOKEN_ORDER
+    """Tiles that video tokens stand in before blocks are cut; 0x0x0 keeps their own order."""
     feature: Feature = "softmax"
     """Feature map of the linear branch."""
     variant: Variant = "none"
@@ -69,6 +72,10 @@ class SparseLinearAttention(VideoAttentionPass):
             raise self.option_error("skip", "expected 0 to 1")
         if self.block < 16 or self.block % 16:
             raise self.option_error("block", "expected a multiple of 16")
+        if self.tile != TOKEN_ORDER and min(self.tile) < 1:
+            raise self.option_error("tile", "expected three whole numbers from 1, or 0x0x0")
+        if self.proj and self.tile != TOKEN_ORDER:
+            raise self.option_error("tile", "a projection is trained for blocks of tokens in their own order")
         if (self.variant == "none") != (self.proj == ""):
             raise self.option_error(
                 "variant", "the linear branch goes with a trained projection: give both or none"
@@ -80,7 +87,7 @@ class SparseLinearAttention(VideoAttentionPass):
     def plan(self, program: Program, site: VideoAttention) -> Blocks | str:
         if self.proj and program.training:
             return "gradients are wanted, and the projection is a constant here"
-        return Blocks.of(site, self.block)
+        return Blocks.of(site, self.block, self.tile)
 
     def rewrite(
         self, program: Program, site: VideoAttention, plan: Blocks, constants: Constants
@@ -112,7 +119,8 @@ class SparseLinearAttention(VideoAttentionPass):
                 return None
             proj = self._projection(site) if self.variant != "none" else ()
             how = {**self._branch(), "topk": self.topk, "skip": self.skip, "scale": site.scale}
-            return partial(written_out, start=site.start, video=site.video, **how), proj
+            dense = partial(written_out, start=site.start, video=site.video, **how)
+            return (partial(reordered, function=dense) if plan.tiling else dense), (*plan.order(), *proj)
 
         computed_reference(program, obvious)
 
@@ -131,10 +139,12 @@ class SparseLinearAttention(VideoAttentionPass):
 
         yield small, Example(plain, video, facts=grid)
         yield small, Example(plain, joint, facts={**grid, "text_segment": (0, 5)})
+        tiled = {**small, "tile": (2, 3, 4)}
         masked = Example(
             lambda q, k, v, m: ops.attention(q, k, v, m),
             (*joint, keys),
             facts={**grid, "text_segment": (120, 5)},
         )
         yield small, masked
+        yield tiled, masked
         yield small, Example(plain, video, refusal="fact 'video_grid' is absent")
