@@ -23,6 +23,7 @@ from tilewright.compiler.ops.paged import PAGE_SIZES
 from tilewright.frontends.kv_layer import PagedLayer
 from tilewright.frontends.kv_offload import Placement
 from tilewright.frontends.kv_policies import layers_for
+from tilewright.frontends.kv_shadow import check_rotation
 
 NAME = "tilewright"
 """Of the attention and its mask in the registries of transformers."""
@@ -183,6 +184,7 @@ def kv_cache(model: Any, pipeline: Any = "", page: int | None = None) -> PagedCa
             )
 
     layers, placement = layers_for(pipeline, len(kinds), page, check)
+    check_rotation(layers, config)
     AttentionInterface.register(NAME, _attention)
     AttentionMaskInterface.register(NAME, _mask)
     before = config._attn_implementation

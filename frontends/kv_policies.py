@@ -14,12 +14,14 @@ from tilewright.frontends.kv_evicting import HeavyHitterLayer, KeyformerLayer, S
 from tilewright.frontends.kv_layer import PagedLayer, run
 from tilewright.frontends.kv_offload import OffloadedLayer, Placement
 from tilewright.frontends.kv_relay import RelayLayer
+from tilewright.frontends.kv_shadow import ShadowLayer
 from tilewright.passes.memory.heavy_hitter_kv import HeavyHitterKV
 from tilewright.passes.memory.keyformer_kv import KeyformerKV
 from tilewright.passes.memory.lessismore_kv import LessIsMoreKV
 from tilewright.passes.memory.offload_kv import OffloadKV
 from tilewright.passes.memory.quest_kv import QuestKV
 from tilewright.passes.memory.relay_attention import RelayAttention
+from tilewright.passes.memory.shadow_kv import ShadowKV
 from tilewright.passes.memory.snap_kv import SnapKV
 from tilewright.passes.memory.streaming_kv import StreamingKV
 
@@ -85,6 +87,7 @@ _LAYERS: dict[type, Callable[..., PagedLayer]] = {
     HeavyHitterKV: HeavyHitterLayer,
     KeyformerKV: KeyformerLayer,
     SnapKV: SnapLayer,
+    ShadowKV: ShadowLayer,
     RelayAttention: RelayLayer,
 }
 
