@@ -157,13 +157,14 @@ def test_tokens_leave_and_their_keys_come_from_the_state_they_left_with(
 
 
 @pytest.mark.slow
-def test_what_is_left_out_does_not_run(plain_pieces: None) -> None:
+@pytest.mark.parametrize("exits", ["2+4", "2"])
+def test_what_is_left_out_does_not_run(exits: str, plain_pieces: None) -> None:
     """7 linear layers a layer, 2 of them for keys and values, and the head."""
     model = _llama()
     ran = {}
     for threshold in (0.0, 1.0):
         torch._dynamo.reset()
-        _steps(model, _compiled(model, f"exits=2+4,threshold={threshold}"), PROMPTS[:1], _cache(model), 1)
+        _steps(model, _compiled(model, f"exits={exits},threshold={threshold}"), PROMPTS[:1], _cache(model), 1)
         ran[threshold] = sum(CALLS)
         CALLS.clear()
     assert ran == {0.0: 2 * 7 + 4 * 2 + 1, 1.0: 6 * 7 + 1}
