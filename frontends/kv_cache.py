@@ -165,8 +165,8 @@ def kv_cache(model: Any, pipeline: Any = "", page: int | None = None) -> PagedCa
     attended, such as `quest-kv{budget=1024}`, and `offload-kv{fast_bytes=64MiB}` for a cache of which only so
     much is in memory (alone or with `lessismore-kv`); empty: everything, in memory. page: tokens of a page;
     None for that of the pass, else 16.
-    Left-padded batches, beams and taking tokens back work. OptionError where the model has layers other than
-    full attention.
+    Left-padded batches, beams and taking tokens back work; `offload-kv` refuses to reorder beams. OptionError
+    where the model has layers other than full attention.
     """
     if page is not None and page not in PAGE_SIZES:
         raise OptionError(f"page = {page}: expected one of {', '.join(map(str, PAGE_SIZES))}")
