@@ -119,6 +119,7 @@ class _Taking(nn.Module):
         return self.inner(input_ids)  # type: ignore[no-any-return]
 
 
+@pytest.mark.slow
 def test_the_pass_takes_its_layers_from_the_file(tmp_path: Path) -> None:
     from tilewright.frontends.compile import REPORTS
 

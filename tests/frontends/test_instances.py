@@ -92,6 +92,7 @@ def test_replaced_parameter_of_one_block_is_seen() -> None:
     torch.testing.assert_close(compiled(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_dynamic_lengths_share_one_compilation(compiled_sizes: list[int]) -> None:
     torch._dynamo.reset()
