@@ -33,11 +33,17 @@ from tilewright.compiler.quantizers import (
 
 Mode = Literal["symmetric", "float-zero"]
 Packing = Literal["blocks8", "rows"]
+Grid = Literal["short", "wide"]
 BITS = (2, 3, 4, 8)
 CHUNK = 32
 """Columns that are packed together; groups are whole numbers of them."""
 BLOCK_ROWS = 8
-_CHOICES = {"mode": get_args(Mode), "activation": ACTIVATIONS, "packing": get_args(Packing)}
+_CHOICES = {
+    "mode": get_args(Mode),
+    "activation": ACTIVATIONS,
+    "packing": get_args(Packing),
+    "grid": get_args(Grid),
+}
 
 
 @dataclass(frozen=True)
@@ -50,6 +56,8 @@ class WeightFormat:
     mode: Mode = "symmetric"
     activation: Activation = "none"
     packing: Packing = "blocks8"
+    grid: Grid = "short"
+    """`wide`: the scales of groups are float32 as well, for files whose grids float16 does not hold."""
 
     def __post_init__(self) -> None:
         if self.bits not in BITS:
@@ -64,14 +72,16 @@ class WeightFormat:
 
     @property
     def text(self) -> str:
-        """`int4.32.float-zero.int8-group.blocks8`: what the semantic op carries; `parse` reads it."""
-        return f"int{self.bits}.{self.group}.{self.mode}.{self.activation}.{self.packing}"
+        """`int4.32.float-zero.int8-group.blocks8`: what the semantic op carries; `parse` reads it. A format
+        with wide grids ends in `.wide`."""
+        text = f"int{self.bits}.{self.group}.{self.mode}.{self.activation}.{self.packing}"
+        return text if self.grid == "short" else f"{text}.{self.grid}"
 
     @classmethod
     def parse(cls, text: str) -> WeightFormat:
         """The format of a text; OptionError for any other text."""
         parts = text.split(".")
-        if len(parts) != len(fields(cls)) or not parts[0].startswith("int"):
+        if not len(fields(cls)) - 1 <= len(parts) <= len(fields(cls)) or not parts[0].startswith("int"):
             raise OptionError(f"weight format {text!r}: expected int4.32.symmetric.none.blocks8 or the like")
         try:
             bits, group = int(parts[0][3:]), int(parts[1])
@@ -81,8 +91,8 @@ class WeightFormat:
 
     @property
     def scale_dtype(self) -> torch.dtype:
-        """float16 for groups, as GGUF has it; float32 for one scale per row."""
-        return torch.float32 if self.group == WHOLE_ROW else torch.float16
+        """float16 for groups, as GGUF has it; float32 for one scale per row and for wide grids."""
+        return torch.float32 if self.group == WHOLE_ROW or self.grid == "wide" else torch.float16
 
     @property
     def has_offset(self) -> bool:

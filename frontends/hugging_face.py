@@ -9,7 +9,7 @@ import logging
 import math
 import re
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,15 @@ from tilewright.frontends.example_calls import causal_lm_examples, encoder_examp
 from tilewright.frontends.gguf_check import GgufInfo, check_gguf
 from tilewright.frontends.loaded_model import LoadedModel
 from tilewright.frontends.model_files import file_inside, model_file, open_model_file, read_json_object, show
+from tilewright.frontends.quantized_folder import check_method, find_layers
 from tilewright.frontends.safetensors_check import check_weights_folder
+from tilewright.frontends.stored_linear import (
+    Checkpoint,
+    StoredLinear,
+    fill,
+    weight_count,
+    without_weights,
+)
 from tilewright.frontends.weights import replace_weights
 from tilewright.runtime.store import ArtifactStore
 
@@ -61,7 +69,8 @@ def load_folder(folder: Path, *, name: str | None = None) -> LoadedModel:
     _check_numbers(config, len(headers), str(folder / "config.json"))
     if "_class_name" in config:
         return _load_diffusers(folder, config, sorted(weights), elements, name or folder.name)
-    return _load_transformers(folder, config, elements, name or folder.name)
+    with Checkpoint(folder, weights) as files:
+        return _load_transformers(folder, config, elements, name or folder.name, files)
 
 
 def load_gguf(path: Path, *, name: str | None = None) -> LoadedModel:
@@ -77,33 +86,45 @@ def load_gguf(path: Path, *, name: str | None = None) -> LoadedModel:
     return load_folder(folder, name=name or path.name)
 
 
-def _load_transformers(folder: Path, raw: dict[str, Any], elements: int, name: str) -> LoadedModel:
+def _load_transformers(
+    folder: Path, raw: dict[str, Any], elements: int, name: str, files: Checkpoint
+) -> LoadedModel:
     with _reading(folder):
         from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
     where, kind = str(folder / "config.json"), raw.get("model_type")
-    if "quantization_config" in raw:
-        raise LoadError("its weights are quantized", where=where, remedy="give the unquantized model")
+    quantized = check_method(raw, where)
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         raise LoadError(f"model_type is {show(kind)}, which transformers does not know", where=where)
     with _reading(folder / "config.json"):
         config_class = CONFIG_MAPPING[kind]
-        config = config_class.from_dict({k: v for k, v in raw.items() if k not in _UNTRUSTED})
+        config = config_class.from_dict(
+            {k: v for k, v in raw.items() if k not in (*_UNTRUSTED, "quantization_config")}
+        )
         generates = config_class in MODEL_FOR_CAUSAL_LM_MAPPING and _wants_lm_head(raw)
         mapping = MODEL_FOR_CAUSAL_LM_MAPPING if generates else MODEL_MAPPING
         if config_class not in mapping:
             raise LoadError(f"model_type {kind} has no model class to load", where=where)
         model_class = mapping[config_class]
         model_class = model_class[0] if isinstance(model_class, (tuple, list)) else model_class
-    _check_size(lambda: model_class(config), elements, where)
+    layers: list[StoredLinear] = []
+    if quantized is None:
+        _check_size(lambda: model_class(config), elements, where)
+    else:
+        empty = _without_memory(lambda: model_class(config), where)
+        layers = find_layers(quantized, files, empty, where)
+        _check_size(lambda: empty, elements + weight_count(layers), where)
+    without: Any = without_weights(model_class, [layer.name for layer in layers]) if layers else model_class
     with _reading(folder):
-        module, found = model_class.from_pretrained(
+        module, found = without.from_pretrained(
             folder, config=config, dtype=torch.float32, use_safetensors=True, local_files_only=True,
             trust_remote_code=False, output_loading_info=True,
             attn_implementation="sdpa" if getattr(model_class, "_supports_sdpa", False) else "eager",
         )  # fmt: skip
         tokenizer = _tokenizer(folder)
-    _check_complete(found, folder)
+    _check_complete(found, folder, {tensor for layer in layers for tensor in layer.tensors})
+    module.__class__ = model_class
     _own_memory(module.eval())
+    fill(module, layers, files)
     if generates:
         return LoadedModel(name, "causal-lm", module, tokenizer, causal_lm_examples(module))
     return LoadedModel(name, "module", module, tokenizer, encoder_examples(module))
@@ -209,10 +230,15 @@ def _check_numbers(values: Mapping[str, Any], tensors: int, where: str) -> None:
                 )
 
 
-def _check_size(build: Any, elements: int, where: str) -> None:
-    """Build the model without memory and compare it with what the files hold."""
+def _without_memory(build: Any, where: str) -> nn.Module:
     with _reading(Path(where)), torch.device("meta"):
         module: nn.Module = build()
+    return module
+
+
+def _check_size(build: Any, elements: int, where: str) -> None:
+    """Build the model without memory and compare it with what the files hold."""
+    module = _without_memory(build, where)
     described = sum(parameter.numel() for parameter in module.parameters())
     if described > 2 * elements + (1 << 20):
         raise LoadError(f"describes {described} parameters and its weights hold {elements}", where=where)
@@ -221,12 +247,15 @@ def _check_size(build: Any, elements: int, where: str) -> None:
         raise LoadError(f"describes tables of {buffers} bytes, more than {_BUFFER_CAP}", where=where)
 
 
-def _check_complete(found: Mapping[str, Any], path: Path) -> None:
-    """Every parameter must have come from the file: a missing one would silently be random."""
+def _check_complete(found: Mapping[str, Any], path: Path, used: Collection[str] = ()) -> None:
+    """Every parameter must have come from the file: a missing one would silently be random.
+
+    used: tensors that are read otherwise.
+    """
     for what, text in (("missing_keys", "lacks"), ("mismatched_keys", "has another shape of")):
         if names := sorted(str(item) for item in found.get(what) or ()):
             raise LoadError(f"{text} {len(names)} tensors, first {show(names[0])}", where=str(path))
-    if names := sorted(str(item) for item in found.get("unexpected_keys") or ()):
+    if names := sorted(str(item) for item in found.get("unexpected_keys") or () if item not in used):
         _log.warning("%s: %d tensors are not used, first %s", path, len(names), show(names[0]))
 
 

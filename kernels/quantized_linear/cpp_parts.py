@@ -29,6 +29,13 @@ class Shape:
     offset: bool
     activation: str
     """`none`, `token` or `group`."""
+    wide: bool = False
+    """Scales of groups are float32, not float16."""
+
+    @property
+    def short_grids(self) -> bool:
+        """Scales and offsets are float16."""
+        return self.group != 0 and not self.wide
 
     @property
     def middle(self) -> int:
@@ -43,12 +50,12 @@ class Shape:
 def shape_of(key: KernelKey) -> Shape:
     """The specialising options of a key."""
     config = config_of(key)
-    return Shape(config["bits"], config["group"], config["offset"], config["activation"])
+    return Shape(config["bits"], config["group"], config["offset"], config["activation"], "wide" in config)
 
 
 def geometry(shape: Shape) -> str:
     """Where codes, scales and offsets of a block of 8 rows lie."""
-    half = shape.group != 0
+    half = shape.short_grids
     load = (
         "_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))"
         if half

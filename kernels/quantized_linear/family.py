@@ -93,6 +93,7 @@ def _configure(
         group=form.group,
         offset=form.has_offset,
         activation=ACTIVATION_WORD[form.activation],
+        **({"wide": True} if form.grid == "wide" else {}),
     )
 
 

@@ -35,7 +35,7 @@ def block_k(key: KernelKey) -> int:
 def parameters(key: KernelKey) -> list[tuple[str, str]]:
     """(name, Triton type) of the kernel's run-time arguments, in order."""
     kind = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16"}[key.dtype]
-    grid = "*fp32" if shape_of(key).group == 0 else "*fp16"
+    grid = "*fp16" if shape_of(key).short_grids else "*fp32"
     found = [("x", kind)]
     for i, (weight, bias) in enumerate(names(key)):
         found += [(weight, "*u8"), (f"grid{i}", grid), (f"N{i}", "i32")]
@@ -134,7 +134,7 @@ def _steps(key: KernelKey, i: int) -> list[str]:
             *(["mass = tl.sum(a.to(tl.float32), axis=1)"] if shape.offset else []),
         ]
     where = "0" if group == 0 else f"start // {group}"
-    codes_bytes, size = f"K32 * {4 * shape.bits}", 4 if group == 0 else 2
+    codes_bytes, size = f"K32 * {4 * shape.bits}", 2 if shape.short_grids else 4
     place = f"grid{i} + n.to(tl.int64) * (row_bytes // {size}) + {codes_bytes} // {size} + {where}"
     body += [
         f"scale = tl.load({place}, mask=real, other=0.0).to(tl.float32)",
@@ -187,7 +187,7 @@ def generate(key: KernelKey, op: str) -> str:
 def launcher(key: KernelKey, kernel: Any) -> Callable[..., Any]:
     """The op's implementation: allocates every output, launches one grid over the rows of all weights."""
     pairs, shape = names(key), shape_of(key)
-    grid_dtype = torch.float32 if shape.group == 0 else torch.float16
+    grid_dtype = torch.float16 if shape.short_grids else torch.float32
 
     def run(x: Tensor, *args: Any) -> Any:
         x, rest = x.contiguous(), iter(args)

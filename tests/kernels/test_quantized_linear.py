@@ -31,6 +31,7 @@ QUICK = [
     WeightFormat(8, 0),
     WeightFormat(3, 64, "symmetric", "int8-token"),
     WeightFormat(2, 0, "float-zero"),
+    WeightFormat(4, 32, "float-zero", grid="wide"),
 ]
 EVERY = [
     WeightFormat(bits, group, mode, activation)
@@ -38,7 +39,7 @@ EVERY = [
         BITS, (0, 32, 96), ("symmetric", "float-zero"), ("none", "int8-token", "int8-group")
     )
     if group or activation != "int8-group"
-]
+] + [WeightFormat(8, 64, "symmetric", "int8-token", grid="wide")]
 SIZES = ((16, 64), (13, 37), (67, 130), (41, 576))
 
 
