@@ -19,10 +19,10 @@ from torch import Tensor
 from tilewright.compiler import ops
 from tilewright.compiler.calibration import Statistics, weight_path
 from tilewright.compiler.diagnostics import FactError, LoadError, OptionError
+from tilewright.compiler.float_format import AnyFormat, parse_format
 from tilewright.compiler.program import Program
 from tilewright.compiler.quantizers import weight_problem
 from tilewright.compiler.schema import arguments
-from tilewright.compiler.weight_format import WeightFormat
 
 FORMAT = "tilewright-precision-1"
 KEEP = "keep"
@@ -35,7 +35,7 @@ class Choice:
     """One format of one layer."""
 
     format: str
-    """A `WeightFormat` as text, or `keep`."""
+    """A `WeightFormat` or `FloatFormat` as text, or `keep`."""
     bytes: int
     """Packed size of the weight."""
     error: float
@@ -107,7 +107,7 @@ class PrecisionPlan:
         for name, choice in layers.items():
             if choice != KEEP:
                 try:
-                    WeightFormat.parse(str(choice))
+                    parse_format(str(choice))
                 except OptionError as error:
                     raise LoadError(f"layer {name!r}: {error.message}", where=where) from error
         return cls(str(data.get("fingerprint", "")), str(data.get("budget", "")), dict(layers))
@@ -118,11 +118,11 @@ def measure(
 ) -> list[LayerChoices]:
     """Size and error of every format for every linear layer with a weight of its own.
 
-    formats: `WeightFormat` texts. skip: paths to leave out, beside layers that share their weight with an
+    formats: texts of weight formats. skip: paths to leave out, beside layers that share their weight with an
     embedding. Raises OptionError for an unknown format, FactError for statistics without Hessians or of
     another model.
     """
-    parsed = [WeightFormat.parse(text) for text in formats]
+    parsed = [parse_format(text) for text in formats]
     statistics.check(program)
     found: dict[str, LayerChoices] = {}
     for node in program.graph.nodes:
@@ -136,16 +136,16 @@ def measure(
         hessian = statistics.layer(program, node).hessian
         if hessian is None:
             raise FactError(f"the calibration has no Hessian of {path}", remedy="calibrate with hessian=True")
-        fitting = [form for form in parsed if form.group <= tensor.shape[1]]
+        fitting = [form for form in parsed if form.problem(tensor.shape[1]) is None]
         choices = [Choice(KEEP, tensor.numel() * tensor.element_size(), 0.0)]
         choices += [_choice(form, tensor, hessian) for form in fitting]
         found[path] = LayerChoices(path, tuple(choices))
     return list(found.values())
 
 
-def _choice(form: WeightFormat, weight: Tensor, hessian: Tensor) -> Choice:
+def _choice(form: AnyFormat, weight: Tensor, hessian: Tensor) -> Choice:
     rows, columns = form.shape(*weight.shape)
-    rounded = form.quantizer().quantize(weight.float()).dequantize()
+    rounded = form.round_weight(weight)
     return Choice(form.text, rows * columns, output_error(weight, rounded, hessian))
 
 

@@ -178,6 +178,20 @@ class WeightFormat:
         """float32 [rows, columns]: the meaning of a packed weight."""
         return self.unpack(packed, rows, columns).dequantize()
 
+    def pack_weight(self, weight: Tensor) -> Tensor:
+        """A weight [N, K] of any floating dtype, rounded to nearest and packed."""
+        return self.pack(self.quantizer().quantize(weight.float()))
+
+    def round_weight(self, weight: Tensor) -> Tensor:
+        """float32 [N, K]: the weight as its packed form means it."""
+        return self.quantizer().quantize(weight.float()).dequantize()
+
+    def problem(self, columns: int) -> str | None:
+        """Why a weight of so many columns cannot have this format, or None."""
+        if self.group > columns:
+            return f"has {columns} columns, fewer than a group of {self.group}"
+        return None
+
     def _runs(self, columns: int) -> list[tuple[int, int]]:
         """(groups, chunks of each) in order: the whole groups of a row, then the short one."""
         chunks = self.chunks(columns)

@@ -1,4 +1,4 @@
-"""Linear layers whose weights are small integers, and whose activations may be.
+"""Linear layers whose weights are small integers or floats, and whose activations may be.
 
 Opaque to tracing: unpacking takes a hundred ops a weight, which shapes do not depend on.
 """
@@ -11,9 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tilewright.compiler.float_format import parse_format, rounded_activation
 from tilewright.compiler.ops.registry import define
-from tilewright.compiler.quantizers import fake_activation
-from tilewright.compiler.weight_format import WeightFormat
 
 
 def _fake(x: Tensor, packed: Tensor, bias: Tensor | None, rows: int, format: str) -> Tensor:
@@ -32,18 +31,16 @@ def _fake_multi(
     fake=_fake,
 )
 def quantized_linear(x: Tensor, packed: Tensor, bias: Tensor | None, rows: int, format: str) -> Tensor:
-    """x W^T + b: x [..., K], W [rows, K] packed as the WeightFormat text `format` says, bias [rows].
+    """x W^T + b: x [..., K], W [rows, K] packed as the text `format` (of a WeightFormat or
+    FloatFormat) says, bias [rows].
 
-    With quantized activations x is replaced by scale * integer first; the products of integers are then
-    exact, and what is left to rounding is the sum over groups in float32.
+    With quantized activations x is replaced by scale * integer (or small float) first; their products are
+    then exact, and what is left to rounding is the sum over groups in float32.
     """
-    form = WeightFormat.parse(format)
+    form = parse_format(format)
     wide = torch.promote_types(x.dtype, torch.float32)
     weight = form.dequantize(packed, rows, x.shape[-1]).to(wide)
-    if form.activation != "none":
-        given = fake_activation(x, form.activation, form.group).to(wide)
-    else:
-        given = x.to(wide)
+    given = (x if form.activation == "none" else rounded_activation(x, format)).to(wide)
     return F.linear(given, weight, None if bias is None else bias.to(wide)).to(x.dtype)
 
 

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
+from tilewright.compiler.float_format import FloatFormat, parse_format
 from tilewright.compiler.quantizers import Quantized
 from tilewright.compiler.weight_format import WeightFormat
 from tilewright.frontends.export.onnx_graph import MICROSOFT, OnnxGraph, Unsupported, rank_of, shape_of
@@ -39,7 +40,9 @@ def _several(
     text: str,
 ) -> list[str]:
     """All weights that read one input as one product over their rows, split again behind it."""
-    form, columns = WeightFormat.parse(text), int(shape_of(x)[-1])
+    form, columns = parse_format(text), int(shape_of(x)[-1])
+    if isinstance(form, FloatFormat):
+        raise Unsupported(f"a weight of {form.name}, which onnxruntime's CPU kernels do not multiply")
     if not all(g.is_held(p) for p in packed):
         raise Unsupported("a quantized weight that only the call knows")
     parts = [form.unpack(g.tensor(p), n, columns) for p, n in zip(packed, rows, strict=True)]

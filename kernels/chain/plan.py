@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import fx
 
+from tilewright.compiler.float_format import parse_format
 from tilewright.compiler.graph import normalized_args
 from tilewright.compiler.ops import semantic_op
-from tilewright.compiler.weight_format import WeightFormat
 from tilewright.runtime.contracts import Refusal
 
 aten = torch.ops.aten
@@ -252,7 +252,7 @@ class Planner:
     def _quantized(
         self, x: Any, packed: Sequence[Any], biases: Sequence[Any], rows: Sequence[int], text: str
     ) -> list[int]:
-        form, made = WeightFormat.parse(text), list[int]()
+        form, made = parse_format(text), list[int]()
         source, columns = self._vector(x), x.meta["val"].shape[-1]
         if form.packing != "blocks8":
             raise Unsupported(f"the weights are packed as {form.packing}")

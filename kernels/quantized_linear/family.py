@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tilewright.compiler.diagnostics import OptionError
+from tilewright.compiler.float_format import AnyFormat, FloatFormat, parse_format
 from tilewright.compiler.weight_format import WeightFormat
 from tilewright.kernels.common.family import (
     KernelFamily,
@@ -18,17 +19,18 @@ from tilewright.kernels.common.family import (
     dtype_name,
     make_key,
 )
-from tilewright.kernels.quantized_linear import cpp, triton
+from tilewright.kernels.quantized_linear import cpp, triton, triton_float
 from tilewright.runtime.contracts import KernelKey, Refusal, Target
 
 DTYPES = ("float32", "bfloat16", "float16")
 MAX_WEIGHTS = 8
 PACKING = {"cpu": "blocks8", "cuda": "rows", "hip": "rows"}
 ACTIVATION_WORD = {"none": "none", "int8-token": "token", "int8-group": "group"}
+FLOAT_WORD = {"fp8-e4m3": "e4m3", "fp8-e5m2": "e5m2", "nvfp4": "nvfp4"}
 LEGALITY = (
     "x and biases have one dtype: float32, bfloat16 or float16 (accumulated in int32 and float32)",
     "any number of rows of x, symbolic too; the number of columns is known when compiling",
-    "weights are packed as blocks8 on the CPU, as rows on a GPU",
+    "weights are packed as blocks8 on the CPU, as rows on a GPU; small floats as rows, on a GPU only",
     "each bias is absent or [rows]",
     f"quantized_linear_multi: 2 to {MAX_WEIGHTS} weights of one format",
     "an x that is not contiguous is copied inside the op",
@@ -36,9 +38,13 @@ LEGALITY = (
 
 
 def _weight_refusal(
-    form: WeightFormat, packed: Tensor, bias: Tensor | None, rows: int, x: Tensor, i: int
+    form: AnyFormat, packed: Tensor, bias: Tensor | None, rows: int, x: Tensor, i: int
 ) -> Refusal | None:
-    wanted = form.shape(rows, int(x.shape[-1]))
+    wanted, problem = form.shape(rows, int(x.shape[-1])), None
+    if isinstance(form, FloatFormat):
+        problem = form.problem(int(x.shape[-1]))
+    if problem is not None:
+        return Refusal(f"weight {i} {problem}")
     if packed.dtype != torch.uint8 or list(packed.shape) != list(wanted):
         return Refusal(
             f"weight {i} is {list(packed.shape)} {packed.dtype}, {rows} rows for x need {list(wanted)} uint8"
@@ -48,6 +54,34 @@ def _weight_refusal(
             f"bias {i} is {list(bias.shape)} {bias.dtype}, x is {x.dtype} and there are {rows} rows"
         )
     return None
+
+
+def _format_refusal(form: AnyFormat, target: Target) -> str | None:
+    """Why no kernel of the target takes a format, or None."""
+    if isinstance(form, FloatFormat):
+        return f"{form.name} weights have no kernel on {target}" if target.kind == "cpu" else None
+    if form.packing != PACKING[target.kind]:
+        return f"the weights are packed as {form.packing}, {target} wants {PACKING[target.kind]}"
+    if form.activation not in ACTIVATION_WORD:
+        return f"{form.activation} activations have no kernel: the definition rounds them"
+    if target.kind != "cpu" and form.activation == "int8-group" and form.group > triton.LONGEST_GROUP:
+        return f"activation groups of {form.group}; on a GPU at most {triton.LONGEST_GROUP}"
+    return None
+
+
+def _format_words(form: AnyFormat) -> dict[str, int | bool | str]:
+    """What specialises a kernel for a format: `format_of` reads it."""
+    if isinstance(form, FloatFormat):
+        cut = form.activation != "none"
+        return {"element": FLOAT_WORD[form.name], "group": form.group, "whole": form.per_tensor, "cut": cut}
+    activation = ACTIVATION_WORD[form.activation]
+    words: dict[str, int | bool | str] = {
+        "bits": form.bits,
+        "group": form.group,
+        "offset": form.has_offset,
+        "activation": activation,
+    }
+    return words | ({"wide": True} if form.grid == "wide" else {})
 
 
 def _configure(
@@ -66,19 +100,16 @@ def _configure(
     if isinstance(dtype, Refusal):
         return dtype
     try:
-        form = WeightFormat.parse(text)
+        form = parse_format(text)
     except OptionError as error:
         return Refusal(error.line())
-    if form.packing != PACKING[target.kind]:
-        return Refusal(f"the weights are packed as {form.packing}, {target} wants {PACKING[target.kind]}")
+    problem = _format_refusal(form, target)
+    if problem is not None:
+        return Refusal(problem)
     if x.dim() == 0 or len(packed) > MAX_WEIGHTS:
         return Refusal(f"x has {x.dim()} axes, there are {len(packed)} weights; at most {MAX_WEIGHTS}")
     if not isinstance(x.shape[-1], int) or x.shape[-1] == 0:
         return Refusal(f"the columns of x {list(x.shape)} are not known when compiling")
-    if form.activation not in ACTIVATION_WORD:
-        return Refusal(f"{form.activation} activations have no kernel: the definition rounds them")
-    if target.kind != "cpu" and form.activation == "int8-group" and form.group > triton.LONGEST_GROUP:
-        return Refusal(f"activation groups of {form.group}; on a GPU at most {triton.LONGEST_GROUP}")
     for i, (weight, bias, count) in enumerate(zip(packed, biases, rows, strict=True)):
         refused = _weight_refusal(form, weight, bias, count, x, i)
         if refused is not None:
@@ -89,11 +120,7 @@ def _configure(
         dtype,
         count=len(packed),
         biases=sum(1 << i for i, bias in enumerate(biases) if bias is not None),
-        bits=form.bits,
-        group=form.group,
-        offset=form.has_offset,
-        activation=ACTIVATION_WORD[form.activation],
-        **({"wide": True} if form.grid == "wide" else {}),
+        **_format_words(form),
     )
 
 
@@ -141,9 +168,12 @@ def _fake(key: KernelKey) -> Callable[..., Any]:
     return fake
 
 
-def format_of(key: KernelKey) -> WeightFormat:
+def format_of(key: KernelKey) -> AnyFormat:
     """The weight format of a key."""
     config = config_of(key)
+    if "element" in config:
+        name = next(name for name, word in FLOAT_WORD.items() if word == config["element"])
+        return FloatFormat(name, config["group"], config["whole"], "fp8-token" if config["cut"] else "none")
     activation = next(name for name, word in ACTIVATION_WORD.items() if word == config["activation"])
     return WeightFormat(
         config["bits"],
@@ -151,6 +181,7 @@ def format_of(key: KernelKey) -> WeightFormat:
         "float-zero" if config["offset"] else "symmetric",
         activation,  # type: ignore[arg-type]
         PACKING[key.target.kind],  # type: ignore[arg-type]
+        "wide" if "wide" in config else "short",
     )
 
 
@@ -180,7 +211,7 @@ def _backward(key: KernelKey) -> Callable[..., Any]:
     return backward
 
 
-def _example(rows: Sequence[int], columns: int, form: WeightFormat, tokens: int = 1) -> tuple[Any, ...]:
+def _example(rows: Sequence[int], columns: int, form: AnyFormat, tokens: int = 1) -> tuple[Any, ...]:
     packed = [torch.empty(form.shape(n, columns), dtype=torch.uint8, device="meta") for n in rows]
     x = torch.empty(tokens, columns, device="meta")
     if len(rows) == 1:
@@ -188,11 +219,15 @@ def _example(rows: Sequence[int], columns: int, form: WeightFormat, tokens: int 
     return x, packed, [None] * len(rows), list(rows), form.text
 
 
-def _gpu_formats() -> list[WeightFormat]:
+def _gpu_formats() -> list[AnyFormat]:
     return [
         WeightFormat(4, 32, "float-zero", "none", "rows"),
         WeightFormat(4, 32, "symmetric", "int8-group", "rows"),
         WeightFormat(8, 0, "symmetric", "int8-token", "rows"),
+        FloatFormat("fp8-e4m3"),
+        FloatFormat("fp8-e4m3", activation="fp8-token"),
+        FloatFormat("fp8-e5m2", 64),
+        FloatFormat("nvfp4", 16),
     ]
 
 
@@ -204,6 +239,26 @@ def _examples_many() -> Sequence[tuple[Any, ...]]:
     return [_example([576, 192, 192], 576, form) for form in _gpu_formats()]
 
 
+def _triton_of(key: KernelKey) -> Any:
+    """The module of the key's kernel: small floats or integers."""
+    return triton_float if "element" in config_of(key) else triton
+
+
+def _parameters(key: KernelKey) -> list[tuple[str, str]]:
+    found: list[tuple[str, str]] = _triton_of(key).parameters(key)
+    return found
+
+
+def _launcher(key: KernelKey, kernel: Any) -> Callable[..., Any]:
+    made: Callable[..., Any] = _triton_of(key).launcher(key, kernel)
+    return made
+
+
+def _generate_gpu(key: KernelKey, op: str) -> str:
+    text: str = _triton_of(key).generate(key, op)
+    return text
+
+
 def _family(op: str, configure: Any, rewrite: Any, examples: Any) -> KernelFamily:
     return KernelFamily(
         op=op,
@@ -211,8 +266,8 @@ def _family(op: str, configure: Any, rewrite: Any, examples: Any) -> KernelFamil
         legality=tuple(c for c in LEGALITY if op in c or "multi" not in c),
         configure=configure,
         schema=cpp.schema,
-        generate={"cpu": cpp.generate, "cuda": triton.generate, "hip": triton.generate},
-        triton=TritonKernel(triton.parameters, triton.constants, triton.warps, triton.launcher),
+        generate={"cpu": cpp.generate, "cuda": _generate_gpu, "hip": _generate_gpu},
+        triton=TritonKernel(_parameters, triton.constants, triton.warps, _launcher),
         fake=_fake,
         save=_save,
         backward=_backward,

@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tilewright.compiler.quantizers import groups
 from tilewright.compiler.weight_format import CHUNK
+from tilewright.kernels.common.family import config_of
 from tilewright.kernels.common.triton_text import TL, next_power_of_2, triton_file
 from tilewright.kernels.quantized_linear.cpp import names
 from tilewright.kernels.quantized_linear.cpp_parts import Shape, shape_of
@@ -28,21 +30,29 @@ LONGEST_GROUP = 256
 
 def block_k(key: KernelKey) -> int:
     """Columns of one step."""
+    if "element" in config_of(key):  # small floats
+        return CHUNK
     shape = shape_of(key)
     return next_power_of_2(shape.group) if shape.activation == "group" else CHUNK
 
 
 def parameters(key: KernelKey) -> list[tuple[str, str]]:
     """(name, Triton type) of the kernel's run-time arguments, in order."""
-    kind = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16"}[key.dtype]
     grid = "*fp16" if shape_of(key).short_grids else "*fp32"
+    return arguments(key, "*u8", [("grid", grid)], ["groups"] if shape_of(key).offset else [])
+
+
+def arguments(
+    key: KernelKey, weight_type: str, views: list[tuple[str, str]], sizes: list[str]
+) -> list[tuple[str, str]]:
+    """(name, Triton type) of the arguments: x; per weight itself, other views of it, rows, bias, result."""
+    kind = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16"}[key.dtype]
     found = [("x", kind)]
     for i, (weight, bias) in enumerate(names(key)):
-        found += [(weight, "*u8"), (f"grid{i}", grid), (f"N{i}", "i32")]
+        found += [(weight, weight_type), *[(f"{name}{i}", type_) for name, type_ in views], (f"N{i}", "i32")]
         found += [(bias, kind)] if bias is not None else []
         found.append((f"y{i}", kind))
-    sizes = ["M", "K", "K32", "row_bytes", *(["groups"] if shape_of(key).offset else [])]
-    return [*found, *[(name, "i32") for name in sizes]]
+    return [*found, *[(name, "i32") for name in ("M", "K", "K32", "row_bytes", *sizes)]]
 
 
 def constants(key: KernelKey, columns: int) -> dict[str, int]:
@@ -90,12 +100,16 @@ def _scale_of_rows(indent: str, columns: str) -> list[str]:
     ]
 
 
+LOAD_X = (
+    "a = tl.load(x + m.to(tl.int64)[:, None] * K + k[None, :], "
+    "mask=(m < M)[:, None] & (k < K)[None, :], other=0.0)"
+)
+"""a: columns k of the rows m of x, [BLOCK_M, BLOCK_K]."""
+
+
 def _load_x(key: KernelKey) -> str:
     widen = ".to(tl.float32)" if shape_of(key).is_integer else ""
-    return (
-        "a = tl.load(x + m.to(tl.int64)[:, None] * K + k[None, :], "
-        f"mask=(m < M)[:, None] & (k < end)[None, :], other=0.0){widen}"
-    )
+    return LOAD_X.replace("k < K", "k < end") + widen
 
 
 def _steps(key: KernelKey, i: int) -> list[str]:
@@ -148,25 +162,28 @@ def _steps(key: KernelKey, i: int) -> list[str]:
     return [*lines, f"for start in range(0, K, {step}):", *[f"    {line}" for line in body]]
 
 
-def _block(key: KernelKey, i: int, bias: str | None) -> list[str]:
+Steps = Callable[[KernelKey, int], list[str]]
+
+
+def _block(key: KernelKey, i: int, bias: str | None, steps: Steps) -> list[str]:
     """The statements that multiply one block of rows of weight i."""
-    lines = ["n = (block - first) * BLOCK_N + tl.arange(0, BLOCK_N)", f"real = n < N{i}", *_steps(key, i)]
+    lines = ["n = (block - first) * BLOCK_N + tl.arange(0, BLOCK_N)", f"real = n < N{i}", *steps(key, i)]
     if bias is not None:
         lines.append(f"total += tl.load({bias} + n, mask=real, other=0.0).to(tl.float32)[None, :]")
     store = f"tl.store(y{i} + m.to(tl.int64)[:, None] * N{i} + n[None, :], total.to({TL[key.dtype]}), "
     return [*lines, store + "mask=(m < M)[:, None] & real[None, :])"]
 
 
-def generate(key: KernelKey, op: str) -> str:
-    """The source file for one configuration: format, number of weights, which have biases."""
-    pairs, shape = names(key), shape_of(key)
+def kernel_text(key: KernelKey, op: str, title: str, params: list[str], steps: Steps) -> str:
+    """A source file whose programs run `steps` of the weight that their rows belong to."""
+    pairs = names(key)
     lines = [
         "block = tl.program_id(0)",
         "m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)",
         "first = 0",
     ]
     for i, (_, bias) in enumerate(pairs):
-        inner = _block(key, i, bias)
+        inner = _block(key, i, bias, steps)
         if len(pairs) > 1:
             lines.append(f"blocks = tl.cdiv(N{i}, BLOCK_N)")
             lines.append("if (block >= first) & (block < first + blocks):")
@@ -174,20 +191,36 @@ def generate(key: KernelKey, op: str) -> str:
         lines += inner
         if len(pairs) > 1:
             lines.append("first += blocks")
-    given = [name for name, _ in parameters(key)]
     return triton_file(
-        title=f"x W^T, W int{shape.bits} in groups of {shape.group or 'a row'}: {len(pairs)} weight(s).",
-        target=str(key.target),
-        kernel=op,
-        params=", ".join([*given, *[f"{name}: tl.constexpr" for name in constants(key, 0)]]),
-        body="\n".join(lines),
+        title=title, target=str(key.target), kernel=op, params=", ".join(params), body="\n".join(lines)
+    )
+
+
+def generate(key: KernelKey, op: str) -> str:
+    """The source file for one configuration: format, number of weights, which have biases."""
+    shape = shape_of(key)
+    given = [name for name, _ in parameters(key)]
+    title = f"x W^T, W int{shape.bits} in groups of {shape.group or 'a row'}: {len(names(key))} weight(s)."
+    return kernel_text(
+        key, op, title, [*given, *[f"{name}: tl.constexpr" for name in constants(key, 0)]], _steps
     )
 
 
 def launcher(key: KernelKey, kernel: Any) -> Callable[..., Any]:
     """The op's implementation: allocates every output, launches one grid over the rows of all weights."""
-    pairs, shape = names(key), shape_of(key)
-    grid_dtype = torch.float16 if shape.short_grids else torch.float32
+    shape = shape_of(key)
+    grid = torch.float16 if shape.short_grids else torch.float32
+    return launch(
+        key, kernel, lambda packed: [packed, packed.view(grid)], shape.group if shape.offset else None
+    )
+
+
+def launch(
+    key: KernelKey, kernel: Any, views: Callable[[Tensor], list[Tensor]], group: int | None = None
+) -> Callable[..., Any]:
+    """The launcher of a kernel that takes `views` of each packed weight, and where `group` is given how many
+    groups of so many columns a row has."""
+    pairs = names(key)
 
     def run(x: Tensor, *args: Any) -> Any:
         x, rest = x.contiguous(), iter(args)
@@ -199,15 +232,15 @@ def launcher(key: KernelKey, kernel: Any) -> Callable[..., Any]:
             shift = [next(rest).contiguous()] if bias is not None else []
             rows = next(rest)
             y = x.new_empty((*x.shape[:-1], rows))
-            given += [packed, packed.view(grid_dtype), rows, *shift, y]
+            given += [*views(packed), rows, *shift, y]
             outputs.append(y)
             blocks, row_bytes = blocks + -(-rows // BLOCK_N), packed.shape[1]
         sizes = [tokens, columns, chunks, row_bytes]
-        if shape.offset:
-            sizes.append(1 if shape.group == 0 else -(-columns // shape.group))
+        if group is not None:
+            sizes.append(groups(columns, group))
         if blocks > 0 and tokens > 0:
             kernel[(blocks, -(-tokens // BLOCK_M))](
-                x, *given, *sizes, **constants(key, columns), num_warps=WARPS
+                x, *given, *sizes, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=block_k(key), num_warps=WARPS
             )
         return tuple(outputs) if len(outputs) > 1 else outputs[0]
 

@@ -37,6 +37,15 @@ def examples() -> Iterator[tuple[dict, Example]]:
     for weight, group, activation in (("int8", 0, "int8-token"), ("int4", 32, "int8-group")):
         options = {"weight": weight, "group": group, "activation": activation}
         yield options, Example(two, (x, w, b, v), count=2)
+    y, u = Tensor(2, 5, 96), Tensor(13, 96, weight=True)
+    floats: tuple[dict[str, object], ...] = (
+        {"weight": "fp8-e4m3"},
+        {"weight": "fp8-e5m2", "per_tensor": True},
+        {"weight": "fp8-e4m3", "group": 32, "activation": "fp8-token"},
+        {"weight": "nvfp4"},
+    )
+    for chosen in floats:
+        yield chosen, Example(lambda x, w, b: ops.linear(x, w, b).relu(), (y, u, b))
     one = Example(lambda x, w: ops.linear(x, w).relu(), (x, w))
     yield {"head": True}, one
     yield {}, Example(lambda x, w: ops.linear(x, w)[:, -1:], (x, w), refusal="a head stays")
@@ -45,6 +54,9 @@ def examples() -> Iterator[tuple[dict, Example]]:
         {"weight": "int4", "group": 96},
         Example(one.model, one.inputs, refusal="fewer than a group of 96"),
     )
+    for weight, group, size in (("fp8-e4m3", 64, 64), ("nvfp4", 0, 16)):
+        refusal = f"no whole groups of {size}"
+        yield {"weight": weight, "group": group}, Example(one.model, one.inputs, refusal=refusal)
     yield {}, Example(one.model, (x, _NotFinite(13, 70, weight=True)), refusal="holds 1 NaN")
     huge = Tensor(13, 70, gain=1e5, weight=True)
     yield {"weight": "int4", "group": 32}, Example(one.model, (x, huge), refusal="float16 scales")

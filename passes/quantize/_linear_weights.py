@@ -10,13 +10,13 @@ from torch import fx
 from tilewright.compiler import Program, ops
 from tilewright.compiler.calibration import Statistics, weight_path
 from tilewright.compiler.diagnostics import FactError
+from tilewright.compiler.float_format import AnyFormat, FloatFormat, rounded_activation
 from tilewright.compiler.gptq import gptq
 from tilewright.compiler.graph import insert_like
 from tilewright.compiler.quantizers import (
     ACTIVATION_MAX,
     SMALLEST_SCALED,
     Quantized,
-    fake_activation,
     half_quadratic,
     weight_problem,
 )
@@ -60,12 +60,10 @@ def is_head(node: fx.Node) -> bool:
     return False
 
 
-def format_problem(weight: torch.Tensor, form: WeightFormat) -> str | None:
+def format_problem(weight: torch.Tensor, form: AnyFormat) -> str | None:
     """Why a weight cannot have a format, or None."""
-    problem = weight_problem(weight)
-    if problem is None and form.group > weight.shape[1]:
-        return f"has {weight.shape[1]} columns, fewer than a group of {form.group}"
-    if problem is None and form.scale_dtype is torch.float16:
+    problem = weight_problem(weight) or form.problem(weight.shape[1])
+    if problem is None and isinstance(form, WeightFormat) and form.scale_dtype is torch.float16:
         largest = float(torch.stack(torch.aminmax(weight.detach())).abs().max())
         return f"reaches {largest:.3g}: float16 scales end at 65504" if largest > 65504 else None
     return problem
@@ -110,9 +108,11 @@ def round_weight(
 
 
 def pack_weight(
-    weight: torch.Tensor, *, form: WeightFormat, rounding: str, hessian: torch.Tensor | None = None
+    weight: torch.Tensor, *, form: AnyFormat, rounding: str, hessian: torch.Tensor | None = None
 ) -> torch.Tensor:
     """The packed uint8 matrix of a weight [N, K] of any floating dtype."""
+    if isinstance(form, FloatFormat):
+        return form.pack_weight(weight)
     if rounding != "rtn":  # the others look at a matrix as a whole
         return form.pack(round_weight(weight.float(), form, rounding, hessian))
     rows = max(1, _PIECE // (BLOCK_ROWS * weight.shape[1])) * BLOCK_ROWS
@@ -120,16 +120,18 @@ def pack_weight(
     return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
-def use_rounded(program: Program, linear: fx.Node, form: WeightFormat, rounding: str) -> None:
+def use_rounded(program: Program, linear: fx.Node, form: AnyFormat, rounding: str) -> None:
     """Let a linear layer read its weight as rounded, and its input quantized and back: the obvious way."""
     given = arguments(linear)
     x, rounded = given["x"], partial(_dequantized, form=form, rounding=rounding)
     weight = program.derive("rounded", [given["weight"]], rounded)
     if form.activation != "none":
         with program.graph.inserting_before(linear):
-            x = program.graph.call_function(fake_activation, (x, form.activation, form.group))
+            x = program.graph.call_function(rounded_activation, (x, form.text))
     linear.args, linear.kwargs = (x, weight, given["bias"]), {}
 
 
-def _dequantized(weight: torch.Tensor, *, form: WeightFormat, rounding: str) -> torch.Tensor:
+def _dequantized(weight: torch.Tensor, *, form: AnyFormat, rounding: str) -> torch.Tensor:
+    if isinstance(form, FloatFormat):
+        return form.round_weight(weight)
     return round_weight(weight.float(), form, rounding).dequantize()

@@ -13,16 +13,15 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-import torch
 from torch import fx
 
 from tilewright.compiler import Exactness, Example, GraphPass, PassLog, Program, Stage, graph_pass, ops
 from tilewright.compiler.calibration import Statistics
 from tilewright.compiler.graph import insert_like
-from tilewright.compiler.quantizers import Activation
 from tilewright.compiler.schema import arguments
-from tilewright.compiler.weight_format import CHUNK, Mode, WeightFormat
+from tilewright.compiler.weight_format import Mode
 from tilewright.passes.quantize._linear_examples import examples
+from tilewright.passes.quantize._linear_formats import chosen_format, option_problem
 from tilewright.passes.quantize._linear_weights import (
     format_problem,
     hessian_of,
@@ -31,8 +30,6 @@ from tilewright.passes.quantize._linear_weights import (
     pack_weight,
     use_rounded,
 )
-
-_BITS = {"int8": 8, "int4": 4, "int3": 3, "int2": 2}
 
 
 @graph_pass(
@@ -50,14 +47,17 @@ class QuantizeLinear(GraphPass):
      -> quantized_linear(x, pack(round(weight)), bias)
     """
 
-    weight: Literal["int8", "int4", "int3", "int2", "int16"] = "int8"
-    """Integers for the weights; int16 stands for the exact limit, which changes nothing."""
+    weight: Literal["int8", "int4", "int3", "int2", "fp8-e4m3", "fp8-e5m2", "nvfp4", "int16"] = "int8"
+    """Integers or small floats; int16 stands for the exact limit, which changes nothing."""
     group: int = 0
-    """Columns that share a scale: a multiple of 32, or 0 for one scale per row."""
+    """Columns that share a scale: a multiple of 32, or 0 for one per row; nvfp4 has 16."""
+    per_tensor: bool = False
+    """fp8: one scale for the whole weight."""
     mode: Mode = "symmetric"
     """`float-zero` adds a float offset to each scale."""
-    activation: Literal["none", "int8-token", "int8-group", "int4-token", "int8-static"] = "none"
-    """Activations with one scale per token, per token and group of columns, or one for all, calibrated."""
+    activation: Literal["none", "int8-token", "int8-group", "int4-token", "int8-static", "fp8-token"] = "none"
+    """Activations with one scale per token, per token and group of columns, or one for all, calibrated; fp8
+    ones (e4m3) with fp8 weights only."""
     rounding: Literal["rtn", "hqq", "gptq"] = "rtn"
     """To the nearest code, with half-quadratic offsets (float-zero only), or by GPTQ."""
     calibration: str = ""
@@ -66,22 +66,9 @@ class QuantizeLinear(GraphPass):
     """Also the layer that makes the program's output, or whose weight is the embedding's."""
 
     def validate(self) -> None:
-        if self.group < 0 or self.group % CHUNK:
-            raise self.option_error("group", f"expected a multiple of {CHUNK}, or 0 for one scale per row")
-        if self.activation == "int8-group" and self.group == 0:
-            raise self.option_error("activation", "the weight has no groups: give group, or take int8-token")
-        if self.rounding == "hqq" and self.mode != "float-zero":
-            raise self.option_error("rounding", "half-quadratic rounding needs mode=float-zero")
-        if (self.rounding == "gptq" or self.activation == "int8-static") != bool(self.calibration):
-            raise self.option_error(
-                "calibration", "a calibration file goes with rounding=gptq or int8-static"
-            )
-
-    def format_for(self, weight: torch.Tensor) -> WeightFormat:
-        """The format of a weight, packed for the device it is on."""
-        packing: Literal["blocks8", "rows"] = "blocks8" if weight.device.type == "cpu" else "rows"
-        activation: Activation = "none" if self.activation == "int8-static" else self.activation
-        return WeightFormat(_BITS[self.weight], self.group, self.mode, activation, packing)
+        problem = option_problem(self)
+        if problem is not None:
+            raise self.option_error(*problem)
 
     def apply(self, program: Program, log: PassLog) -> None:
         if self.weight == "int16":
@@ -111,13 +98,13 @@ class QuantizeLinear(GraphPass):
             return "it makes the program's output: a head stays as it is, unless head=true"
         if weight not in known:  # a weight that several layers read is looked at once
             tensor = program.tensor_of(weight)
-            known[weight] = format_problem(tensor, self.format_for(tensor))
+            known[weight] = format_problem(tensor, chosen_format(self, tensor))
         return None if known[weight] is None else f"its weight {weight.name} {known[weight]}"
 
     def _quantize(self, program: Program, node: fx.Node, statistics: Statistics | None, log: PassLog) -> None:
         given = arguments(node)
         tensor = program.tensor_of(given["weight"])
-        form = self.format_for(tensor)
+        form = chosen_format(self, tensor)
         name = f"{given['weight'].name} as {form.text}"
         hessian = hessian_of(statistics, program, node) if self.rounding == "gptq" else None
         static = self.activation == "int8-static"
@@ -139,7 +126,7 @@ class QuantizeLinear(GraphPass):
             if self._problem(program, node, {}) is None:
                 if static is not None:
                     node.replace_input_with(arguments(node)["x"], insert_static(program, node, static))
-                form = self.format_for(program.tensor_of(arguments(node)["weight"]))
+                form = chosen_format(self, program.tensor_of(arguments(node)["weight"]))
                 use_rounded(program, node, form, self.rounding)
 
     def exact_limit(self) -> QuantizeLinear:

@@ -27,11 +27,11 @@ from tilewright.compiler import (
 )
 from tilewright.compiler.calibration import fingerprint, weight_path
 from tilewright.compiler.diagnostics import FactError
+from tilewright.compiler.float_format import AnyFormat, parse_format, rounded_activation
 from tilewright.compiler.graph import insert_like
 from tilewright.compiler.precision_plan import FORMAT, KEEP, PrecisionPlan
-from tilewright.compiler.quantizers import fake_activation, weight_problem
+from tilewright.compiler.quantizers import weight_problem
 from tilewright.compiler.schema import arguments
-from tilewright.compiler.weight_format import WeightFormat
 
 
 @graph_pass(
@@ -74,19 +74,17 @@ class QuantizePlan(GraphPass):
         log.finish(("tilewright::linear",))
 
     @staticmethod
-    def _format(program: Program, node: fx.Node, plan: PrecisionPlan) -> WeightFormat | str:
+    def _format(program: Program, node: fx.Node, plan: PrecisionPlan) -> AnyFormat | str:
         weight, path = arguments(node)["weight"], weight_path(program, node)
         if plan.layers.get(path, KEEP) == KEEP:
             return f"the plan leaves {path} as it is"
         if not program.is_constant(weight):
             return f"its weight {weight} is computed, not a weight"
-        form, tensor = WeightFormat.parse(plan.layers[path]), program.tensor_of(weight)
-        problem = weight_problem(tensor)
-        if problem is None and form.group > tensor.shape[1]:
-            problem = f"has {tensor.shape[1]} columns, fewer than a group of {form.group}"
+        form, tensor = parse_format(plan.layers[path]), program.tensor_of(weight)
+        problem = weight_problem(tensor) or form.problem(tensor.shape[1])
         return form if problem is None else f"its weight {path} {problem}"
 
-    def _quantize(self, program: Program, node: fx.Node, form: WeightFormat, log: PassLog) -> None:
+    def _quantize(self, program: Program, node: fx.Node, form: AnyFormat, log: PassLog) -> None:
         given = arguments(node)
         name = f"{program.path_of(given['weight'])} as {form.text}"
         rows = program.tensor_of(given["weight"]).shape[0]
@@ -110,7 +108,7 @@ class QuantizePlan(GraphPass):
             weight, x = program.derive("rounded", [given["weight"]], partial(_rounded, form=form)), given["x"]
             if form.activation != "none":
                 with program.graph.inserting_before(node):
-                    x = program.graph.call_function(fake_activation, (x, form.activation, form.group))
+                    x = program.graph.call_function(rounded_activation, (x, form.text))
             node.args, node.kwargs = (x, weight, given["bias"]), {}
 
     def exact_limit(self) -> QuantizePlan:
@@ -136,9 +134,9 @@ class QuantizePlan(GraphPass):
         )
 
 
-def _packed(weight: torch.Tensor, *, form: WeightFormat) -> torch.Tensor:
-    return form.pack(form.quantizer().quantize(weight.float()))
+def _packed(weight: torch.Tensor, *, form: AnyFormat) -> torch.Tensor:
+    return form.pack_weight(weight)
 
 
-def _rounded(weight: torch.Tensor, *, form: WeightFormat) -> torch.Tensor:
-    return form.quantizer().quantize(weight.float()).dequantize()
+def _rounded(weight: torch.Tensor, *, form: AnyFormat) -> torch.Tensor:
+    return form.round_weight(weight)

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from tilewright.compiler.float_format import FloatFormat
 from tilewright.compiler.ops import all_ops
 from tilewright.compiler.ops.mlp import ACTIVATIONS
 from tilewright.compiler.parity import assert_parity
@@ -47,9 +48,9 @@ def to_meta(value: Any) -> Any:
     return [to_meta(v) for v in value] if isinstance(value, list) else value
 
 
-def check(op: str, *args: Any) -> None:
+def check(op: str, *args: Any, target: Target = TARGET) -> None:
     family, full = FAMILIES[op], full_args(op, args)
-    key = family.configure([to_meta(v) for v in full], TARGET)  # chosen as on the GPU
+    key = family.configure([to_meta(v) for v in full], target)  # chosen as on the GPU
     assert isinstance(key, KernelKey), str(key)
     kernel = build_kernel(family, key).op
     got = as_list(kernel(*family.rewrite_args(key, full)))
@@ -102,6 +103,32 @@ def test_quantized_linear(form: WeightFormat, dtype: torch.dtype) -> None:
         x, bias = randn(tokens, 100, dtype=dtype), randn(13, dtype=dtype)
         check("quantized_linear", x, packed[0], bias, 13, form.text)
         check("quantized_linear_multi", x, packed, [None, randn(40, dtype=dtype)], list(rows), form.text)
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("dtype", list(BOUNDS))
+@pytest.mark.parametrize(
+    "form",
+    [
+        FloatFormat("fp8-e4m3"),
+        FloatFormat("fp8-e5m2", 48 * 2),
+        FloatFormat("fp8-e4m3", per_tensor=True, activation="fp8-token"),
+        FloatFormat("fp8-e5m2", 32, activation="fp8-token"),
+        FloatFormat("nvfp4", 16),
+    ],
+    ids=lambda form: form.text,
+)
+def test_quantized_linear_of_small_floats(form: FloatFormat, dtype: torch.dtype, arch: str) -> None:
+    """By shifting bits, and on fp8 pointers; weights reach the subnormals of their format."""
+    rows, target = (13, 40), Target("cuda", arch)
+    columns = 96 if form.group else 100
+    weights = [torch.randn(n, columns) * 4.0 ** torch.randint(-7, 1, (n, columns)) for n in rows]
+    packed = [form.pack_weight(w) for w in weights]
+    for tokens in (1, 18):
+        x, bias = randn(tokens, columns, dtype=dtype), randn(13, dtype=dtype)
+        check("quantized_linear", x, packed[0], bias, 13, form.text, target=target)
+        biases = [None, randn(40, dtype=dtype)]
+        check("quantized_linear_multi", x, packed, biases, list(rows), form.text, target=target)
 
 
 @pytest.mark.parametrize("rows", [1, 3, 8])

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from tilewright.compiler.diagnostics import FactError, LoadError, OptionError, PipelineError
+from tilewright.compiler.float_format import parse_format
 from tilewright.compiler.pipeline import Pipeline
 from tilewright.compiler.report import Report
 from tilewright.compiler.weight_format import WeightFormat
@@ -124,6 +125,28 @@ def test_errors_fall_with_the_bits(model: torch.nn.Module) -> None:
     assert errors[-1] < 0.01 < errors[0]
 
 
+@pytest.mark.parametrize(
+    ("options", "low", "high", "bits"),
+    [
+        ("weight=fp8-e4m3", 0.005, 0.1, 8.5),
+        ("weight=fp8-e5m2,per_tensor=true", 0.01, 0.2, 8.5),
+        ("weight=fp8-e4m3,group=32,activation=fp8-token", 0.005, 0.15, 9.1),
+        ("weight=nvfp4", 0.02, 0.4, 4.9),
+    ],
+)
+def test_small_floats(model: torch.nn.Module, options: str, low: float, high: float, bits: float) -> None:
+    """All layers take them, what is kept is as small as said, and their inputs are shared."""
+    got, report = run(model, f"exact,quantize-linear{{{options}}}")
+    assert len(applied(report, "quantize-linear")) == 14
+    assert len(applied(report, "fuse-projections")) == 4
+    assert low < error(got, exact(model)) < high
+    form = parse_format(applied(report, "quantize-linear")[0].rule)
+    weight = model.layers[0].gate.weight.detach()
+    packed = form.pack_weight(weight)
+    assert packed.dtype == torch.uint8
+    assert 8 * packed.numel() / weight.numel() < bits
+
+
 def test_sixteen_bits_change_no_bit(model: torch.nn.Module) -> None:
     got, report = run(model, "quantize-linear{weight=int16}", kernels=False)
     assert torch.equal(got, run(model, "dead-code", kernels=False)[0])
@@ -161,6 +184,16 @@ def test_options_are_checked_before_any_model_is_seen() -> None:
     for text, said in (
         ("quantize-linear{group=48}", "option 'group' = 48: expected a multiple of 32"),
         ("quantize-linear{weight=int5}", "int5"),
+        ("quantize-linear{weight=fp8-e4m3,activation=int8-token}", "goes with activation=none or fp8-token"),
+        ("quantize-linear{weight=nvfp4,activation=fp8-token}", "goes with activation=none"),
+        ("quantize-linear{activation=fp8-token}", "fp8 activations go with fp8 weights, not with int8"),
+        ("quantize-linear{weight=nvfp4,group=32}", "nvfp4 has a scale per 16 columns"),
+        ("quantize-linear{weight=fp8-e5m2,group=48}", "expected a multiple of 32"),
+        ("quantize-linear{weight=fp8-e5m2,mode=float-zero}", "has no offsets"),
+        ("quantize-linear{weight=fp8-e4m3,group=32,per_tensor=true}", "not both"),
+        ("quantize-linear{per_tensor=true}", "fp8 may have one in all"),
+        ("quantize-linear{weight=nvfp4,rounding=gptq}", "is rounded to nearest"),
+        ("quantize-linear{weight=fp8-e4m4}", "fp8-e4m3"),
         ("quantize-linear{activation=int8-group}", "the weight has no groups"),
         ("quantize-linear{rounding=hqq}", "needs mode=float-zero"),
         ("quantize-linear{rounding=gptq}", "a calibration file goes with rounding=gptq"),
