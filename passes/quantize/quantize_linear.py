@@ -8,7 +8,6 @@ The packed form is derived from the weight and made anew when the weight changes
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -130,7 +129,7 @@ class QuantizeLinear(GraphPass):
                 use_rounded(program, node, form, self.rounding)
 
     def exact_limit(self) -> QuantizeLinear:
-        return replace(self, weight="int16")
+        return QuantizeLinear(weight="int16")
 
     @classmethod
     def examples(cls) -> Iterator[tuple[dict, Example]]:
