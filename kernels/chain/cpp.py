@@ -323,7 +323,9 @@ def _text(plan: Plan, arch: str, op: str) -> str:
 
 def _format_text(form: WeightFormat, space: str) -> str:
     """What one weight format needs, in a namespace of its own."""
-    shape = Shape(form.bits, form.group, form.has_offset, ACTIVATION_WORD[form.activation])
+    shape = Shape(
+        form.bits, form.group, form.has_offset, ACTIVATION_WORD[form.activation], form.grid == "wide"
+    )
     rest = parts.INTEGER_ROW if shape.is_integer else parts.FLOAT_ROW
     body = (geometry(shape), activations(shape), dot(shape), parts.QUANTIZED.format(rest=rest))
     return "\n\n".join((f"namespace {space} {{", *body, f"}}  // namespace {space}"))
