@@ -72,6 +72,10 @@ ROWS = (
     Row("W4 per channel", _linear("int4"), 0.58, 0.74),
     Row("W4 g128", _linear("int4", 128), 0.45, 0.60),
     Row("W4 g32", _linear("int4", 32), 0.23, 0.35),
+    Row("W8 fp8 e4m3", _linear("fp8-e4m3"), 0.0, 0.04),
+    Row("W8 fp8 e5m2", _linear("fp8-e5m2"), 0.02, 0.1),
+    Row("W8A8 fp8 token", _linear("fp8-e4m3", 0, "fp8-token"), -0.01, 0.1),
+    Row("W4 NVFP4", _linear("nvfp4"), 0.20, 0.29),
     Row("W4A8 token", _linear("int4", 0, "int8-token"), 0.61, 0.78),
     Row(
         "W4A8 token, GPTQ, rotated",

@@ -2,9 +2,11 @@
 
 Programs and grid are those of the integer kernels. Codes become floats of x's dtype in registers, which holds
 every value exactly, for NVFP4 already times its e4m3 scale (6 bits in all); float32 scales meet the sums. On
-targets with fp8 units the bytes are loaded as fp8 and converted by the hardware, and activations of fp8 meet
-e4m3 weights in an fp8 tl.dot. Elsewhere bytes are shifted to where the bits of a float16 lie: the exponent
-is then too small by a fixed amount, subnormals too, which one exact product makes up for.
+targets that convert fp8 the bytes are loaded as fp8, and activations of fp8 meet fp8 weights in a tl.dot of
+fp8: for blocks of 16 rows Triton 3.9 makes fp8 products of it on sm_120, and on sm_90 and sm_100, whose fp8
+products take 64 rows, hardware conversions to float16 and its products. Elsewhere bytes are shifted to where
+the bits of a float16 lie: the exponent is then too small by a fixed amount, subnormals too, which one exact
+product makes up for.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from tilewright.kernels.quantized_linear import triton
 from tilewright.runtime.contracts import KernelKey
 
 FP8_TARGETS = ("sm_90", "sm_100", "sm_120")
-"""Archs whose units convert and multiply the fp8 of these formats. gfx942 has others (no negative zero)."""
+"""Archs that convert the fp8 of these formats. gfx942 has others (no negative zero)."""
 _HALVES = {
     "e4m3": ("((c & 128) << 8) | ((c & 127) << 7)", 256.0),
     "e5m2": ("c << 8", 1.0),
@@ -109,9 +111,7 @@ def steps(key: KernelKey, i: int) -> list[str]:
         lines += _token_scales()
         body += _round("tl.float8e4nv" if native else "tl.float16")
         body += _weights(key, i, "" if native else "tl.float16")
-        # Hopper adds fp8 products with fewer bits, unless told after how many to add in float32.
-        more = ", max_num_imprecise_acc=BLOCK_K" if native and key.target.arch == "sm_90" else ""
-        body.append(f"part = tl.dot(q, w, out_dtype=tl.float32{more})")
+        body.append("part = tl.dot(q, w, out_dtype=tl.float32)")
     else:
         body += _weights(key, i, TL[key.dtype])
         body.append('part = tl.dot(a, w, input_precision="ieee", out_dtype=tl.float32)')

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 from fractions import Fraction
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from tilewright.compiler.diagnostics import OptionError
 from tilewright.compiler.float_format import (
@@ -143,6 +146,17 @@ def test_odd_columns_zeros_pieces_and_extremes(monkeypatch: pytest.MonkeyPatch) 
             rounded = form.round_weight(weight.clamp(-1, 1) * size)
             assert rounded.isfinite().all()
             assert float(rounded.abs().max()) <= size * 1.000001
+
+
+@pytest.mark.parametrize("form", FORMATS[::2], ids=lambda form: form.text)
+def test_a_file_keeps_weight_and_format(form: FloatFormat, tmp_path: Path) -> None:
+    weight = torch.randn(11, 96)
+    packed = form.pack_weight(weight)
+    save_file({"w": packed}, tmp_path / "w.safetensors", metadata={"format": form.text})
+    with safe_open(tmp_path / "w.safetensors", "pt") as file:
+        found, back = file.get_tensor("w"), parse_format(file.metadata()["format"])
+    assert back == form
+    assert torch.equal(back.dequantize(found, 11, 96), form.round_weight(weight))
 
 
 def test_bytes_per_weight() -> None:

@@ -93,6 +93,13 @@ def test_quantized_weights_use_the_block_operator(tmp_path: Path) -> None:
     assert manifest["entries"][1]["exactness"] == "approximate"
 
 
+def test_small_floats_are_refused_by_name(tmp_path: Path) -> None:
+    module = nn.Sequential(nn.Linear(32, 16), nn.ReLU()).eval()
+    with pytest.raises(ExportError, match="a weight of nvfp4"):
+        tw.export(module, (torch.randn(3, 32),), "quantize-linear{weight=nvfp4}", tmp_path / "out", "onnx")
+    assert not (tmp_path / "out").exists()
+
+
 def encoder() -> tuple[nn.Module, dict[str, Tensor]]:
     from transformers import BertConfig, BertModel
 

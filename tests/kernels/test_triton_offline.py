@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from tilewright.compiler.float_format import FloatFormat
 from tilewright.kernels.load import store_triton_source
 from tilewright.kernels.table import FAMILIES, full_args
 from tilewright.runtime.contracts import KernelKey, Refusal, Target
-from tilewright.runtime.offline import OfflineFailed, Resources, compile_offline
+from tilewright.runtime.offline import OfflineFailed, Resources, compile_offline, compile_whole
 from tilewright.tools.offline_compile import Row, compile_row, default_keys
 
 SM80 = Target("cuda", "sm_80")
@@ -48,6 +49,39 @@ def test_every_default_configuration_compiles(arch: str) -> None:
     for family in FAMILIES.values():
         for key, columns in default_keys(family, Target("cuda", arch)):
             assert compile_row(family, key, columns).complaint == ""
+
+
+@pytest.mark.parametrize(
+    ("arch", "said"),
+    [
+        ("sm_80", "f32.f16.f16.f32"),
+        ("sm_90", "cvt.rn.f16x2.e4m3x2"),
+        ("sm_100", "cvt.rn.f16x2.e4m3x2"),
+        ("sm_120", "f32.e4m3.e4m3.f32"),
+    ],
+)
+def test_fp8_meets_the_units_that_there_are(arch: str, said: str) -> None:
+    form, family, target = (
+        FloatFormat("fp8-e4m3", activation="fp8-token"),
+        FAMILIES["quantized_linear"],
+        Target("cuda", arch),
+    )
+    packed = torch.empty(form.shape(64, 64), dtype=torch.uint8, device="meta")
+    x = torch.empty(1, 64, dtype=torch.float16, device="meta")
+    key = family.configure((x, packed, None, 64, form.text), target)
+    assert isinstance(key, KernelKey)
+    assert family.triton is not None
+    name, text = family.source(key)
+    made = compile_whole(
+        store_triton_source(name, text),
+        name,
+        dict(family.triton.parameters(key)),
+        family.triton.constants(key, 64),
+        target,
+    )
+    assert said in made.text
+    assert ("e4m3" in made.text) == (arch != "sm_80")
+    assert made.used.spill_bytes == 0
 
 
 def test_a_spill_and_too_much_shared_memory_are_complaints() -> None:
