@@ -107,6 +107,8 @@ class StoredLinear:
         rows, columns = self.shape
         scale, offset = self.checked_grids(files)
         form = self.form
+        if form.has_offset and torch.equal(offset, -form.middle * scale):
+            form = dataclasses.replace(form, mode="symmetric")  # zero points that say nothing are not kept
         stored = (scale, offset) if form.has_offset else (scale,)
         if form.group and not all(torch.equal(part.half().float(), part) for part in stored):
             form = dataclasses.replace(form, grid="wide")

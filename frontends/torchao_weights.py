@@ -77,7 +77,7 @@ def _layer(
     if kind == "IntxUnpackedToInt8Tensor":
         target = data.get("target_dtype")
         stated = target.get("_data") if isinstance(target, dict) else None
-        if stated not in _BITS:
+        if not isinstance(stated, str) or stated not in _BITS:
             raise LoadError(f"target_dtype is {show(stated)}", where=at, remedy=f"read: {', '.join(_BITS)}")
         bits = _BITS[stated]
     whole_tensor = block == list(shape) and kind == "Int8Tensor" and shape[0] > 1

@@ -71,7 +71,8 @@ class Made:
 
     def reference(self) -> LlamaForCausalLM:
         """The model with its weights dequantized to float32."""
-        plain = {key: value for key, value in CONFIG.items() if key != "architectures"}
+        other = ("architectures", "quantization_config")
+        plain = {key: value for key, value in self.config.items() if key not in other}
         model = LlamaForCausalLM(LlamaConfig(**plain, attn_implementation="sdpa")).eval()
         model.load_state_dict(self.meant)
         return model

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from tests.frontends.quantized_folders import LINEARS, Made, compressed, pack_words, torchao
 from tilewright.compiler.diagnostics import LoadError
@@ -125,6 +126,39 @@ def test_scales_that_float16_holds_stay_float16(tmp_path: Path) -> None:
     assert {layer.format for layer in held(module).values()} == {"int4.32.symmetric.none.blocks8"}
     module = load_folder(compressed(dtype=torch.float32).write(tmp_path / "b")).module
     assert {layer.format for layer in held(module).values()} == {"int4.32.symmetric.none.blocks8.wide"}
+
+
+def test_zero_points_in_the_middle_cost_nothing(tmp_path: Path) -> None:
+    made = torchao("IntxUnpackedToInt8Tensor")
+    for name, tensor in made.tensors.items():
+        if name.endswith("zero_point"):
+            tensor.zero_()
+    module = load_folder(made.write(tmp_path / "model")).module
+    assert {layer.format for layer in held(module).values()} == {"int4.32.symmetric.none.blocks8.wide"}
+
+
+def test_biases_and_shards_are_read(tmp_path: Path) -> None:
+    made = compressed()
+    made.config["attention_bias"] = True
+    for part, rows in (("q", 64), ("k", 32), ("v", 32), ("o", 64)):
+        name = f"model.layers.0.self_attn.{part}_proj.bias"
+        made.tensors[name] = made.meant[name] = torch.randn(rows)
+    folder = made.write(tmp_path / "model")
+    (folder / "model.safetensors").unlink()
+    shards: dict[str, dict[str, torch.Tensor]] = {"one.safetensors": {}, "two.safetensors": {}}
+    for name, tensor in made.tensors.items():  # a layer's scales lie in another file than its codes
+        shards["two.safetensors" if name.endswith("_scale") else "one.safetensors"][name] = (
+            tensor.contiguous()
+        )
+    for file, tensors in shards.items():
+        save_file(tensors, folder / file, {"format": "pt"})
+    index = {name: file for file, tensors in shards.items() for name in tensors}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    module = load_folder(folder).module
+    assert len(held(module)) == LINEARS
+    with torch.no_grad():
+        want = made.reference()(TOKENS, use_cache=False).logits
+        assert torch.equal(module(TOKENS, use_cache=False).logits, want)
 
 
 def test_targets_and_ignore_choose_the_layers(tmp_path: Path) -> None:
