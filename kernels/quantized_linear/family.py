@@ -73,7 +73,7 @@ def _format_words(form: AnyFormat) -> dict[str, int | bool | str]:
     """What specialises a kernel for a format: `format_of` reads it."""
     if isinstance(form, FloatFormat):
         cut = form.activation != "none"
-        return {"element": FLOAT_WORD[form.name], "group": form.group, "whole": form.per_tensor, "cut": cut}
+        return {"element": FLOAT_WORD[form.name], "group": form.group, "cut": cut}
     activation = ACTIVATION_WORD[form.activation]
     words: dict[str, int | bool | str] = {
         "bits": form.bits,
@@ -169,11 +169,11 @@ def _fake(key: KernelKey) -> Callable[..., Any]:
 
 
 def format_of(key: KernelKey) -> AnyFormat:
-    """The weight format of a key."""
+    """The weight format of a key; one scale in all lies in memory, and is read, as one per row."""
     config = config_of(key)
     if "element" in config:
         name = next(name for name, word in FLOAT_WORD.items() if word == config["element"])
-        return FloatFormat(name, config["group"], config["whole"], "fp8-token" if config["cut"] else "none")
+        return FloatFormat(name, config["group"], False, "fp8-token" if config["cut"] else "none")
     activation = next(name for name, word in ACTIVATION_WORD.items() if word == config["activation"])
     return WeightFormat(
         config["bits"],

@@ -21,6 +21,7 @@ from torch import nn
 from tilewright.compiler import registry
 from tilewright.compiler.block_layout import BlockLayout, Predicate
 from tilewright.compiler.diagnostics import OptionError
+from tilewright.compiler.float_format import FloatFormat
 from tilewright.compiler.ops.mlp import ACTIVATIONS
 from tilewright.compiler.options import parse_value, split_pipeline
 from tilewright.compiler.weight_format import WeightFormat
@@ -140,6 +141,9 @@ def formats():
     for choice in itertools.product(*choices):
         with contextlib.suppress(OptionError):
             yield WeightFormat(*choice)
+    yield FloatFormat("nvfp4", 16)
+    for choice in itertools.product(("fp8-e4m3", "fp8-e5m2"), (0, 32), (False,), ("none", "fp8-token")):
+        yield FloatFormat(*choice)
 
 
 def quantized_arguments(counts):
