@@ -29,7 +29,7 @@ class Shape:
     offset: bool
     activation: str
     """`none`, `token` or `group`."""
-    wide: bool = False
+    wide: bool
     """Scales of groups are float32, not float16."""
 
     @property
@@ -50,7 +50,7 @@ class Shape:
 def shape_of(key: KernelKey) -> Shape:
     """The specialising options of a key."""
     config = config_of(key)
-    return Shape(config["bits"], config["group"], config["offset"], config["activation"], "wide" in config)
+    return Shape(config["bits"], config["group"], config["offset"], config["activation"], config["wide"])
 
 
 def geometry(shape: Shape) -> str:

@@ -75,13 +75,13 @@ def _format_words(form: AnyFormat) -> dict[str, int | bool | str]:
         cut = form.activation != "none"
         return {"element": FLOAT_WORD[form.name], "group": form.group, "cut": cut}
     activation = ACTIVATION_WORD[form.activation]
-    words: dict[str, int | bool | str] = {
+    return {
         "bits": form.bits,
         "group": form.group,
         "offset": form.has_offset,
         "activation": activation,
+        "wide": form.grid == "wide",
     }
-    return words | ({"wide": True} if form.grid == "wide" else {})
 
 
 def _configure(
@@ -181,7 +181,7 @@ def format_of(key: KernelKey) -> AnyFormat:
         "float-zero" if config["offset"] else "symmetric",
         activation,  # type: ignore[arg-type]
         PACKING[key.target.kind],  # type: ignore[arg-type]
-        "wide" if "wide" in config else "short",
+        "wide" if config["wide"] else "short",
     )
 
 

@@ -137,7 +137,14 @@ def paged_arguments(op):
 
 
 def formats():
-    choices = ((2, 4, 8), (0, 32, 64), ("symmetric", "float-zero"), ACTIVATION_WORD, set(PACKING.values()))
+    choices = (
+        (2, 4, 8),
+        (0, 32, 64),
+        ("symmetric", "float-zero"),
+        ACTIVATION_WORD,
+        set(PACKING.values()),
+        ("short", "wide"),
+    )
     for choice in itertools.product(*choices):
         with contextlib.suppress(OptionError):
             yield WeightFormat(*choice)
