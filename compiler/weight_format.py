@@ -67,6 +67,8 @@ class WeightFormat:
         for name, known in _CHOICES.items():
             if getattr(self, name) not in known:
                 raise OptionError(f"{name} = {getattr(self, name)!r}: expected one of {', '.join(known)}")
+        if self.grid == "wide" and self.group == WHOLE_ROW:
+            raise OptionError("grid = 'wide': the scales of whole rows are float32 already")
         if self.activation == "int8-group" and self.group == WHOLE_ROW:
             raise OptionError("activation = 'int8-group': the weight has no groups", remedy="use int8-token")
 
