@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -104,6 +104,11 @@ class _Measuring:
         self.dropped.append(layer)
         return self._again(layer + 1)
 
+    def together(self, layers: Sequence[int]) -> float:
+        """Leave several layers out; returns the perplexity."""
+        self.dropped.extend(layers)
+        return self._again(min(layers) + 1)
+
     def restore(self) -> None:
         """All layers again."""
         first = min(self.dropped, default=None)
@@ -152,6 +157,28 @@ def measure_influence(
             found.orders[rule] = _order(measuring, found, rule, count, pool, progress)
             measuring.restore()
     return found
+
+
+def perplexities_without(
+    module: nn.Module, calls: Iterable[Call], sets: Iterable[Sequence[int]]
+) -> Iterator[tuple[Sequence[int], float]]:
+    """(layers, perplexity without them) for the empty set and then each of `sets`.
+
+    calls: as for `measure_influence`. Raises CaptureError, and OptionError for a layer that does not exist.
+    """
+    given = list(calls)
+    program, samples = captured_calls(module, given)
+    with torch.no_grad():
+        measuring = _Measuring(program, samples, [kwargs["input_ids"] for _, kwargs in given])
+        yield (), measuring.perplexity
+        for layers in sets:
+            wrong = [n for n in layers if not 0 <= n < len(measuring.run.layers)]
+            if wrong or not layers or len(set(layers)) != len(layers):
+                raise OptionError(
+                    f"layers {list(layers)}: expected different numbers, 0 to {len(measuring.run.layers) - 1}"
+                )
+            yield layers, measuring.together(layers)
+            measuring.restore()
 
 
 def _order(

@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from tilewright.compiler.diagnostics import CaptureError, FactError, LoadError, OptionError
 from tilewright.compiler.influence import Influence
 from tilewright.compiler.pipeline import Pipeline
-from tilewright.frontends.influence import measure_influence
+from tilewright.frontends.influence import measure_influence, perplexities_without
 
 LAYERS = 4
 
@@ -174,3 +174,14 @@ def test_the_pass_takes_its_layers_from_the_file(tmp_path: Path) -> None:
             with pytest.raises(OptionError, match=message):
                 Pipeline.parse(f"drop-layers{{{options}}}")
     torch._dynamo.reset()
+
+
+@torch.no_grad()
+def test_perplexity_without_given_layers() -> None:
+    model = _llama()
+    found = list(perplexities_without(model, _calls(), [(2,), (0, 1), (1, 3)]))
+    assert [layers for layers, _ in found] == [(), (2,), (0, 1), (1, 3)]
+    for layers, perplexity in found:
+        assert perplexity == pytest.approx(_perplexity(model, list(layers)), rel=1e-5)
+    with pytest.raises(OptionError, match="expected different numbers, 0 to 3"):
+        list(perplexities_without(model, _calls(), [(4,)]))
