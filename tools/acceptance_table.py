@@ -104,11 +104,12 @@ def right_tokens(drafts: Sequence[Sequence[int]], text: Sequence[int]) -> list[i
 
 def walk(right: Sequence[int], length: int) -> tuple[int, int, int]:
     """(tokens accepted, drafted, calls of the target) of a text written in rounds of `length` drafts."""
-    at = accepted = calls = 0
+    at = accepted = drafted = calls = 0
     while at < len(right):
-        kept = min(right[at], length)
-        at, accepted, calls = at + kept + 1, accepted + kept, calls + 1
-    return accepted, length * calls, calls
+        proposed = min(length, len(right) - at)  # none behind the end of the text
+        kept = min(right[at], proposed)
+        at, accepted, drafted, calls = at + kept + 1, accepted + kept, drafted + proposed, calls + 1
+    return accepted, drafted, calls
 
 
 def spread(one: KVRows, many: KVRows, held: Sequence[int]) -> None:

@@ -33,8 +33,8 @@ def test_tokens_that_agree_with_the_text() -> None:
 
 
 def test_a_walk_keeps_at_most_its_length_and_one_token_of_the_target() -> None:
-    assert walk([2, 0, 0, 6, 0, 0, 0, 1, 0], 3) == (6, 9, 3)  # starts 0, 3 and 7: 2, 3 and 1 kept
-    assert walk([0] * 4, 2) == (0, 8, 4)
+    assert walk([2, 0, 0, 6, 0, 0, 0, 5, 4], 3) == (7, 8, 3)  # starts 0, 3 and 7: 2, 3 and 2 kept
+    assert walk([0] * 4, 2) == (0, 7, 4)
 
 
 def test_a_row_of_the_spread_cache_answers_as_that_prefix_alone(monkeypatch: Any) -> None:
