@@ -63,13 +63,16 @@ class Basis:
     """Head values: a linear layer's last axis holds whole heads of `width` channels."""
 
 
-def find_streams(program: Program) -> list[tuple[fx.Node, Basis | Blocked]]:
-    """(first addition, its basis or why there is none) of each residual stream, longest first."""
+def find_streams(program: Program, *, gains: bool = False) -> list[tuple[fx.Node, Basis | Blocked]]:
+    """(first addition, its basis or why there is none) of each residual stream, longest first.
+
+    gains: as for `grow`.
+    """
     found: list[tuple[fx.Node, Basis | Blocked]] = []
     known: set[fx.Node] = set()
     for chain in find_chains(Flow(program.graph)):
         if known.isdisjoint(chain.points):
-            basis = grow(program, chain.points[0])
+            basis = grow(program, chain.points[0], gains=gains)
             known.update(chain.points if isinstance(basis, Blocked) else basis.members)
             if isinstance(basis, Basis):
                 beyond = next((p for p in chain.points[:-1] if p not in basis.members), None)
@@ -95,20 +98,25 @@ def find_value_heads(program: Program, *, caches: bool = False) -> list[tuple[fx
     return found
 
 
-def grow(program: Program, seed: fx.Node, *, heads: bool = False, caches: bool = False) -> Basis | Blocked:
-    """The basis around one value, or what blocks it."""
+def grow(
+    program: Program, seed: fx.Node, *, heads: bool = False, caches: bool = False, gains: bool = False
+) -> Basis | Blocked:
+    """The basis around one value, or what blocks it.
+
+    gains: gains of RMS norms do not block it. For what treats channels apart, such as leaving some out.
+    """
     value = tensor_of(seed)
     if value is None or value.dim() == 0 or channels(value) < 2:
         return Blocked(seed, f"{seed.name} has no fixed number of channels")
-    growth = _Growth(program, Basis(channels(value), heads=heads), caches)
+    growth = _Growth(program, Basis(channels(value), heads=heads), caches, gains)
     return growth.run(seed) or growth.settle() or growth.basis
 
 
 class _Growth:
     """One search from a seed over everything that shares its basis."""
 
-    def __init__(self, program: Program, basis: Basis, caches: bool) -> None:
-        self.program, self.basis, self.caches = program, basis, caches
+    def __init__(self, program: Program, basis: Basis, caches: bool, gains: bool) -> None:
+        self.program, self.basis, self.caches, self.gains = program, basis, caches, gains
         self.pending: list[fx.Node] = []
 
     def run(self, seed: fx.Node) -> Blocked | None:
@@ -149,7 +157,7 @@ class _Growth:
 
     def _norm(self, node: fx.Node) -> Blocked | None:
         given = arguments(node)
-        if given["weight"] is not None:
+        if given["weight"] is not None and not self._gain_passes(node):
             return Blocked(node, f"the gain of {node.name} acts on single channels of a rotated value")
         if node.target is ops.layer_norm:
             if given["bias"] is not None:
@@ -199,7 +207,7 @@ class _Growth:
 
     def _read_by_norm(self, node: fx.Node, norm: fx.Node) -> Blocked | None:
         given = arguments(norm)
-        if given["weight"] is None and given.get("bias") is None:
+        if self._gain_passes(norm) or (given["weight"] is None and given.get("bias") is None):
             self._join(norm)
             return None
         if not self.basis.heads and not self._foldable(norm):
@@ -209,6 +217,9 @@ class _Growth:
             norm,
             f"the gain of {norm.name} is not folded: put fold-norm-scale before this pass",
         )
+
+    def _gain_passes(self, norm: fx.Node) -> bool:
+        return self.gains and norm.target is ops.rms_norm
 
     def _foldable(self, norm: fx.Node) -> bool:
         """True when the gain could be in the weights behind the norm, which nothing else reads.

@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, fx
 
 from tilewright.compiler import ops
+from tilewright.compiler.dataflow import see_through
 from tilewright.compiler.diagnostics import FactError, LoadError, nearest
 from tilewright.compiler.program import Program
 from tilewright.compiler.schema import arguments
@@ -32,6 +33,8 @@ BASIS_PASSES = ("fold-norm-scale", "smooth-scales", "smooth-rotate", "rotate-had
 LARGEST_HESSIAN = 8192
 """Layers with more inputs than this get no Hessian: it would take over half a gigabyte."""
 _SAMPLED = 4096
+_OPTIONAL = ("hessian", "means", "energy")
+"""What a file holds for a layer only where it was wanted."""
 _MAX_BYTES = 16 << 30
 
 
@@ -49,7 +52,15 @@ class LayerStatistics:
     hessian: Tensor | None = None
     """[K, K] float64: sum of x^T x, where wanted."""
 
-    def observe(self, x: Tensor, *, quantile: float, hessian: bool) -> None:
+    means: Tensor | None = None
+    """[samples, K] float32: mean over the tokens of each sample, where wanted."""
+    energy: Tensor | None = None
+    """[K] float64: sum of x^2 / mean(x^2) over the tokens x that the RMS norm in front of this layer read,
+    where wanted and there is one."""
+
+    def observe(
+        self, x: Tensor, *, quantile: float, hessian: bool, means: bool = False, energy: Tensor | None = None
+    ) -> None:
         """Take in x [..., K]; FactError when it is not finite."""
         rows = x.detach().reshape(-1, x.shape[-1]).float()
         if not bool(torch.isfinite(rows).all()):
@@ -67,6 +78,11 @@ class LayerStatistics:
             wide = rows.double()
             product = wide.t() @ wide
             self.hessian = product if self.hessian is None else self.hessian + product
+        if means:
+            mean = rows.mean(0, keepdim=True)
+            self.means = mean if self.means is None else torch.cat((self.means, mean))
+        if energy is not None:
+            self.energy = energy if self.energy is None else self.energy + energy
         self.tokens += rows.shape[0]
 
 
@@ -117,7 +133,7 @@ class Statistics:
         rows = []
         for name, layer in self.layers.items():
             rows.append({"path": name, "basis": layer.basis, "tokens": layer.tokens})
-            for kind in ("absmax", "upper", "hessian"):
+            for kind in ("absmax", "upper", *_OPTIONAL):
                 value = getattr(layer, kind)
                 if value is not None:
                     tensors[f"{len(rows) - 1}.{kind}"] = value.contiguous()
@@ -154,12 +170,15 @@ def _parsed(data: Any, names: Any, tensor: Callable[[str], Tensor]) -> Statistic
     )
     present = set(names)
     for i, row in enumerate(data["layers"]):
-        hessian = tensor(f"{i}.hessian") if f"{i}.hessian" in present else None
+        more = {kind: tensor(f"{i}.{kind}") for kind in _OPTIONAL if f"{i}.{kind}" in present}
         layer = LayerStatistics(
-            str(row["basis"]), int(row["tokens"]), tensor(f"{i}.absmax"), tensor(f"{i}.upper"), hessian
+            str(row["basis"]), int(row["tokens"]), tensor(f"{i}.absmax"), tensor(f"{i}.upper"), **more
         )
         if layer.absmax.dim() != 1 or layer.upper.shape != layer.absmax.shape:
             raise ValueError(f"layer {i} has shapes {list(layer.absmax.shape)}, {list(layer.upper.shape)}")
+        for kind, value in more.items():
+            if value.shape[-1:] != layer.absmax.shape:
+                raise ValueError(f"layer {i} has {kind} of shape {list(value.shape)}")
         found.layers[str(row["path"])] = layer
     return found
 
@@ -204,18 +223,40 @@ def fingerprint(program: Program) -> str:
 class Observer(fx.Interpreter):
     """Runs a program and takes in what each of its linear layers reads."""
 
-    def __init__(self, program: Program, statistics: Statistics, *, hessian: bool = False) -> None:
+    def __init__(
+        self, program: Program, statistics: Statistics, *, hessian: bool = False, means: bool = False
+    ) -> None:
         super().__init__(program.module, garbage_collect_values=True)
-        self._statistics, self._hessian = statistics, hessian
+        self._statistics, self._hessian, self._means = statistics, hessian, means
         self._names = {
             n: (weight_path(program, n), basis_of(n)) for n in program.graph.nodes if n.target is ops.linear
         }
+        norms = {n: see_through(arguments(n)["x"]) for n in self._names} if means else {}
+        self._norm_of = {n: norm for n, norm in norms.items() if norm.target is ops.rms_norm}
+        self._energies: dict[fx.Node, Tensor] = {}
+        """Of the latest run, by norm."""
 
     def run_node(self, n: fx.Node) -> Any:
+        if n.target is ops.rms_norm and self._means:
+            args, kwargs = self.fetch_args_kwargs_from_env(n)
+            self._energies[n] = _energy(args[0] if args else kwargs["x"])
         if n in self._names:
             path, basis = self._names[n]
             layer = self._statistics.layers.setdefault(path, LayerStatistics(basis))
             args, kwargs = self.fetch_args_kwargs_from_env(n)
             x = args[0] if args else kwargs["x"]
-            layer.observe(x, quantile=self._statistics.quantile, hessian=self._hessian)
+            norm = self._norm_of.get(n)
+            layer.observe(
+                x,
+                quantile=self._statistics.quantile,
+                hessian=self._hessian,
+                means=self._means,
+                energy=None if norm is None else self._energies[norm],
+            )
         return super().run_node(n)
+
+
+def _energy(x: Tensor) -> Tensor:
+    """Sum over the tokens of x [..., K] of x^2 / mean(x^2), in float64."""
+    square = x.detach().reshape(-1, x.shape[-1]).double().square()
+    return (square / square.mean(-1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)).sum(0)

@@ -43,6 +43,7 @@ SLOTS = frozenset(
         "attention.placement",
         "linear.rotation",
         "linear.scale",
+        "linear.width",
         "linear.weight_format",
         "linear.activation_format",
         "block.skip_policy",

@@ -22,10 +22,9 @@ Progress = Callable[[int, int], None]
 class _Observing:
     """A backend that runs each captured program, behind the given passes, under an observer."""
 
-    def __init__(self, pipeline: Pipeline, hessian: bool, quantile: float) -> None:
+    def __init__(self, pipeline: Pipeline, hessian: bool, means: bool, quantile: float) -> None:
         self.statistics: Statistics | None = None
-        self._pipeline, self._hessian, self._quantile = pipeline, hessian, quantile
-        self._sizes: list[int] = []
+        self._pipeline, self._hessian, self._means, self._quantile = pipeline, hessian, means, quantile
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         program = from_dynamo(gm, example_inputs)
@@ -38,7 +37,7 @@ class _Observing:
             self.statistics = Statistics(
                 fingerprint(program), vocabulary_of(program), quantile=self._quantile
             )
-        observer = Observer(program, self.statistics, hessian=self._hessian)
+        observer = Observer(program, self.statistics, hessian=self._hessian, means=self._means)
         return lambda *args: observer.run(*args)
 
 
@@ -49,6 +48,7 @@ def calibrate(
     pipeline: Any = "",
     source: str = "",
     hessian: bool = False,
+    means: bool = False,
     quantile: float = 0.999,
     progress: Progress | None = None,
 ) -> Statistics:
@@ -56,15 +56,16 @@ def calibrate(
 
     calls: (args, kwargs) of the module, in a fixed order; the result depends on nothing else. pipeline:
     passes that come before the ones that will use the statistics. hessian: also sum x^T x per layer, K^2
-    doubles each. Raises OptionError for no calls or an impossible quantile, CaptureError when no linear layer
-    ran, FactError for activations that are not finite.
+    doubles each. means: also the mean over each sample and what norms read, for `prune-width-for-decode`.
+    Raises OptionError for no calls or an impossible quantile, CaptureError when no linear layer ran, and
+    FactError for activations that are not finite.
     """
     if not 0.5 <= quantile <= 1.0:
         raise OptionError(f"quantile = {quantile!r}: expected 0.5 to 1")
     given = list(calls)
     if not given:
         raise OptionError("there are no samples to calibrate on")
-    observing = _Observing(Pipeline.parse(pipeline or []), hessian, quantile)
+    observing = _Observing(Pipeline.parse(pipeline or []), hessian, means, quantile)
     torch._dynamo.reset()
     compiled = torch.compile(module, backend=observing, dynamic=False)
     with torch.no_grad():

@@ -24,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--samples", type=int, default=4, metavar="N", help="windows of --length (default 4)")
     parser.add_argument("--first", type=int, default=0, metavar="N", help="first token of the text to use")
     parser.add_argument("--hessian", action="store_true", help="also second moments, for GPTQ and plans")
+    parser.add_argument("--means", action="store_true", help="also means, for prune-width-for-decode")
     parser.add_argument(
         "--exits", metavar="N+N", help="train the policy of early-exit for leaving after so many layers"
     )
@@ -46,7 +47,14 @@ def run(args: argparse.Namespace) -> Result:
     if exits:
         return _train(model, calls, source, exits, out)
     with step(f"calibrating on {len(calls)} samples"):
-        found = calibrate(model.module, calls, pipeline=args.pipeline, source=source, hessian=args.hessian)
+        found = calibrate(
+            model.module,
+            calls,
+            pipeline=args.pipeline,
+            source=source,
+            hessian=args.hessian,
+            means=args.means,
+        )
     found.save(out)
     rows: list[dict[str, Any]] = [
         {
@@ -69,8 +77,8 @@ def _exits(args: argparse.Namespace) -> list[int]:
     """The exits a policy is wanted for; none without --exits."""
     if args.exits is None:
         return []
-    if args.pipeline or args.hessian:
-        raise OptionError("--exits: takes neither --pipeline nor --hessian")
+    if args.pipeline or args.hessian or args.means:
+        raise OptionError("--exits: takes none of --pipeline, --hessian and --means")
     if not re.fullmatch(r"\d{1,6}(\+\d{1,6})*", args.exits):
         raise OptionError(f"--exits = {args.exits!r}: expected numbers joined by +, such as 15+20")
     return [int(n) for n in args.exits.split("+")]
