@@ -147,7 +147,12 @@ class Table:
         draft = None
         if row.pipeline is not None:
             torch._dynamo.reset()
-            options = {"pipeline": row.pipeline, "lower": "eager", "kernels": False, "replay": False}
+            options: dict[str, Any] = {
+                "pipeline": row.pipeline,
+                "lower": "eager",
+                "kernels": False,
+                "replay": False,
+            }
             draft = LanguageModel.of(
                 torch.compile(self.model, backend="tilewright", options=options, dynamic=False), None
             )

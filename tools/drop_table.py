@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from tilewright.compiler.influence import Rule
 from tilewright.frontends.api import evaluate
 from tilewright.frontends.calibration import token_windows
 from tilewright.frontends.commands.evaluate import read_text
@@ -23,7 +24,7 @@ from tilewright.frontends.influence import measure_influence, perplexities_witho
 from tilewright.frontends.loaded_model import Call, LoadedModel
 from tilewright.frontends.loaders import resolve
 
-RULES = ("influence", "perplexity")
+RULES: tuple[Rule, ...] = ("influence", "perplexity")
 PUBLISHED: dict[tuple[int, ...], float] = {
     (14,): 1.08,
     (14, 25): 1.26,
@@ -83,7 +84,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     text, used = read_text(given.text), given.length * given.samples
     calls, source = token_windows(model.tokenizer, text, length=given.length, samples=given.samples)
-    rules = (given.rule,) if given.rule else RULES
+    rules = [rule for rule in RULES if given.rule in (None, rule)]
     found = measure_influence(
         model.module, calls, count=given.count, rules=rules, pool=given.pool, source=source,
         progress=lambda line: print(line, file=sys.stderr, flush=True),

@@ -23,7 +23,7 @@ def masked(program: Program, channels: Channels, kept: Value, factors: Mapping[f
     held = program.constant(mask, writers[0])
     for writer in writers:
         zeroed = insert_like(graph, writer.next, aten.mul.Tensor, (writer, held), writer)
-        writer.replace_all_uses_with(zeroed, delete_user_cb=lambda user, new=zeroed: user is not new)
+        _read_instead(writer, zeroed)
     if not channels.norms:  # an activation need not be zero at zero, nor a bias
         for reader in channels.readers:
             x = arguments(reader)["x"]
@@ -35,16 +35,21 @@ def masked(program: Program, channels: Channels, kept: Value, factors: Mapping[f
         norm.replace_input_with(given["x"], scaled)
         back = factors.get(norm, 1.0) * share**-0.5
         result = insert_like(graph, norm.next, aten.mul.Tensor, (norm, back), norm)
-        norm.replace_all_uses_with(result, delete_user_cb=lambda user, new=result: user is not new)
+        _read_instead(norm, result)
+
+
+def _read_instead(old: fx.Node, new: fx.Node) -> None:
+    """Let all that read a node read a function of it."""
+    old.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
 
 
 def width_examples() -> Iterator[tuple[dict, Example]]:
     """A decoder step of two layers with tied embedding, and what may not lose channels."""
-    small = {"multiple": 4, "mlp_ratio": 0.5, "hidden_ratio": 0.25}
+    small = {"multiple": 4, "mlp_ratio": 0.5, "hidden_ratio": 0.25, "importance": "weight"}
     yield small, Example(_decoder, _INPUTS, count=3)
     yield {**small, "hidden_ratio": 0.0}, Example(_decoder, _INPUTS, count=2)
     yield {**small, "mlp_ratio": 0.0}, Example(_decoder, _INPUTS, count=1)
-    yield {"mlp_ratio": 0.2}, Example(_decoder, _INPUTS, refusal="all stay")
+    yield {"importance": "weight"}, Example(_decoder, _INPUTS, refusal="all stay")
     many = (Tensor(2, 5, dtype=torch.int64), *_INPUTS[1:])
     yield small, Example(_decoder, many, refusal="prompts are read at full width")
     yield {**small, "mlp_ratio": 0.0}, Example(_centred, _INPUTS, refusal="subtracts the mean")

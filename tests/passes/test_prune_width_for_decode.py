@@ -169,7 +169,13 @@ def test_as_a_draft_the_text_is_the_targets(file: Path) -> None:
 
 
 def test_options_out_of_range() -> None:
-    for name, value in (("hidden_ratio", 1.0), ("mlp_ratio", -0.1), ("multiple", 0), ("max_tokens", 0)):
+    for name, value in (
+        ("hidden_ratio", 1.0),
+        ("mlp_ratio", -0.1),
+        ("multiple", 0),
+        ("max_tokens", 0),
+        ("calibration", ""),
+    ):
         with pytest.raises(OptionError, match=name):
             PruneWidthForDecode(**{name: value})
 
