@@ -16,12 +16,13 @@ def head_text(key: KernelKey) -> str:
     """Types and constants of a configuration."""
     config = config_of(key)
     return f"""using T = {ELEMENT[key.dtype]};
+using Place = int64_t;
 constexpr int64_t D = {config["head"]}, E = {config["value"]}, P = {config["page"]};
 constexpr int64_t kChunk = {CHUNK}, kRows = {MOST_ROWS}, kNR = {2 * LANES[key.target.arch]};
 constexpr float kSlack = 8;"""
 
 
-_TASK = """struct Task {
+TASK = """struct Task {
   int64_t b, g, first, rows;  // rows first .. first + rows - 1 of the group
   int64_t entry, end;
   int64_t part;  // where among the parts its sums, maxima and totals go; -1 when it has all keys
@@ -42,7 +43,7 @@ inline void finish(const Result& to, int64_t row, const float* sums, float m, fl
   to.lse[row] = none ? -std::numeric_limits<float>::infinity() : (m + std::log2(total)) * 0.69314718f;
 }
 
-void attend(const Task& t, Walk walk, const T* q, const int64_t* q_step, float scale, int64_t base,
+void attend(const Task& t, Walk walk, const T* q, const int64_t* q_step, float scale, const Place& base,
             const Result& to, float* parts) {
   Scratch w;
   const int64_t G = to.G;
@@ -91,7 +92,19 @@ inline void merge(const std::vector<Task>& tasks, size_t first, size_t end, cons
   }
 }
 
-inline bool all_below(const int32_t* x, int64_t count, int64_t end) {  // -1 stands for none
+// All tasks that have parts.
+inline void merge_all(const std::vector<Task>& tasks, const Result& to, float* parts) {
+  for (size_t i = 0; i < tasks.size();) {
+    size_t end = i + 1;
+    while (end < tasks.size() && tasks[end].b == tasks[i].b && tasks[end].g == tasks[i].g &&
+           tasks[end].first == tasks[i].first)
+      ++end;
+    if (tasks[i].part >= 0) merge(tasks, i, end, to, parts);
+    i = end;
+  }
+}"""
+
+_BELOW = """inline bool all_below(const int32_t* x, int64_t count, int64_t end) {  // -1 stands for none
   bool good = true;
   for (int64_t i = 0; i < count; ++i) good = good && x[i] >= -1 && x[i] < end;
   return good;
@@ -158,14 +171,7 @@ _RUN = """  const int64_t G = H / Hkv, rows = tokens * G, blocks = (rows + kRows
              sums.data());
     }
   });
-  for (size_t i = 0; i < tasks.size();) {
-    size_t end = i + 1;
-    while (end < tasks.size() && tasks[end].b == tasks[i].b && tasks[end].g == tasks[i].g &&
-           tasks[end].first == tasks[i].first)
-      ++end;
-    if (tasks[i].part >= 0) merge(tasks, i, end, to, sums.data());
-    i = end;
-  }
+  merge_all(tasks, to, sums.data());
   stack[0] = out.release();
   stack[1] = lse.release();"""
 
@@ -253,7 +259,8 @@ def generate(key: KernelKey, op: str) -> str:
         head_text(key) + f"\nconstexpr int64_t kSerialBytes = {SERIAL_BYTES};",
         walk_text(entries),
         core_text(key.target.arch),
-        _TASK,
+        TASK,
+        _BELOW,
         "\n".join(
             [
                 "void run(StableIValue* stack, uint64_t, uint64_t) {",

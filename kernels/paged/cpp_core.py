@@ -11,6 +11,8 @@ follow a page table.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from tilewright.kernels.block_sparse_attention.cpp_core import SOFTMAX, isa_text
 
 CHUNK = 64
@@ -105,9 +107,8 @@ _STEP = """struct Scratch {
   float m[kRows], alpha[kRows];
 };
 
-// One chunk for the rows first .. first + rows - 1 of a group (row = new token * G + head); new token t
-// stands at position `base` + t.
-inline void attend_chunk(Scratch& w, int64_t first, int64_t rows, int64_t G, int64_t base, const Keys& c,
+// One chunk for the rows first .. first + rows - 1 of a group (row = new token * G + head). @PLACE@
+inline void attend_chunk(Scratch& w, int64_t first, int64_t rows, int64_t G, const Place& base, const Keys& c,
                          const Keys& next) {
   const int64_t padded = (c.n + kNR - 1) / kNR * kNR;
   for (int64_t r = 0; r < rows;) {
@@ -121,15 +122,11 @@ inline void attend_chunk(Scratch& w, int64_t first, int64_t rows, int64_t G, int
     }
     r += some;
   }
-  const bool cut = c.last > base + first / G;
+@BEFORE@
   for (int64_t r = 0; r < rows; ++r) {
     float* s = w.scores + r * kChunk;
     for (int64_t j = c.n; j < padded; ++j) s[j] = -1e30f;
-    if (cut) {
-      const int64_t place = base + (first + r) / G;
-      for (int64_t j = 0; j < c.n; ++j)
-        if (c.at[j] > place) s[j] = -1e30f;
-    }
+@CUT@
     w.alpha[r] = soften(s, 0, padded, w.m[r], w.l + r * kLanes);
   }
   for (int64_t r = 0; r < rows;) {
@@ -141,6 +138,32 @@ inline void attend_chunk(Scratch& w, int64_t first, int64_t rows, int64_t G, int
     r += some;
   }
 }"""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What shuts keys out of a chunk, as C++ that knows a `Place base`."""
+
+    place: str
+    """What `base` is, for a comment."""
+    before: str
+    """Once for a chunk."""
+    row: str
+    """For scores s of row r."""
+    helpers: str = ""
+    """What the two call."""
+
+
+NEW_TOKENS = Cut(
+    "New token t\n// stands at position `base` + t.",
+    "  const bool cut = c.last > base + first / G;",
+    """    if (cut) {
+      const int64_t place = base + (first + r) / G;
+      for (int64_t j = 0; j < c.n; ++j)
+        if (c.at[j] > place) s[j] = -1e30f;
+    }""",
+)
+
 
 _PREFETCH = """template <int64_t kCount>
 inline void prefetch(const T* row) {
@@ -154,9 +177,9 @@ def sum4_text(arch: str) -> str:
     return _SUM4[arch]
 
 
-def core_text(arch: str) -> str:
-    """The core for an instruction set; it needs T, D, E, kChunk, kRows, kNR, kSlack, vector snippets and the
-    struct Keys of `walk_text`."""
+def core_text(arch: str, cut: Cut = NEW_TOKENS) -> str:
+    """The core for an instruction set; it needs T, D, E, kChunk, kRows, kNR, kSlack, the type Place, vector
+    snippets and the struct Keys of `walk_text`."""
     most = TILE_ROWS[arch]
     some = "left == 4 ? 2 : left < 3 ? left : 3" if most == 3 else f"left < {most} ? left : {most}"
     products = "\n".join(
@@ -168,8 +191,11 @@ def core_text(arch: str) -> str:
         "ahead); break;"
         for m in range(1, most + 1)
     )
-    step = _STEP.replace("@SOME@", some).replace("@PRODUCTS@", products).replace("@ACCUMULATE@", accumulate)
-    return "\n\n".join([isa_text(arch), SOFTMAX, _SUM4[arch], _PREFETCH, _PRODUCTS, _ACCUMULATE, step])
+    step = _STEP.replace("@PLACE@", cut.place).replace("@BEFORE@", cut.before).replace("@CUT@", cut.row)
+    step = step.replace("@SOME@", some).replace("@PRODUCTS@", products).replace("@ACCUMULATE@", accumulate)
+    helpers = [cut.helpers] if cut.helpers else []
+    micro = [isa_text(arch), SOFTMAX, _SUM4[arch], _PREFETCH, _PRODUCTS, _ACCUMULATE]
+    return "\n\n".join([*micro, *helpers, step])
 
 
 _KEYS = """// Keys that a sequence holds, at most kChunk of them; rows past n are repeats of the last one.
@@ -245,8 +271,25 @@ _TOKENS = """    for (; entry < end && c.n < kChunk; ++entry) {
     }"""
 
 
+_ROWS = """    for (; entry < end && c.n < kChunk; ++entry) {
+      c.k[c.n] = k.data + entry * k.slot;
+      c.v[c.n] = v.data + entry * v.slot;
+      c.at[c.n++] = c.last = entry;
+    }"""
+
+
 def walk_text(entries: str) -> str:
-    """The structs Keys, Rows and Walk; entries: all, picked or tokens."""
+    """The structs Keys, Rows and Walk; entries: all, picked, tokens, or rows (of a plain cache)."""
+    if entries == "rows":
+        return f"""{_KEYS}
+
+// Rows entry .. end - 1 of what one sequence and key head attends to.
+struct Walk {{
+  Rows k, v;
+  int64_t entry, end;
+
+{_FILL.replace("@LOOP@", _ROWS).replace(" with lo <= position < hi", "")}
+}};"""
     loop = (
         _TOKENS
         if entries == "tokens"
