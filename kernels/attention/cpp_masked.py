@@ -25,8 +25,8 @@ LOWEST = {
 }
 """By type of the mask, the number that stands for minus infinity."""
 
-_SEEN = """// What a row of the mask lets through: keys lo .. hi - 1 and nothing outside. A flat row has no more
-// than about the lowest number anywhere: its scores count relative to `top`, its greatest element.
+_SEEN = """// What a row of the mask lets through: keys lo .. hi - 1 and nothing outside. A flat row has no
+// more than about the lowest number anywhere: its scores count relative to `top`, its greatest element.
 struct Seen {
   int64_t lo, hi;
   float top;
@@ -160,7 +160,8 @@ _RUN = """  const int64_t G = H / Hkv, rows = queries * G, blocks = (rows + kRow
         seen.push_back(look(mask_p + b * step[0] + h * step[1] + s * step[2], keys));
   const auto place = [&](int64_t b, int64_t g) {
     return Place{mask_p + b * step[0] + g * G * step[1],
-                 seen.data() + b * seen_step[0] + g * G * seen_step[1], step[1], step[2], seen_step[1], seen_step[2], G};
+                 seen.data() + b * seen_step[0] + g * G * seen_step[1],
+                 step[1], step[2], seen_step[1], seen_step[2], G};
   };
 
   std::vector<Task> whole;

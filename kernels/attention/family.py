@@ -112,7 +112,8 @@ def _schema(key: KernelKey) -> str:
 
 
 def _generate(key: KernelKey, op: str) -> str:
-    return (cpp_masked if config_of(key)["layout"] == "masked" else cpp).generate(key, op)
+    masked = config_of(key)["layout"] == "masked"
+    return cpp_masked.generate(key, op) if masked else cpp.generate(key, op)
 
 
 def _fake(key: KernelKey) -> Callable[..., Any]:
@@ -153,7 +154,7 @@ def _backward(key: KernelKey) -> Callable[..., Any]:
 
 
 def _examples() -> Sequence[tuple[Any, ...]]:
-    found = []
+    found: list[tuple[Any, ...]] = []
     for dtype, head, value in ((torch.float32, 64, 64), (torch.bfloat16, 128, 128), (torch.float16, 64, 128)):
         q = torch.empty(1, 9, 512, head, dtype=dtype, device="meta")
         k, v = (torch.empty(1, 3, 512, n, dtype=dtype, device="meta") for n in (head, value))
