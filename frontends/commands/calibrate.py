@@ -78,7 +78,7 @@ def _exits(args: argparse.Namespace) -> list[int]:
     if args.exits is None:
         return []
     if args.pipeline or args.hessian or args.means:
-        raise OptionError("--exits: takes none of --pipeline, --hessian and --means")
+        raise OptionError("--exits: takes neither --pipeline, --hessian nor --means")
     if not re.fullmatch(r"\d{1,6}(\+\d{1,6})*", args.exits):
         raise OptionError(f"--exits = {args.exits!r}: expected numbers joined by +, such as 15+20")
     return [int(n) for n in args.exits.split("+")]
