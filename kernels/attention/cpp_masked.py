@@ -6,7 +6,7 @@ it lets through bound what is read, by sequence and head. In between the mask is
 softmax and the sharing out among threads are those of attention over pages.
 
 A row of an additive mask may hold nothing but -inf and the lowest number (of a padded query): softmax then
-gives its keys equal weight, and so does this. Such a row is read whole.
+gives its keys equal weight, and so does this. Such a row is read whole, and so is one of numbers far below 0.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ LOWEST = {
 }
 """By type of the mask, the number that stands for minus infinity."""
 
-_SEEN = """// What a row of the mask lets through: keys lo .. hi - 1 and nothing outside. A flat row has no
-// more than about the lowest number anywhere: its scores count relative to `top`, its greatest element.
+_SEEN = """// What a row of the mask lets through: keys lo .. hi - 1 and nothing outside. A flat row has
+// nothing but numbers far below 0, where rounding matters: its scores count relative to `top`, its
+// greatest element.
 struct Seen {
   int64_t lo, hi;
   float top;
@@ -255,7 +256,7 @@ using M = {ctype};  // of the mask
 constexpr int64_t D = {config["head"]}, E = {config["value"]};
 constexpr int64_t kChunk = {CHUNK}, kRows = {MOST_ROWS}, kNR = {2 * LANES[key.target.arch]};
 constexpr int64_t kSerialBytes = {SERIAL_BYTES};
-constexpr float kSlack = 8, kLowest = {lowest!r}f, kFlat = {max(lowest / 2, -1e29)!r}f;"""
+constexpr float kSlack = 8, kLowest = {lowest!r}f, kFlat = -1024;"""
 
 
 def generate(key: KernelKey, op: str) -> str:

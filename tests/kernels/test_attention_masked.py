@@ -73,6 +73,14 @@ def test_equals_the_definition(dtype: torch.dtype) -> None:
             assert error <= bound * (1 + float(v.abs().max())), name
 
 
+def test_a_row_hidden_throughout_by_a_number_rounds_as_softmax_does() -> None:
+    torch.manual_seed(3)
+    q, k, v = torch.randn(1, 9, 1, 64), torch.randn(1, 1, 200, 64), torch.randn(1, 1, 200, 64)
+    mask = torch.full((1, 1, 1, 200), -65504.0)  # made in float16, cast since
+    want = all_ops()["attention"].definition(q, k, v, mask)
+    torch.testing.assert_close(_call(q, k, v, mask), want, rtol=1e-4, atol=1e-4)
+
+
 def test_keys_that_no_query_sees_are_not_read() -> None:
     torch.manual_seed(1)
     q, k, v = torch.randn(2, 6, 2, 16), torch.randn(2, 3, 300, 16), torch.randn(2, 3, 300, 16)
