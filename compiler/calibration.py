@@ -28,7 +28,13 @@ from tilewright.compiler.schema import arguments
 from tilewright.compiler.whole_file import written_whole
 
 FORMAT = "tilewright-calibration-1"
-BASIS_PASSES = ("fold-norm-scale", "smooth-scales", "smooth-rotate", "rotate-hadamard")
+BASIS_PASSES = (
+    "fold-norm-scale",
+    "smooth-scales",
+    "smooth-rotate",
+    "rotate-hadamard",
+    "prune-width-for-decode",
+)
 """Passes that change what a linear layer reads."""
 LARGEST_HESSIAN = 8192
 """Layers with more inputs than this get no Hessian: it would take over half a gigabyte."""
@@ -51,7 +57,6 @@ class LayerStatistics:
     """[K] float32: running estimate of a high quantile of each channel's magnitude."""
     hessian: Tensor | None = None
     """[K, K] float64: sum of x^T x, where wanted."""
-
     means: Tensor | None = None
     """[samples, K] float32: mean over the tokens of each sample, where wanted."""
     energy: Tensor | None = None

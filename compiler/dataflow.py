@@ -92,6 +92,11 @@ def no_op_source(node: fx.Node) -> fx.Node | None:
     return source if before is not None and after is not None and before.dtype == after.dtype else None
 
 
+def is_pointwise(node: fx.Node) -> bool:
+    """True for a call that computes each element of its result from that element of its operands."""
+    return isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags
+
+
 def see_through(node: fx.Node) -> fx.Node:
     """The value behind a row of casts and no-ops."""
     source = passes_through(node)

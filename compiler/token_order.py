@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from tilewright.compiler import ops
-from tilewright.compiler.dataflow import op_name, tensor_of
+from tilewright.compiler.dataflow import is_pointwise, op_name, tensor_of
 from tilewright.compiler.schema import arguments
 
 
@@ -65,7 +65,7 @@ def operands_for(node: fx.Node, want: Placed, moved: Moved) -> Wanted | str:
     if name in _FILLS:
         return []
     rule = _RULES.get(name)
-    if rule is None and name in _BROADCAST | {"rope"} or _is_pointwise(node):
+    if rule is None and name in _BROADCAST | {"rope"} or is_pointwise(node):
         rule = _broadcast
     if rule is None:
         return f"{name or node.op} {node.name} places tokens itself"
@@ -316,10 +316,6 @@ _RULES: dict[str, Callable[[fx.Node, Placed, Moved], Wanted | str]] = {
     "attention": _attention,
     "block_sparse_attention": _block_sparse,
 }
-
-
-def _is_pointwise(node: fx.Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags
 
 
 def _operand(node: fx.Node) -> fx.Node:

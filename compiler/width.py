@@ -9,7 +9,7 @@ names of layers.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,7 +20,7 @@ from torch import Tensor, fx
 from tilewright.compiler import ops
 from tilewright.compiler.basis import Basis, Blocked, find_streams
 from tilewright.compiler.calibration import LayerStatistics, Statistics, weight_path
-from tilewright.compiler.dataflow import SHAPE_ONLY_OPS, Flow, op_name, see_through, tensor_of
+from tilewright.compiler.dataflow import SHAPE_ONLY_OPS, Flow, is_pointwise, op_name, see_through, tensor_of
 from tilewright.compiler.diagnostics import FactError
 from tilewright.compiler.graph import compute_val, fake_mode_of
 from tilewright.compiler.inner_rotation import hidden_readers
@@ -44,6 +44,8 @@ class Channels:
     """Linear layers: their weights lose rows, their biases entries."""
     readers: tuple[fx.Node, ...] = ()
     """Linear layers: their weights lose columns."""
+    stream: bool = False
+    """Of a residual stream; else inside an MLP."""
 
     @property
     def norms(self) -> list[fx.Node]:
@@ -55,12 +57,13 @@ def stream_channels(program: Program) -> list[tuple[fx.Node, Channels | Blocked]
     """(first addition, its channels or why they must stay) of each residual stream."""
     found: list[tuple[fx.Node, Channels | Blocked]] = []
     for node, basis in find_streams(program, gains=True):
-        blocked = basis if isinstance(basis, Blocked) else _fixed(program, basis)
-        if blocked is not None or isinstance(basis, Blocked):
-            found.append((node, blocked or Blocked(node, "")))
+        if isinstance(basis, Blocked):
+            found.append((node, basis))
             continue
-        parts = (basis.tables, basis.writers, basis.readers)
-        found.append((node, Channels(basis.width, tuple(sorted(basis.members)), *map(tuple, parts))))
+        members, tables = tuple(sorted(basis.members)), tuple(basis.tables)
+        writers, readers = tuple(basis.writers), tuple(basis.readers)
+        channels = Channels(basis.width, members, tables, writers, readers, stream=True)
+        found.append((node, _fixed(program, basis) or channels))
     return found
 
 
@@ -95,10 +98,10 @@ def hidden_channels(program: Program) -> list[tuple[fx.Node, Channels | Blocked]
 
 
 def _hidden(program: Program, reader: fx.Node) -> Channels | Blocked:
-    width = reader.args[0].meta["val"].shape[-1]  # type: ignore[union-attr]
+    pending = [arguments(reader)["x"]]
+    width = _last(pending[0])
     if not isinstance(width, int):
         return Blocked(reader, "it reads a number of channels that varies")
-    pending = [arguments(reader)["x"]]
     members: dict[fx.Node, None] = {}
     writers: dict[fx.Node, None] = {}
     while pending:
@@ -110,7 +113,12 @@ def _hidden(program: Program, reader: fx.Node) -> Channels | Blocked:
             continue
         value = tensor_of(node)
         wide = [s for s in node.all_input_nodes if _last(s) == width]
-        if value is None or _last(node) != width or not wide or not _elementwise(node):
+        if (
+            value is None
+            or _last(node) != width
+            or not wide
+            or not (is_pointwise(node) or see_through(node) is not node or node.target is ops.gated_mlp)
+        ):
             return Blocked(node, f"{node.name} ({op_name(node) or node.op}) is no function of each channel")
         members[node] = None
         pending.extend(wide)
@@ -135,27 +143,19 @@ def _last(node: fx.Node) -> Any:
     return value.shape[-1] if value is not None and value.dim() else None
 
 
-def _elementwise(node: fx.Node) -> bool:
-    if see_through(node) is not node or node.target is ops.gated_mlp:
-        return True
-    target = node.target
-    return isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags
+def importance(program: Program, channels: Channels, statistics: Statistics | None) -> Tensor:
+    """float64 [width]: means over the tokens of a sample, L2 over samples; the readers' weights' L2 without
+    statistics.
 
-
-def hidden_importance(program: Program, channels: Channels, statistics: Statistics | None) -> Tensor:
-    """float64 [width]: the mean that the last projection reads, L2 over samples; else its weights' L2."""
-    if statistics is None:
-        return _column_norms(program, channels.readers)
-    return _means(program, channels.readers[0], statistics).square().sum(0).sqrt()
-
-
-def stream_importance(program: Program, channels: Channels, statistics: Statistics | None) -> Tensor:
-    """float64 [width]: the means that norms give to layers, in magnitude, summed over norms, L2 over samples.
-
-    A norm whose readers write nothing back (the last one) does not count.
+    Of an MLP the mean of what its last projection reads; of a stream the means of what norms give to layers,
+    in magnitude, summed over the norms. A norm whose readers write nothing back, the last one, does not
+    count.
     """
     if statistics is None:
-        return _column_norms(program, channels.readers)
+        weights = [program.tensor_of(arguments(r)["weight"]).double() for r in channels.readers]
+        return torch.stack([w.square().sum(0) for w in weights]).sum(0).sqrt()
+    if not channels.stream:
+        return _means(program, channels.readers[0], statistics).square().sum(0).sqrt()
     flow, total = Flow(program.graph), torch.zeros(())
     back = sum(flow.bit(n) for n in channels.writers)
     for norm in channels.norms:
@@ -171,10 +171,10 @@ def readers_of(channels: Channels, norm: fx.Node) -> list[fx.Node]:
 
 
 def _means(program: Program, linear: fx.Node, statistics: Statistics) -> Tensor:
-    return wanted(program, linear, statistics.layer(program, linear), "means")
+    return _statistic(program, linear, statistics.layer(program, linear), "means")
 
 
-def wanted(program: Program, linear: fx.Node, found: LayerStatistics, what: str) -> Tensor:
+def _statistic(program: Program, linear: fx.Node, found: LayerStatistics, what: str) -> Tensor:
     """Statistics that only some calibrations hold, in float64; FactError without them."""
     value: Tensor | None = getattr(found, what)
     if value is None:
@@ -183,11 +183,6 @@ def wanted(program: Program, linear: fx.Node, found: LayerStatistics, what: str)
             remedy="calibrate with --means",
         )
     return value.double()
-
-
-def _column_norms(program: Program, readers: Sequence[fx.Node]) -> Tensor:
-    weights = [program.tensor_of(arguments(r)["weight"]).double() for r in readers]
-    return torch.stack([w.square().sum(0) for w in weights]).sum(0).sqrt()
 
 
 def norm_factor(
@@ -201,7 +196,7 @@ def norm_factor(
     readers = readers_of(channels, norm)
     if not readers:
         return 1.0
-    energy = wanted(program, readers[0], found.layer(program, readers[0]), "energy")
+    energy = _statistic(program, readers[0], found.layer(program, readers[0]), "energy")
     return float((energy[kept].mean() / energy.mean()).sqrt())
 
 

@@ -27,14 +27,14 @@ LOWEST = {
 
 _SEEN = """// What a row of the mask lets through: keys lo .. hi - 1 and nothing outside. A flat row has
 // nothing but numbers far below 0, where rounding matters: its scores count relative to `top`, its
-// greatest element.
+// greatest element. A bool mask has no flat rows.
 struct Seen {
   int64_t lo, hi;
   float top;
   bool flat;
-};
+};"""
 
-// The first n elements of a row as what is added to the scores; n <= kChunk.
+_LOOK = """// The first n elements of a row as what is added to the scores; n <= kChunk.
 inline void widen(const M* p, int64_t n, float* to) {
 @WIDEN@
 }
@@ -71,14 +71,7 @@ inline Seen look(const M* row, int64_t count) {
   return s;
 }"""
 
-_SEEN_BOOL = """// What a row of the mask lets through: keys lo .. hi - 1 and nothing outside.
-struct Seen {
-  int64_t lo, hi;
-  float top;
-  bool flat;
-};
-
-// The first n elements of a row as what is added to the scores; n <= kChunk.
+_LOOK_BOOL = """// The first n elements of a row as what is added to the scores; n <= kChunk.
 inline void widen(const M* p, int64_t n, float* to) {
   for (int64_t i = 0; i < n; ++i) to[i] = p[i] ? 0.0f : -std::numeric_limits<float>::infinity();
 }
@@ -264,8 +257,8 @@ def generate(key: KernelKey, op: str) -> str:
     element = config_of(key)["mask"]
     arguments = "\n".join(_arguments(key, element))
     run = _RUN.replace("@DTYPE@", dtype_constant(key.dtype))
-    seen = _SEEN_BOOL if element == "bool" else _SEEN.replace("@WIDEN@", _WIDEN)
-    cut = Cut("The mask is `base`.", _BEFORE, _ROW, f"{seen}\n\n{_PLACE}")
+    look = _LOOK_BOOL if element == "bool" else _LOOK.replace("@WIDEN@", _WIDEN)
+    cut = Cut("The mask is `base`.", _BEFORE, _ROW, f"{_SEEN}\n\n{look}\n\n{_PLACE}")
     return cpp_file(
         title=f"Attention of few queries under a {element} mask, {key.dtype}: hidden keys are not read.",
         note="Softmax and sums run in float32.",

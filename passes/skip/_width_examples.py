@@ -24,7 +24,7 @@ def masked(program: Program, channels: Channels, kept: Value, factors: Mapping[f
     for writer in writers:
         zeroed = insert_like(graph, writer.next, aten.mul.Tensor, (writer, held), writer)
         _read_instead(writer, zeroed)
-    if not channels.norms:  # an activation need not be zero at zero, nor a bias
+    if not channels.stream:  # an activation need not be zero at zero, nor a bias
         for reader in channels.readers:
             x = arguments(reader)["x"]
             reader.replace_input_with(x, insert_like(graph, reader, aten.mul.Tensor, (x, held), x))

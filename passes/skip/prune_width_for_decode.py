@@ -23,10 +23,9 @@ from tilewright.compiler.width import (
     Channels,
     Trimmer,
     hidden_channels,
-    hidden_importance,
+    importance,
     norm_factor,
     stream_channels,
-    stream_importance,
 )
 from tilewright.passes.skip._width_examples import masked, width_examples
 
@@ -83,7 +82,7 @@ class PruneWidthForDecode(GraphPass):
                 trimmer.trim(channels, kept, factors)
                 linears = [*channels.writers, *channels.readers]
                 log.claim_slots(linears, {n: n for n in linears})
-                log.applied(node, rule="mlp" if not channels.norms else "stream", inserted=linears)
+                log.applied(node, rule="stream" if channels.stream else "mlp", inserted=linears)
                 log.note(f"{node.name}: {kept.numel()} of {channels.width} channels stay")
         trimmer.finish()
         log.finish(("residual stream", "tilewright::linear"))
@@ -98,16 +97,11 @@ class PruneWidthForDecode(GraphPass):
         found = [(n, c, self.mlp_ratio) for n, c in hidden_channels(program)] if self.mlp_ratio else []
         found += [(n, c, self.hidden_ratio) for n, c in stream_channels(program)] if self.hidden_ratio else []
         for node, channels, ratio in found:
-            blocked = channels if isinstance(channels, Blocked) else self._prompt(node)
-            if blocked is None and isinstance(channels, Channels) and self._kept(channels, ratio) == 0:
-                blocked = Blocked(
-                    node, f"{channels.width} channels less {ratio:g}: all stay ({self.multiple} at a time)"
-                )
-            if isinstance(channels, Blocked) or blocked is not None:
-                if log is not None and blocked is not None:
-                    log.refused(node, blocked.reason, blame=blocked.node)
+            blocked = channels if isinstance(channels, Blocked) else self._blocked(node, channels, ratio)
+            if blocked is not None and log is not None:
+                log.refused(node, blocked.reason, blame=blocked.node)
+            if blocked is not None or isinstance(channels, Blocked):
                 continue
-            importance = stream_importance if channels.norms else hidden_importance
             order = importance(program, channels, statistics).topk(self._kept(channels, ratio)).indices
             kept, factors = order.sort().values, dict[fx.Node, float]()
             if statistics is not None:
@@ -115,16 +109,18 @@ class PruneWidthForDecode(GraphPass):
             yield node, channels, kept, factors
 
     def _kept(self, channels: Channels, ratio: float) -> int:
-        """How many channels stay; 0 where rounding leaves all of them."""
-        kept = max(1, round((1.0 - ratio) * channels.width / self.multiple)) * self.multiple
-        return kept if kept < channels.width else 0
+        return max(1, round((1.0 - ratio) * channels.width / self.multiple)) * self.multiple
 
-    def _prompt(self, node: fx.Node) -> Blocked | None:
+    def _blocked(self, node: fx.Node, channels: Channels, ratio: float) -> Blocked | None:
+        """Why a call or a number of channels stays as it is."""
         sizes = node.meta["val"].shape
         if len(sizes) != 3:
             return Blocked(node, f"it is {list(sizes)}: expected [batch, tokens, channels]")
         if not isinstance(sizes[1], int) or sizes[1] > self.max_tokens:
             return Blocked(node, f"{sizes[1]} tokens in a call: prompts are read at full width (max_tokens)")
+        if self._kept(channels, ratio) >= channels.width:
+            what = f"{channels.width} channels less {ratio:g}: all stay"
+            return Blocked(node, f"{what} ({self.multiple} at a time)")
         return None
 
     def reference(self, program: Program) -> None:

@@ -6,25 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from tilewright.frontends.kv_rows import KVRows
+from tilewright.frontends.loaders import resolve
 from tilewright.tools import acceptance_table
 from tilewright.tools.acceptance_table import Row, Table, right_tokens, spread, walk
 
 
 def _llama() -> Any:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=40,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.3,
-    )
-    return LlamaForCausalLM(config).eval()
+    return resolve("tiny-llama").module
 
 
 def test_tokens_that_agree_with_the_text() -> None:
