@@ -51,8 +51,8 @@ class PruneWidthForDecode(GraphPass):
     """Share of each MLP's inner channels to leave out."""
     importance: Literal["activation", "weight"] = "activation"
     """What a channel counts by: the mean it has on sample data, or the L2 norm of the weights that read it.
-    Weights say little: without 0.2 of its inner channels SmolLM2's perplexity is 1.37 times what it was when
-    chosen by data, 61,000 times when chosen by weights."""
+    Weights say little: without 320 of its 1,536 inner channels SmolLM2's perplexity is 1.37 times what it
+    was when they are chosen by data, 61,000 times when by weights."""
     calibration: str = ""
     """A file of statistics with means (`tilewright calibrate --means`), for importance=activation."""
     max_tokens: int = 1
