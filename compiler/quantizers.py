@@ -55,8 +55,10 @@ class Quantized:
         if self.group != WHOLE_ROW and columns % self.group:
             scale, offset = (spread(t, columns, self.group) for t in (self.scale, self.offset))
             return scale * self.codes.float() + offset
-        blocks: Tensor = self.codes.unflatten(-1, (groups(columns, self.group), -1)).float()
-        return (self.scale[..., None] * blocks + self.offset[..., None]).flatten(-2)
+        blocks: Tensor = self.codes.unflatten(-1, (groups(columns, self.group), -1))
+        # In place: a head's weight is hundreds of megabytes in float32, and once is enough.
+        values = blocks.to(torch.float32, copy=True).mul_(self.scale[..., None]).add_(self.offset[..., None])
+        return values.flatten(-2)
 
 
 @dataclass(frozen=True)

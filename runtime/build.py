@@ -1,4 +1,4 @@
-"""Builds generated C++ into a shared library: one compiler call, flags from an allow list."""
+"""Builds generated C++ into a shared library: sources side by side, flags from an allow list."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -94,15 +95,37 @@ def _compile(
         "compiler": version,
         **{f"environment {name}": os.environ[name] for name in SEARCH_PATHS if name in os.environ},
     }
-    command = [compiler, *flags, *sources, "-o", LIBRARY, *paths]
     return ArtifactStore.default().get_or_build(
-        key, lambda folder: _build(folder, {**sources, **headers}, command)
+        key, lambda folder: _build(folder, sources, headers, [compiler, *flags], paths)
     )
 
 
-def _build(folder: Path, texts: Mapping[str, str], command: list[str]) -> None:
-    for name, text in texts.items():
+def _build(
+    folder: Path,
+    sources: Mapping[str, str],
+    headers: Mapping[str, str],
+    compiler: list[str],
+    paths: tuple[str, ...],
+) -> None:
+    for name, text in {**sources, **headers}.items():
         (folder / name).write_text(text, encoding="utf-8")
+    if len(sources) == 1:
+        _run(folder, [*compiler, *sources, "-o", LIBRARY, *paths])
+        return
+    objects = [f"{Path(name).stem}.o" for name in sources]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        made = [
+            pool.submit(_run, folder, [*compiler, "-c", name, "-o", place, *paths])
+            for name, place in zip(sources, objects, strict=True)
+        ]
+        for future in made:
+            future.result()
+    _run(folder, [*compiler, *objects, "-o", LIBRARY, *paths])
+    for name in objects:
+        (folder / name).unlink()
+
+
+def _run(folder: Path, command: list[str]) -> None:
     try:
         done = subprocess.run(
             command, cwd=folder, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=False

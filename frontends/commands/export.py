@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from tilewright.frontends.cli import Result
-from tilewright.frontends.commands.shared import add_model, add_pipeline, compile_options, load, step
+from tilewright.frontends.commands.shared import add_model, add_pipeline, compile_options, step
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> Result:
     axes = parse_axes(args.dynamic)
     check_request(args.format, Path(args.output), args.operators, args.capacity)
     manifest = export(
-        load(args),
+        args.model,  # loaded there: its weights leave memory while nothing reads them
         path=args.output,
         format=args.format,
         dynamic=axes,
@@ -52,6 +52,7 @@ def run(args: argparse.Namespace) -> Result:
         length=args.length,
         operators=args.operators,
         capacity=args.capacity,
+        weights=args.weights,
         progress=step,
         **options,
     )

@@ -47,6 +47,7 @@ def export(
     length: int | None = None,
     operators: str = "standard",
     capacity: int | None = None,
+    weights: str | None = None,
     progress: Progress = _silent,
     **options: Any,
 ) -> dict[str, Any]:
@@ -58,11 +59,14 @@ def export(
     a language model. operators: `custom` has onnxruntime run our kernels from a library beside the model
     (format onnx). capacity: a language model's decode step keeps keys and values in buffers of that many
     tokens, which a caller binds as input and output at once, so that a step copies none of them (format
-    onnx). options: those of the torch.compile backend. Returns the manifest. Raises ExportError,
-    ParityError, OptionError and those of the passes; nothing is left at `path` then.
+    onnx). weights: a .safetensors file to load over those of a MODEL text. options: those of the
+    torch.compile backend. Returns the manifest. Raises ExportError, ParityError, OptionError and those of the
+    passes; nothing is left at `path` then.
     """
     parsed = CompileOptions.parse({"pipeline": pipeline, **options})
     final = check_request(format, Path(path), operators, capacity)
+    if weights is not None and not isinstance(model, str):
+        raise OptionError(f"weights = {weights!r} belongs to a MODEL text, not a model that is loaded")
     if isinstance(model, nn.Module):
         if capacity is not None:
             raise OptionError(f"capacity = {capacity} belongs to a loaded language model, not a module")
@@ -70,7 +74,7 @@ def export(
     elif args or kwargs:
         raise OptionError("args and kwargs belong to a module; a loaded model brings its own call")
     else:
-        loaded = _loaded(model, progress, final)
+        loaded = _loaded(model, weights, progress, final)
         name = loaded.name
         entries = entries_of(
             loaded, dynamic or {}, static=static, kind=kind, length=length, capacity=capacity
@@ -108,7 +112,7 @@ def _writer(format: str) -> Writer:
     return found
 
 
-def _loaded(model: LoadedModel | str, progress: Progress, final: Path) -> LoadedModel:
+def _loaded(model: LoadedModel | str, weights: str | None, progress: Progress, final: Path) -> LoadedModel:
     """A MODEL text as its model, the weights in a file beside `final` as long as nothing reads them."""
     if not isinstance(model, str):
         return model
@@ -116,6 +120,6 @@ def _loaded(model: LoadedModel | str, progress: Progress, final: Path) -> Loaded
     from tilewright.frontends.weight_offload import offload_weights
 
     with progress(f"loading {model}"):
-        loaded = resolve(model)
+        loaded = resolve(model, weights=weights)
         offload_weights(loaded.module, final.parent)  # what is derived from them stays in memory
     return loaded

@@ -12,6 +12,7 @@ from torch import Tensor, fx
 
 from tilewright.compiler.diagnostics import ParityError
 from tilewright.compiler.parity import relative_rms
+from tilewright.compiler.program import InputKind
 from tilewright.frontends.export.captured import Captured
 
 ROUNDING_LIMIT, INT8_LIMIT = 1e-4, 0.1
@@ -29,6 +30,7 @@ def check_parity(
     against that `program`, and against the original `model`. ParityError when the former exceeds what the
     formats explain.
     """
+    fresh = _Fresh(captured)
     limit = INT8_LIMIT if _cuts_activations(program) else ROUNDING_LIMIT
     found: dict[str, Any] = {"limit": limit}
     calls = {"example": captured.entry.tensors, "other sizes": captured.entry.resized()}
@@ -37,11 +39,12 @@ def check_parity(
         for name, tensors in calls.items():
             if tensors is not None:
                 with captured.entry.weights_in_turn():
-                    original = _tensors(captured.entry.module(*tensors))
-                wanted[name] = tensors, original, _tensors(program(*captured.inputs_for(tensors)))
+                    original = _tensors(captured.entry.module(*fresh(tensors)))
+                wanted[name] = tensors, original, _tensors(program(*captured.inputs_for(fresh(tensors))))
     captured.entry.release()
     for name, (tensors, original, rewritten) in wanted.items():
-        got = run(tensors)
+        with torch.no_grad():
+            got = run(fresh(tensors))
         found[name] = {"program": _worst(got, rewritten), "model": _worst(got, original)}
         if not found[name]["program"] <= limit:
             raise ParityError(
@@ -49,6 +52,22 @@ def check_parity(
                 f"{found[name]['program']:.1e}, limit {limit:.0e} ({name})"
             )
     return found
+
+
+class _Fresh:
+    """Every run starts from the same values: a call may write into its inputs, and into state that it holds,
+    a cache of fixed size for one."""
+
+    def __init__(self, captured: Captured) -> None:
+        pairs = zip(captured.program.inputs, captured.program.example_inputs, strict=True)
+        held = [v for s, v in pairs if s.mutated and s.kind is InputKind.WEIGHT and isinstance(v, Tensor)]
+        self._state = [(value, value.clone()) for value in held]
+
+    def __call__(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The state as it was, and copies of the inputs."""
+        for value, kept in self._state:
+            value.copy_(kept)
+        return [tensor.clone() for tensor in tensors]
 
 
 def _cuts_activations(program: fx.GraphModule) -> bool:

@@ -6,15 +6,19 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from safetensors.torch import save_model
 from torch import Tensor, nn
 
 import tilewright as tw
 from tilewright.compiler.diagnostics import ExportError, OptionError, ParityError
 from tilewright.compiler.parity import relative_rms
+from tilewright.frontends import weight_offload
 from tilewright.frontends.cli import main
 from tilewright.frontends.export import parity
 from tilewright.frontends.export.artifact import faults
 from tilewright.frontends.export.onnx_file import session
+from tilewright.frontends.loaders import resolve
+from tilewright.frontends.weight_offload import offload_weights
 
 
 def decoder(layers: int = 1) -> nn.Module:
@@ -218,3 +222,23 @@ def test_bad_requests(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert main(["export", "tiny-llama", "-o", str(tmp_path / "x"), "--dynamic", "input_ids"]) == 2
     assert capsys.readouterr().err.count("\n") == 2
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_command_lets_weights_leave_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    moved = list[nn.Module]()
+
+    def record(model: nn.Module, folder: Path) -> int:
+        moved.append(model)
+        return offload_weights(model, folder)
+
+    monkeypatch.setattr(weight_offload, "offload_weights", record)
+    own = resolve("tiny-llama").module
+    with torch.no_grad():
+        own.lm_head.weight.mul_(1.5)
+    save_model(own, str(tmp_path / "own.safetensors"))
+    call = ["export", "tiny-llama", "--call", "decode", "--static", "-o", str(tmp_path / "out")]
+    assert main([*call, "--weights", str(tmp_path / "own.safetensors")]) == 0
+    assert len(moved) == 1
+    assert torch.equal(moved[0].lm_head.weight, own.lm_head.weight)
+    with pytest.raises(OptionError, match=r"weights = 'own\.safetensors' belongs to a MODEL text"):
+        tw.export(nn.Linear(7, 5), (torch.randn(3, 7),), "exact", tmp_path / "x", weights="own.safetensors")
