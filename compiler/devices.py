@@ -59,6 +59,14 @@ _TABLE = (
         "NVIDIA A100 80GB SXM data sheet; launch time assumed",
     ),
     _device(
+        "l40s",
+        {"float64": 1.4, "float32": 91.6, "bfloat16": 362.05, "float16": 362.05, "float8": 733, "int8": 733},
+        864,
+        3.0,
+        48,
+        "NVIDIA L40S data sheet; launch time assumed",
+    ),
+    _device(
         "h100",
         {"float64": 34, "float32": 67, "bfloat16": 989.4, "float16": 989.4, "float8": 1978.9, "int8": 1978.9},
         3350,
@@ -98,6 +106,21 @@ _TABLE = (
         "AMD Instinct MI300X data sheet; launch time assumed",
     ),
     _device(
+        "mi355x",
+        {
+            "float64": 78.6,
+            "float32": 157.3,
+            "bfloat16": 2516.6,
+            "float16": 2516.6,
+            "float8": 5033.2,
+            "int8": 5033.2,
+        },
+        8000,
+        5.0,
+        288,
+        "AMD Instinct MI355X data sheet; launch time assumed",
+    ),
+    _device(
         "cpu-avx2",
         {"float64": 0.04, "float32": 0.08},
         25,
@@ -108,7 +131,15 @@ _TABLE = (
 )
 
 DEVICES: Mapping[str, DeviceDescriptor] = MappingProxyType({device.name: device for device in _TABLE})
-_OTHER_NAMES = {"sm_80": "a100", "sm_90": "h100", "sm_100": "b200", "sm_120": "rtx5090", "gfx942": "mi300x"}
+_OTHER_NAMES = {
+    "sm_80": "a100",
+    "sm_89": "l40s",
+    "sm_90": "h100",
+    "sm_100": "b200",
+    "sm_120": "rtx5090",
+    "gfx942": "mi300x",
+    "gfx950": "mi355x",
+}
 
 
 def device_named(name: str) -> DeviceDescriptor:

@@ -174,7 +174,7 @@ def notes(archs: Sequence[str]) -> list[str]:
     """What a reader must know about the rows of these architectures."""
     found = [
         f"{arch}: our kernels have no configurations of its own and are compiled with those of "
-        f"{STAND_INS[arch]}; no device descriptor, so no roofline"
+        f"{STAND_INS[arch]}"
         for arch in archs
         if arch in STAND_INS
     ]
@@ -203,11 +203,12 @@ def _row(family: KernelFamily, key: KernelKey, args: Sequence[Any], target: Targ
     assert family.triton is not None, "checked by the caller"
     columns, op = args[0].shape[-1], all_ops()[key.op]
     name, text = family.source(key)
+    constants = family.triton.constants(key, columns)
     compiled = compile_whole(
         store_triton_source(name, text),
         name,
         dict(family.triton.parameters(key)),
-        family.triton.constants(key, columns),
+        constants,
         target,
         **family.triton.launch_options(key, columns),
     )
@@ -217,10 +218,9 @@ def _row(family: KernelFamily, key: KernelKey, args: Sequence[Any], target: Targ
     moved = float(sum(t.numel() * t.element_size() for t in tensors))
     flops = float(op.flops(*given, out=out))
     options = [f"{k}={v}" for k, v in config_of(key).items() if v is not False and v != "none"]
-    analysis = analyse(f"{key.op} {key.dtype} {' '.join(options)}", compiled, target)
+    options += ["x".join(str(v) for k, v in constants.items() if k.startswith("BLOCK"))]
+    analysis = analyse(f"{key.op} {key.dtype} {' '.join(options)}".rstrip(), compiled, target)
     described = {**asdict(analysis), "configuration": key.target.arch}
-    if target.arch in STAND_INS:
-        return described
     return {**described, "roofline": asdict(predict(flops, moved, key.dtype, target.arch))}
 
 

@@ -4,6 +4,7 @@ import re
 
 import pytest
 
+from tilewright.compiler.devices import device_named
 from tilewright.compiler.diagnostics import OptionError
 from tilewright.frontends.cli import build_parser
 from tilewright.frontends.commands import kernels
@@ -46,6 +47,7 @@ def test_attention_beside_a_plain_flash_kernel() -> None:
         assert row["spill_bytes"] == 0
         assert row["tensor_core_share"] > 0.95 * plain["tensor_core_share"]
         assert 0 < row["roofline"]["bytes_per_flop"] < 0.05
+        assert row["kernel"].endswith(" 128x64")
 
 
 def test_roofline_by_hand() -> None:
@@ -55,6 +57,18 @@ def test_roofline_by_hand() -> None:
     found = predict(1.0, 2039e9 * 1e-3, "float16", "sm_80")
     assert found.microseconds == pytest.approx(1000 + 3)
     assert found.bound == "memory"
+
+
+@pytest.mark.parametrize(
+    ("arch", "peak", "bandwidth"), [("sm_89", 362.05e12, 864e9), ("gfx950", 2516.6e12, 8e12)]
+)
+def test_devices_whose_configurations_are_borrowed_have_rooflines(
+    arch: str, peak: float, bandwidth: float
+) -> None:
+    launch = device_named(arch).launch_us
+    assert predict(1e-3 * peak, 1.0, "float16", arch).microseconds == pytest.approx(1000 + launch)
+    assert predict(1.0, 1e-3 * bandwidth, "float16", arch).microseconds == pytest.approx(1000 + launch)
+    assert all("roofline" in row for row in kernel_rows(["rms_norm"], [arch]))
 
 
 def test_the_command_refuses_unknown_names() -> None:
