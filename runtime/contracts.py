@@ -60,6 +60,9 @@ class StateAccess(Protocol):
     def put(self, layer: int, values: Mapping[str, Any]) -> None:
         """Replace the slots of a layer."""
 
+    def left_out(self) -> None:
+        """A stretch of this call is not computed: what its layers would put is missing."""
+
 
 class ScratchState:
     """State of one caller, without requests: for running a program once or twice in a test."""
@@ -75,6 +78,9 @@ class ScratchState:
         """Replace slots of a layer."""
         self.slots.update({(layer, slot): value for slot, value in values.items()})
 
+    def left_out(self) -> None:
+        """Nothing to remember: there are no steps."""
+
 
 STATE: ContextVar[StateAccess | None] = ContextVar("tilewright_state", default=None)
 """The state of the call that is running, None outside of any request."""
@@ -88,6 +94,9 @@ class ReuseAccess(Protocol):
 
     def reuses(self, gate: int) -> bool:
         """What was decided in this call."""
+
+    def leaves_out(self) -> bool:
+        """Whether the call is inside of a stretch that reuses its residual: what runs there is not wanted."""
 
     def residual(self, gate: int) -> Any:
         """The residual of the stretch, from the last step that computed it."""

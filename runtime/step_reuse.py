@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from tilewright.runtime.contracts import REUSE
+from tilewright.runtime.contracts import REUSE, STATE
 
 
 class StepReuseError(Exception):
@@ -248,6 +248,8 @@ class _Access:
         self._lanes: dict[int, Lane] = {}
         self._reused: dict[int, bool] = {}
         self._probes: dict[int, Tensor] = {}
+        self._inside = False
+        """Between the begin and the end of a gate that reuses."""
 
     def decide(self, gate: int, entry: Tensor, probe: Tensor) -> bool:
         lane = replace(self._held.lanes.get((self._branch, gate), Lane()))
@@ -264,12 +266,19 @@ class _Access:
         self._reused[gate] = reuse and self._policy.reuse(
             lane, self._step, self._held.steps, self._probes[gate]
         )
+        self._inside, state = self._reused[gate], STATE.get()
+        if self._inside and state is not None:
+            state.left_out()
         return self._reused[gate]
 
     def reuses(self, gate: int) -> bool:
         return self._reused.get(gate, False)
 
+    def leaves_out(self) -> bool:
+        return self._inside
+
     def residual(self, gate: int) -> Tensor:
+        self._inside = False  # asked at the end of the stretch
         kept = self._lanes[gate].residual
         if kept is None:
             raise StepReuseError(f"gate {gate} holds no residual")

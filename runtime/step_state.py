@@ -15,7 +15,7 @@ from enum import Enum
 
 import torch
 
-from tilewright.runtime.contracts import STATE
+from tilewright.runtime.contracts import REUSE, STATE
 
 Key = tuple[str, str, int]
 """(request, guidance branch, layer)."""
@@ -122,6 +122,8 @@ class _Request:
     """(branch, layer) -> the step at which its slots were filled."""
     ran: dict[str, list[int]]
     """branch -> the steps that were run since its slots were filled, that one first."""
+    missed: dict[str, set[int]]
+    """branch -> the steps that left out a stretch of layers."""
 
 
 class StepState:
@@ -138,7 +140,7 @@ class StepState:
         with self._lock:
             if request in self._requests:
                 raise StepStateError(f"request {request!r} runs already; end it first")
-            self._requests[request] = _Request(StepClock(timesteps), {}, {}, {})
+            self._requests[request] = _Request(StepClock(timesteps), {}, {}, {}, {})
 
     def end(self, request: str) -> None:
         """Drop everything a request holds."""
@@ -152,7 +154,8 @@ class StepState:
             return self._running(request).clock.step(timestep)
 
     def phase(self, schedule: Schedule, request: str, branch: str, step: int) -> Phase:
-        """The schedule's phase, or SEARCH / REFRESH where a step that should have collected was skipped.
+        """The schedule's phase, or SEARCH / REFRESH where a step that should have collected was skipped, or
+        left out a stretch of layers.
 
         A cached step that jumps over a refresh thus postpones it instead of losing it.
         """
@@ -161,8 +164,10 @@ class StepState:
         if back < 0:
             return phase
         with self._lock:
-            steps = [s for (name, _), s in self._running(request).collected.items() if name == branch]
-        return phase if max(steps, default=-1) >= step - back else schedule.phase(step - back)
+            held = self._running(request)
+            last = max((s for (name, _), s in held.collected.items() if name == branch), default=-1)
+            whole = last not in held.missed.get(branch, ())
+        return phase if last >= step - back and whole else schedule.phase(step - back)
 
     @contextmanager
     def call(self, request: str, branch: str, step: int) -> Iterator[None]:
@@ -210,6 +215,11 @@ class StepState:
             if step not in ran:
                 ran.append(step)
 
+    def miss(self, request: str, branch: str, step: int) -> None:
+        """A stretch of layers is left out at this step: should others collect, the collection has holes."""
+        with self._lock:
+            self._running(request).missed.setdefault(branch, set()).add(step)
+
     def age(self, request: str, branch: str) -> int:
         """How many steps ran between the last collection and the present one: 0 at the first sparse step.
 
@@ -245,13 +255,25 @@ class _Access:
     step: int
 
     def get(self, layer: int, slot: str) -> torch.Tensor:
-        self.state.read(self.request, self.branch, self.step)
+        if not _unwanted():
+            self.state.read(self.request, self.branch, self.step)
         if slot == AGE:
             return torch.tensor([self.state.age(self.request, self.branch)], dtype=torch.int32)
         return self.state.get((self.request, self.branch, layer), slot)
 
     def put(self, layer: int, values: Mapping[str, torch.Tensor]) -> None:
-        self.state.put((self.request, self.branch, layer), self.step, values)
+        if not _unwanted():
+            self.state.put((self.request, self.branch, layer), self.step, values)
+
+    def left_out(self) -> None:
+        self.state.miss(self.request, self.branch, self.step)
+
+
+def _unwanted() -> bool:
+    """Whether the running op belongs to a stretch that is left out: without compiled pieces it runs, and must
+    neither change what is kept nor count."""
+    reuse = REUSE.get()
+    return reuse is not None and reuse.leaves_out()
 
 
 def _bytes(slots: Mapping[tuple[str, int, str], torch.Tensor]) -> int:

@@ -20,7 +20,7 @@ from tilewright.compiler.replay import relative_rms
 from tilewright.compiler.report import PassReport
 from tilewright.compiler.selftest import capture_example
 from tilewright.runtime.step_reuse import Accumulated, StepReuse
-from tilewright.runtime.step_state import StepState
+from tilewright.runtime.step_state import Phase, Schedule, StepState
 
 GRID, TOKENS, HIDDEN, HEADS, LAYERS = (4, 4, 6), 96, 16, 2, 3
 PER_LAYER = 6
@@ -145,6 +145,31 @@ def test_reused_residuals(system: str) -> None:
             else:
                 assert relative_rms(got, torch.sin(inputs[0] + kept)) < 1e-12
                 assert relative_rms(got, run(alone, inputs)) > 1e-3
+    assert reuse.end("r") == (2, 2)
+
+
+def test_a_stretch_left_out_neither_searches_nor_ages() -> None:
+    """Run op by op, the layers of a reused stretch still compute: what they find is not kept, and a search
+    that they miss is owed although layer 0, in front of the stretch, searched."""
+    gate = "reuse-step-residual{metric=first-block,head=1}"
+    searching = built(f"{gate},{ADASPA.replace('}', ',phase=search}')}")[1]
+    sparse = built(f"{gate},{ADASPA.replace('}', ',phase=sparse}')}")[1]
+    reuse, state, schedule = StepReuse(Accumulated(1e9)), StepState(), Schedule(searches=(0, 2))
+    reuse.begin("r", 6)
+    state.begin("r", [float(5 - step) for step in range(6)])
+
+    def step(number: int, program: Program) -> list[Tensor]:
+        with reuse.call("r", "", number), state.call("r", "", number):
+            run(program, given(number))
+        return [state.get(("r", "", layer), "lse") for layer in range(LAYERS)]
+
+    front, *found = step(0, searching)
+    assert all(map(torch.equal, step(1, sparse)[1:], found))
+    again, *held = step(2, searching)
+    assert not torch.equal(again, front)
+    assert all(map(torch.equal, held, found)), "another x, left out"
+    assert state.phase(schedule, "r", "", 3) is Phase.SEARCH
+    assert not any(map(torch.equal, step(5, searching)[1:], found)), "the last step is computed"
     assert reuse.end("r") == (2, 2)
 
 

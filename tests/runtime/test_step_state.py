@@ -119,6 +119,22 @@ def test_a_skipped_refresh_is_postponed() -> None:
     assert schedule.since_collected(12) == 2
 
 
+def test_a_refresh_with_a_stretch_left_out_is_postponed() -> None:
+    """Layer 0 stands in front of the stretch and collects at step 5; what layer 1 holds is that of step 2."""
+    state, schedule = StepState(), Schedule(dense=2, period=5)
+    state.begin("r", FIFTY)
+    for layer in (0, 1):
+        state.put(("r", "c", layer), 2, {"rho": torch.zeros(1)})
+    state.put(("r", "c", 0), 5, {"rho": torch.ones(1)})
+    assert state.phase(schedule, "r", "c", 6) is Phase.SPARSE
+    state.miss("r", "c", 5)
+    assert state.phase(schedule, "r", "c", 6) is Phase.REFRESH
+    assert state.phase(schedule, "r", "other", 6) is Phase.REFRESH, "never collected"
+    for layer in (0, 1):
+        state.put(("r", "c", layer), 6, {"rho": torch.ones(1)})
+    assert state.phase(schedule, "r", "c", 7) is Phase.SPARSE
+
+
 def test_rules_of_a_request() -> None:
     state = StepState(capacity=100)
     state.begin("a", [2.0, 1.0])
