@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from tilewright.compiler import ops
 from tilewright.compiler.diagnostics import VerifyError
 from tilewright.compiler.graph import fake_mode_of, output_node
+from tilewright.compiler.ops import early_exit, step_reuse
 from tilewright.compiler.program import Program
 from tilewright.compiler.repeats import Piece, cut, layout_of, sink_writes
 from tilewright.frontends.chains import is_chain
@@ -117,8 +118,12 @@ def _direct(piece: Piece) -> Compiled:
     call = piece.nodes[0]
     op: Any = call.target
     if call.target is ops.early_exit_begin:
-        gate, layers = call.args[3:]
+        gate, layers = (cast(int, a) for a in call.args[3:])
+        if _may_alias(call):
+            return lambda entry, active, *_: (early_exit.enter(entry, active, gate, layers),)
         return lambda entry, active, *held: (op(entry, active, list(held), gate, layers),)
+    if call.target in _ITSELF and _may_alias(call):
+        op = _ITSELF[call.target]
     constants = tuple(a for a in call.args if not isinstance(a, fx.Node))
     if constants:  # gates: their number comes last
         return lambda *given: (op(*given, *constants),)
@@ -131,6 +136,16 @@ def _direct(piece: Piece) -> Compiled:
         return [results[i] for i in read]
 
     return run
+
+
+_ITSELF = {ops.step_reuse_begin: step_reuse.enter, ops.step_reuse_end: step_reuse.leave}
+"""Ops of gates without the dispatcher and the copy that an op's result has to be."""
+
+
+def _may_alias(gate: fx.Node) -> bool:
+    """Whether what passes a gate may be its input itself: nobody outside of the program holds either."""
+    passed = cast(fx.Node, gate.args[0])
+    return passed.op == "call_function" and not any(n.op == "output" for x in (gate, passed) for n in x.users)
 
 
 _GIVEN = ("placeholder", "get_attr")

@@ -14,6 +14,14 @@ from tilewright.compiler.ops.registry import define
 from tilewright.runtime.contracts import EXITS
 
 
+def enter(entry: Tensor, active: Tensor, gate: int, layers: int) -> Tensor:
+    """`entry` itself, after whoever counts was told."""
+    counting = EXITS.get()
+    if counting is not None:
+        counting.reached(gate, layers, active)
+    return entry
+
+
 @define(
     "early_exit_begin(Tensor entry, Tensor active, Tensor[] held, int gate, int layers) -> Tensor",
     flops=lambda *_, out: 0,
@@ -22,10 +30,7 @@ from tilewright.runtime.contracts import EXITS
 def early_exit_begin(entry: Tensor, active: Tensor, held: list[Tensor], gate: int, layers: int) -> Tensor:
     """`entry` [B, S, C]. active: bool [B, S]. held: what the layers' writes need beside the entry. layers:
     of the stretch, for whoever counts (`runtime.contracts.EXITS`)."""
-    counting = EXITS.get()
-    if counting is not None:
-        counting.reached(gate, layers, active)
-    return entry.clone()
+    return enter(entry, active, gate, layers).clone()
 
 
 @define(

@@ -14,17 +14,34 @@ from tilewright.compiler.ops.registry import define
 from tilewright.runtime.contracts import REUSE
 
 
+def enter(entry: Tensor, probe: Tensor, gate: int) -> Tensor:
+    """`entry` itself, after the decision for this gate was made from it and `probe`."""
+    access = REUSE.get()
+    if access is not None:
+        access.decide(gate, entry, probe)
+    return entry
+
+
+def leave(exit: Tensor, entry: Tensor, measured: Tensor, gate: int) -> Tensor:
+    """`exit` itself, or `entry` plus the kept residual where that was decided."""
+    access = REUSE.get()
+    if access is None:
+        return exit
+    if access.reuses(gate):
+        kept: Tensor = access.residual(gate)
+        return entry + kept
+    access.keep(gate, exit - entry, measured)
+    return exit
+
+
 @define(
     "step_reuse_begin(Tensor entry, Tensor probe, int gate) -> Tensor",
     flops=lambda *_, out: 0,
     fake=lambda entry, probe, gate: torch.empty_like(entry),
 )
 def step_reuse_begin(entry: Tensor, probe: Tensor, gate: int) -> Tensor:
-    """`entry`, after the decision for this gate was made from it and `probe`."""
-    access = REUSE.get()
-    if access is not None:
-        access.decide(gate, entry, probe)
-    return entry.clone()
+    """A copy of `entry`, after the decision for this gate was made from it and `probe`."""
+    return enter(entry, probe, gate).clone()
 
 
 @define(
@@ -33,12 +50,6 @@ def step_reuse_begin(entry: Tensor, probe: Tensor, gate: int) -> Tensor:
     fake=lambda exit, entry, measured, gate: torch.empty_like(exit),
 )
 def step_reuse_end(exit: Tensor, entry: Tensor, measured: Tensor, gate: int) -> Tensor:
-    """`exit`, or `entry` plus the kept residual where that was decided."""
-    access = REUSE.get()
-    if access is None:
-        return exit.clone()
-    if access.reuses(gate):
-        kept: Tensor = access.residual(gate)
-        return entry + kept
-    access.keep(gate, exit - entry, measured)
-    return exit.clone()
+    """A copy of `exit`, or `entry` plus the kept residual where that was decided."""
+    found = leave(exit, entry, measured, gate)
+    return found.clone() if found is exit else found
