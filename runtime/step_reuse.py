@@ -65,7 +65,8 @@ _FEW = 1 << 16
 def _sizes(x: Tensor) -> list[float]:
     """L1 norm of each sample. In few calls: at decode's sizes one costs more than what it computes."""
     if x.shape[0] == 1 and x.numel() <= _FEW:
-        return [float(torch.linalg.vector_norm(x, 1))]
+        short = None if x.dtype in (torch.float32, torch.float64) else torch.float32
+        return [float(torch.linalg.vector_norm(x, 1, dtype=short))]
     sums: list[float] = torch.linalg.vector_norm(x, 1, tuple(range(1, x.dim())), dtype=torch.float64).tolist()
     return sums
 
