@@ -96,7 +96,7 @@ class ReuseAccess(Protocol):
         """What was decided in this call."""
 
     def leaves_out(self) -> bool:
-        """Whether the call is inside of a stretch that reuses its residual: what runs there is not wanted."""
+        """Whether the call is between a decision to reuse and the reading of the residual: unwanted work."""
 
     def residual(self, gate: int) -> Any:
         """The residual of the stretch, from the last step that computed it."""

@@ -148,7 +148,7 @@ def test_reused_residuals(system: str) -> None:
     assert reuse.end("r") == (2, 2)
 
 
-def test_a_stretch_left_out_neither_searches_nor_ages() -> None:
+def test_a_stretch_left_out_does_not_search() -> None:
     """Run op by op, the layers of a reused stretch still compute: what they find is not kept, and a search
     that they miss is owed although layer 0, in front of the stretch, searched."""
     gate = "reuse-step-residual{metric=first-block,head=1}"

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tilewright.runtime.contracts import REUSE
+from tilewright.runtime.contracts import REUSE, STATE
 from tilewright.runtime.step_reuse import (
     FAST_30,
     SLOW_30,
@@ -23,6 +23,7 @@ from tilewright.runtime.step_reuse import (
     _motion,
     relative_change,
 )
+from tilewright.runtime.step_state import StepState
 
 X = torch.ones(1, 4, 3)
 
@@ -205,3 +206,26 @@ def test_a_change_that_cannot_be_measured_is_infinite() -> None:
     assert relative_change(torch.full_like(X, math.nan), X) == math.inf
     both = torch.cat([X, torch.full_like(X, math.nan)])
     assert relative_change(both, torch.ones_like(both)) == math.inf
+
+
+def test_state_that_a_stretch_left_out_reads_does_not_age() -> None:
+    """Run op by op, layers inside read their state at every step; only steps 0 and 5 are computed."""
+    reuse, state = StepReuse(Accumulated(1e9)), StepState()
+    reuse.begin("r", 6)
+    state.begin("r", [float(5 - step) for step in range(6)])
+    for step in range(6):
+        with reuse.call("r", "", step), state.call("r", "", step):
+            access, held = REUSE.get(), STATE.get()
+            assert access is not None
+            assert held is not None
+            left_out = access.decide(0, X, X)
+            assert access.leaves_out() == left_out == (step not in (0, 5))
+            if step == 0:
+                held.put(0, {"rho": X})
+            held.get(0, "rho")
+            if left_out:
+                access.residual(0)
+            else:
+                access.keep(0, X, X)
+            assert not access.leaves_out()
+    assert state.age("r", "") == 0
