@@ -29,7 +29,8 @@ class Placement:
         says."""
         self.policy = policy
         self.layers: list[OffloadedLayer] = []
-        self._open_store = open_store or self._store
+        self.open_store = open_store or self._store
+        """Makes the slow tier of one sequence; another may be set before anything is stored."""
         self._tiers: TierManager | None = None
         self._sessions: list[int] = []
         self.label = ""
@@ -52,7 +53,7 @@ class Placement:
                 )
 
             def opened() -> ExtentStore:
-                store = self._open_store(layout.extent_bytes)
+                store = self.open_store(layout.extent_bytes)
                 self.label = store.label
                 return store
 

@@ -53,15 +53,19 @@ class SimLink(HostExtents):
 
     def __init__(self, bandwidth: float, latency: float) -> None:
         """bandwidth: bytes per second, above 0; latency: seconds, 0 or more. KVStoreError otherwise."""
+        super().__init__()
+        self.throttle(bandwidth, latency)
+        self._lock = threading.Lock()
+        self._free_at = 0.0
+
+    def throttle(self, bandwidth: float, latency: float) -> None:
+        """Change the link, for the transfers that begin from now on; as `__init__`."""
         if not bandwidth > 0:
             raise KVStoreError(f"bandwidth = {bandwidth}: expected bytes per second above 0")
         if not latency >= 0:
             raise KVStoreError(f"latency = {latency}: expected 0 seconds or more")
-        super().__init__()
         self.bandwidth, self.latency = bandwidth, latency
         self.label = f"emulated link ({bandwidth / 1e9:g} GB/s, {latency * 1e6:g} us)"
-        self._lock = threading.Lock()
-        self._free_at = 0.0
 
     def write(self, extent: Hashable, version: int, data: Tensor) -> bool:
         """As HostExtents.write, over the link."""
