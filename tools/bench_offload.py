@@ -128,8 +128,8 @@ def report(sides: list[Side], links: list[CountingLink], before: dict[str, Any],
 
 def measure(options: argparse.Namespace) -> float:
     """Both sides; the ratio of their speeds."""
-    model = resolve("smollm2").module
-    layers = model.config.num_hidden_layers
+    model: Any = resolve("smollm2").module
+    layers: int = model.config.num_hidden_layers
     choosing = ",select_layers=" + "x".join(map(str, options.choose)) if options.choose else ""
     policy = f"lessismore-kv{{budget={options.budget}{choosing}}}"
     chooses = LessIsMoreKV(budget=options.budget, select_layers=tuple(options.choose)).choosing(layers)
