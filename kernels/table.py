@@ -17,6 +17,7 @@ from tilewright.kernels.attention.family import ATTENTION
 from tilewright.kernels.block_sparse_attention.family import (
     BLOCK_SPARSE_ATTENTION,
     BLOCK_SPARSE_ATTENTION_BACKWARD,
+    BLOCK_SPARSE_ATTENTION_FP8,
     BLOCK_SPARSE_ATTENTION_INT8,
 )
 from tilewright.kernels.common.family import ARCHS, KernelFamily
@@ -44,6 +45,7 @@ FAMILIES: dict[str, KernelFamily] = {
         BLOCK_SPARSE_ATTENTION,
         BLOCK_SPARSE_ATTENTION_BACKWARD,
         BLOCK_SPARSE_ATTENTION_INT8,
+        BLOCK_SPARSE_ATTENTION_FP8,
         *PAGED_FAMILIES,
     )
 }
@@ -117,7 +119,8 @@ def candidates(op: str) -> list[KernelInfo]:
     family = FAMILIES.get(op)
     if family is None:
         return []
-    return [KernelInfo(op, kind, ARCHS[kind], family.dtypes, family.legality) for kind in family.generate]
+    known = {kind: tuple(arch for arch in ARCHS[kind] if arch in family.archs) for kind in family.generate}
+    return [KernelInfo(op, kind, known[kind], family.dtypes, family.legality) for kind in known]
 
 
 def select(op: str, target: Target, args: Sequence[Any]) -> KernelKey | Refusal:

@@ -34,8 +34,9 @@ class Row:
 
 
 def default_keys(family: KernelFamily, target: Target) -> Iterator[tuple[KernelKey, int]]:
-    """(key, size of the last axis) of the configurations a resource table shows."""
-    for args in family.examples() if family.triton is not None else ():
+    """(key, size of the last axis) of the configurations a resource table shows; none where it has none."""
+    shown = family.triton is not None and target.arch in family.archs
+    for args in family.examples() if shown else ():
         key = family.configure(full_args(family.op, args), target)
         if isinstance(key, Refusal):
             raise ValueError(f"example of {family.op} on {target}: {key}")

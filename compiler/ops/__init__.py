@@ -9,11 +9,11 @@ from tilewright.compiler.ops import block_sparse_attention as _block_sparse
 from tilewright.compiler.ops import cache as _cache
 from tilewright.compiler.ops import early_exit as _early_exit
 from tilewright.compiler.ops import hadamard as _hadamard
-from tilewright.compiler.ops import int8_attention as _int8_attention
 from tilewright.compiler.ops import linear as _linear
 from tilewright.compiler.ops import mlp as _mlp
 from tilewright.compiler.ops import norm as _norm
 from tilewright.compiler.ops import paged as _paged
+from tilewright.compiler.ops import quantized_attention as _quantized_attention
 from tilewright.compiler.ops import quantized_linear as _quantized_linear
 from tilewright.compiler.ops import rope as _rope
 from tilewright.compiler.ops import step_reuse as _step_reuse
@@ -23,7 +23,8 @@ from tilewright.compiler.ops.registry import SemanticOp, all_ops, semantic_op
 attention = _attention.attention.overload
 block_sparse_attention = _block_sparse.block_sparse_attention.overload
 block_sparse_attention_backward = _block_sparse.block_sparse_attention_backward.overload
-block_sparse_attention_int8 = _int8_attention.block_sparse_attention_int8.overload
+block_sparse_attention_fp8 = _quantized_attention.block_sparse_attention_fp8.overload
+block_sparse_attention_int8 = _quantized_attention.block_sparse_attention_int8.overload
 merge_attention = _block_sparse.merge_attention.overload
 block_mass = _block_mass.block_mass.overload
 early_exit_begin = _early_exit.early_exit_begin.overload
@@ -62,6 +63,7 @@ __all__ = [
     "block_mass",
     "block_sparse_attention",
     "block_sparse_attention_backward",
+    "block_sparse_attention_fp8",
     "block_sparse_attention_int8",
     "early_exit_begin",
     "early_exit_end",

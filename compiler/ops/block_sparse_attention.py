@@ -11,7 +11,7 @@ arguments. Systems bring layouts, index maps, predicates and epilogues, never an
 * Sparse-vDiT: a group per (layer, head) pattern; diagonals are BAND, in token-major order through src_q and
   src_k; vertical stripes are USER with a mask of one query row; a skipped head is a group without entries.
 * PAROAttention: a group per axis order, src_q and src_k hold the six orders; its low-precision products are
-  an op of their own, `block_sparse_attention_int8`: another function, which a pass must choose.
+  ops of their own, `block_sparse_attention_int8` and `_fp8`: other functions, which a pass must choose.
 * VMoBA (per-token selection): key-stationary, i.e. this op on the queries gathered per key block (src_q, one
   group per block) and `merge_attention` with the part of the token's own block.
 * Linear attention (SANA-Video, LiT, SLA's second branch): ordinary tensor programs beside this op, added to

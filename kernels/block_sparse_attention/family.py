@@ -297,20 +297,34 @@ BLOCK_SPARSE_ATTENTION_BACKWARD = KernelFamily(
 )
 
 
-def _configure_int8(args: Sequence[Any], target: Target) -> KernelKey | Refusal:
+FP8_ARCHS = ("sm_90", "sm_100", "sm_120")
+_EIGHT_BITS = "16 bits; for inference, on GPUs only"
+
+
+def _configure_codes(op: str, args: Sequence[Any], target: Target) -> KernelKey | Refusal:
     if target.kind == "cpu":
-        return Refusal("int8 products of scores gain nothing over float32 ones on AVX2; GPUs only")
+        return Refusal("8-bit products of scores gain nothing over float32 ones on AVX2; GPUs only")
     key = _configure(args, target)
     if isinstance(key, Refusal):
         return key
     if key.dtype == "float32":
         return Refusal("q is float32: values would be multiplied without tensor cores; 16 bits only")
-    key = replace(key, op="block_sparse_attention_int8")
+    key = replace(key, op=op)
     # A box of codes steps over rows of a multiple of 16 bytes.
     return key if options_of(key)["head"] % 16 == 0 else without_descriptors(key)
 
 
-def _int8_examples() -> Sequence[tuple[Any, ...]]:
+def _configure_int8(args: Sequence[Any], target: Target) -> KernelKey | Refusal:
+    return _configure_codes("block_sparse_attention_int8", args, target)
+
+
+def _configure_fp8(args: Sequence[Any], target: Target) -> KernelKey | Refusal:
+    if target.kind != "cpu" and target.arch not in FP8_ARCHS:
+        return Refusal(f"{target} has no products of OCP e4m3, {', '.join(FP8_ARCHS)} have; int8 runs there")
+    return _configure_codes("block_sparse_attention_fp8", args, target)
+
+
+def _code_examples() -> Sequence[tuple[Any, ...]]:
     return [args for args in _examples() if args[0].dtype != torch.float32]
 
 
@@ -318,10 +332,18 @@ BLOCK_SPARSE_ATTENTION_INT8 = replace(
     BLOCK_SPARSE_ATTENTION,
     op="block_sparse_attention_int8",
     dtypes=DTYPES[1:],
-    legality=(*LEGALITY, "16 bits; for inference, on GPUs only"),
+    legality=(*LEGALITY, _EIGHT_BITS),
     configure=_configure_int8,
     generate={"cuda": triton.generate, "hip": triton.generate},
     save=None,
     backward=None,
-    examples=_int8_examples,
+    examples=_code_examples,
+)
+
+BLOCK_SPARSE_ATTENTION_FP8 = replace(
+    BLOCK_SPARSE_ATTENTION_INT8,
+    op="block_sparse_attention_fp8",
+    configure=_configure_fp8,
+    generate={"cuda": triton.generate},
+    archs=FP8_ARCHS,
 )

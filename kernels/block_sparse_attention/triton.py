@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tilewright.compiler.ops.int8_attention import K_ROWS, Q_ROWS, prepare
+from tilewright.compiler.ops.quantized_attention import K_ROWS, Q_ROWS, prepare
 from tilewright.kernels.block_sparse_attention.signature import (
     kinds_of,
     options_of,
@@ -22,10 +22,10 @@ from tilewright.kernels.block_sparse_attention.signature import (
 )
 from tilewright.kernels.block_sparse_attention.triton_parts import (
     POINTER,
+    codes_of,
     dims_of,
     extra_sizes,
     group_step,
-    is_int8,
     kept_pairs,
     mask_steps,
     tile_tables,
@@ -44,11 +44,11 @@ def _tensors(key: KernelKey) -> list[str]:
 
 def parameters(key: KernelKey) -> list[tuple[str, str]]:
     """(name, Triton type) of the kernel's run-time arguments, in order."""
-    found = []
+    codes, found = codes_of(key), []
     for name in _tensors(key):
         kind = POINTER[key.dtype] if name in "qkv" else "*i1" if name == "mask" else "*i32"
-        found.append((name, "*i8" if is_int8(key) and name in "qk" else kind))
-    found += [("q_scale", "*fp32"), ("k_scale", "*fp32")] if is_int8(key) else []
+        found.append((name, f"*{codes.element}" if codes and name in "qk" else kind))
+    found += [("q_scale", "*fp32"), ("k_scale", "*fp32")] if codes else []
     if options_of(key)["descriptor"]:
         kinds, keys, dims = dict(found), blocks(key)[1], dims_of(key)
         for name, width in (("k", dims["BD"]), ("v", dims["BE"])):
@@ -74,7 +74,7 @@ def _largest_blocks(key: KernelKey) -> tuple[int, int]:
     if key.dtype == "float32":
         return (32, 32) if widest <= 128 else (16, 32)
     if widest <= 64:
-        return 128, 32 if is_int8(key) and key.target.kind == "hip" else 64
+        return 128, 32 if codes_of(key) and key.target.kind == "hip" else 64
     if widest <= 128 and key.target.arch == "sm_90" and config["descriptor"]:
         return 128, 64  # a box needs no registers for its addresses
     return _WIDE_BLOCKS.get(key.target.arch, (64, 32)) if widest <= 128 else (64, 32)
@@ -93,7 +93,7 @@ def warps(columns: int) -> int:
 
 def _step(key: KernelKey, masked: bool) -> list[str]:
     """One step of BLOCK_N keys from slot `at`."""
-    config, dims = options_of(key), dims_of(key)
+    config, dims, codes = options_of(key), dims_of(key), codes_of(key)
     inside = "inside" if masked else ""
     src = "tl.load(src_k + g * src_k_step + j" + (", mask=inside, other=0)" if masked else ")")
     if config["descriptor"] and not masked:
@@ -101,7 +101,7 @@ def _step(key: KernelKey, masked: bool) -> list[str]:
             "k_tile = tl.trans(k_rows.load([key_row + at, 0]))",
             "v_tile = v_rows.load([key_row + at, 0])",
         ]
-        lines += ["kt = at + tl.arange(0, BLOCK_N)"] if is_int8(key) else []
+        lines += ["kt = at + tl.arange(0, BLOCK_N)"] if codes else []
         return lines + _softmax_step(key, masked)
     lines = ["j = at + tl.arange(0, BLOCK_N)"]
     lines += ["inside = j < end_key"] if masked else []
@@ -115,7 +115,7 @@ def _step(key: KernelKey, masked: bool) -> list[str]:
         line = "[None, :]" if name == "k" else "[:, None]"
         other = "[:, None]" if name == "k" else "[None, :]"
         conditions = ([f"{inside}{line}"] if masked else []) + ([f"{axis}_real{other}"] if real else [])
-        rest = "0" if is_int8(key) and name == "k" else "0.0"
+        rest = codes.zero if codes and name == "k" else "0.0"
         guard = f", mask={' & '.join(conditions)}, other={rest}" if conditions else ""
         lines.append(f"{name}_tile = tl.load({name}_head + {place}{guard})")
     return lines + _softmax_step(key, masked)
@@ -125,7 +125,7 @@ def _softmax_step(key: KernelKey, masked: bool) -> list[str]:
     """What one step of keys adds, from k_tile [D, keys] and v_tile [keys, E]."""
     precision = ', input_precision="ieee"' if key.dtype == "float32" else ""
     lines = [f"s = tl.dot(q_tile, k_tile{precision}) * factor"]
-    if is_int8(key):
+    if codes_of(key):
         guard = ", mask=inside, other=0.0" if masked else ""
         lines = [
             f"k_factor = tl.load(k_scale_head + kt // {K_ROWS}{guard})",
@@ -151,8 +151,7 @@ def _softmax_step(key: KernelKey, masked: bool) -> list[str]:
 
 
 def _body(key: KernelKey) -> str:
-    config = options_of(key)
-    dims = dims_of(key)
+    config, dims, codes = options_of(key), dims_of(key), codes_of(key)
     lines = [
         "tile = tl.program_id(0)",
         "bh = tl.program_id(1)",
@@ -175,7 +174,7 @@ def _body(key: KernelKey) -> str:
     lines += [f"d_real = d < {dims['D']}"] if dims["d_real"] else []
     lines += [f"e_real = e < {dims['E']}"] if dims["e_real"] else []
     guard = "real[:, None]" + (" & d_real[None, :]" if dims["d_real"] else "")
-    first_key, zero = "bh // H * Hkv + h // (H // Hkv)", "0" if is_int8(key) else "0.0"
+    first_key, zero = "bh // H * Hkv + h // (H // Hkv)", codes.zero if codes else "0.0"
     lines += [f"key_row = ({first_key}) * N"] if config["descriptor"] else []
     lines += [
         "rows = bh.to(tl.int64) * S + token",
@@ -184,7 +183,7 @@ def _body(key: KernelKey) -> str:
         f"v_head = v + ({first_key}).to(tl.int64) * N * {dims['E']}",
         "factor = scale * 1.4426950408889634",
     ]
-    if is_int8(key):
+    if codes:
         lines += [
             f"q_factor = factor * tl.load(q_scale + bh * q_scales + token // {Q_ROWS}, mask=real, other=0.0)",
             f"k_scale_head = k_scale + ({first_key}) * k_scales",
@@ -238,7 +237,8 @@ def _store(key: KernelKey) -> list[str]:
 
 def generate(key: KernelKey, op: str) -> str:
     """The source file for one configuration; absent layout arguments and predicates leave no trace."""
-    config, scores = options_of(key), " with int8 scores" if is_int8(key) else ""
+    config, codes = options_of(key), codes_of(key)
+    scores = f" with {codes.name} scores" if codes else ""
     size = f"heads of {config['head']} and {config['value']}"
     given = [name for name, _ in parameters(key)] + ["BLOCK_M: tl.constexpr", "BLOCK_N: tl.constexpr"]
     return triton_file(
@@ -265,7 +265,7 @@ def key_descriptors(k: Tensor, v: Tensor, keys: int, key: KernelKey) -> list[Any
 
 def launcher(key: KernelKey, kernel: Any) -> Callable[..., Any]:
     """The op's implementation: lays out the tiles, allocates, launches one grid."""
-    names, config = tensor_names(key), options_of(key)
+    names, config, codes = tensor_names(key), options_of(key), codes_of(key)
     rows, keys = blocks(key)
 
     def run(*args: Any) -> tuple[Tensor, Tensor]:
@@ -273,8 +273,8 @@ def launcher(key: KernelKey, kernel: Any) -> Callable[..., Any]:
         rules, scale = args[len(names) : -1], args[-1]
         q, k, v = given["q"], given["k"], given["v"]
         scales: list[Tensor] = []
-        if is_int8(key):
-            given["q"], q_scale, given["k"], k_scale, taken_off = prepare(q, k)
+        if codes:
+            given["q"], q_scale, given["k"], k_scale, taken_off = prepare(q, k, codes.kind)
             scales = [q_scale, k_scale]
         batch, heads, tokens = q.shape[:3]
         slots = given["src_q"].shape[1] if config["src_q"] else tokens
@@ -307,6 +307,6 @@ def launcher(key: KernelKey, kernel: Any) -> Callable[..., Any]:
                 num_warps=count,
                 num_stages=2,
             )
-        return out, lse + scale * taken_off if is_int8(key) else lse
+        return out, lse + scale * taken_off if codes else lse
 
     return run

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,20 +21,37 @@ def extra_sizes(key: KernelKey) -> list[str]:
     """Names of the strides of what is optional."""
     config = options_of(key)
     found = [f"{name}_step" for name in ("src_q", "src_k") if config[name]]
-    found += ["q_scales", "k_scales"] if is_int8(key) else []
+    found += ["q_scales", "k_scales"] if codes_of(key) else []
     return found + (["mask_b", "mask_h", "mask_i", "mask_j"] if config["mask"] else [])
 
 
-def is_int8(key: KernelKey) -> bool:
-    """Whether the scores are products of int8 codes."""
-    return key.op == "block_sparse_attention_int8"
+@dataclass(frozen=True)
+class Codes:
+    """What queries and keys are rounded to before their products."""
+
+    name: str
+    kind: torch.dtype
+    element: str
+    """Triton's name of it."""
+    zero: str
+
+
+_CODES = {
+    "block_sparse_attention_int8": Codes("int8", torch.int8, "i8", "0"),
+    "block_sparse_attention_fp8": Codes("fp8", torch.float8_e4m3fn, "fp8e4nv", "0.0"),
+}
+
+
+def codes_of(key: KernelKey) -> Codes | None:
+    """What the scores are products of; None where queries and keys are taken as they are."""
+    return _CODES.get(key.op)
 
 
 def dims_of(key: KernelKey) -> dict[str, Any]:
     """Head sizes D and E, the powers of two BD and BE that hold them, and whether those are larger."""
     config = options_of(key)
     head, value = config["head"], config["value"]
-    block_d = max(32 if is_int8(key) else 16, next_power_of_2(head))  # the least a product sums over
+    block_d = max(32 if codes_of(key) else 16, next_power_of_2(head))  # the least a product sums over
     block_e = max(16, next_power_of_2(value))
     return {
         "D": head,

@@ -73,6 +73,8 @@ class KernelFamily:
     """Full semantic-op arguments -> the kernel op's positional arguments (nodes pass through untouched)."""
     examples: Callable[[], Sequence[tuple[Any, ...]]]
     """Arguments on the meta device whose configurations are the defaults that resource tables show."""
+    archs: tuple[str, ...] = tuple(arch for archs in ARCHS.values() for arch in archs)
+    """What it has kernels for, of the kinds of target in `generate`; `configure` refuses others."""
 
     def source(self, key: KernelKey) -> tuple[str, str]:
         """(op name, source text); the name is the semantic op and a digest of the text. LoweringError for a

@@ -19,7 +19,7 @@ class Attention(nn.Module):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("scores", ["", ",quantize-attention"])
+@pytest.mark.parametrize("scores", ["", ",quantize-attention", ",quantize-attention{scores=fp8}"])
 def test_exported_attention_takes_pointers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scores: str
 ) -> None:
@@ -33,7 +33,8 @@ def test_exported_attention_takes_pointers(
         "kernels",
         facts={"video_grid": (4, 4, 6)},
     )
-    op = "block_sparse_attention_int8" if scores else "block_sparse_attention"
+    kind = "_fp8" if "fp8" in scores else "_int8" if scores else ""
+    op = f"block_sparse_attention{kind}"
     rows = [row for row in manifest["kernels"] if (row["op"], row["target"]) == (op, "cuda:sm_90")]
     assert rows
     for row in rows:

@@ -19,6 +19,7 @@ SM80 = Target("cuda", "sm_80")
 PRODUCTS = (
     "block_sparse_attention",
     "block_sparse_attention_backward",
+    "block_sparse_attention_fp8",
     "block_sparse_attention_int8",
     "paged_attention",
     "token_attention",
@@ -30,12 +31,16 @@ PRODUCTS = (
 def generated() -> list[object]:
     """Ops with Triton sources; variants of another that take long to compile are slow."""
     ops = sorted(op for op in FAMILIES if FAMILIES[op].triton is not None)
-    return [pytest.param(op, marks=[pytest.mark.slow] * op.endswith(("_backward", "_int8"))) for op in ops]
+    return [
+        pytest.param(op, marks=[pytest.mark.slow] * op.endswith(("_backward", "_int8", "_fp8"))) for op in ops
+    ]
 
 
 @pytest.mark.parametrize("op", generated())
 @pytest.mark.parametrize("target", [SM80, Target("hip", "gfx942")], ids=str)
 def test_one_configuration_compiles_without_spilling(op: str, target: Target) -> None:
+    if target.arch not in FAMILIES[op].archs:
+        target = Target("cuda", FAMILIES[op].archs[0])
     key, columns = next(iter(default_keys(FAMILIES[op], target)))
     row = compile_row(FAMILIES[op], key, columns)
     assert row.complaint == ""
@@ -49,6 +54,26 @@ def test_every_default_configuration_compiles(arch: str) -> None:
     for family in FAMILIES.values():
         for key, columns in default_keys(family, Target("cuda", arch)):
             assert compile_row(family, key, columns).complaint == ""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arch", "said"), [("sm_90", "e4m3.e4m3"), ("sm_100", "kind::f8f6f4"), ("sm_120", "f32.e4m3.e4m3.f32")]
+)
+def test_scores_of_fp8_are_fp8_products(arch: str, said: str) -> None:
+    family = FAMILIES["block_sparse_attention_fp8"]
+    assert family.triton is not None
+    key, columns = next(iter(default_keys(family, Target("cuda", arch))))
+    name, text = family.source(key)
+    made = compile_whole(
+        store_triton_source(name, text),
+        name,
+        dict(family.triton.parameters(key)),
+        family.triton.constants(key, columns),
+        key.target,
+        **family.triton.launch_options(key, columns),
+    )
+    assert said in made.text
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from tilewright.compiler import Tensor as Drawn
 from tilewright.compiler import ops
 from tilewright.compiler.diagnostics import PipelineError
-from tilewright.compiler.ops.int8_attention import rounded_keys, rounded_queries
+from tilewright.compiler.ops.quantized_attention import rounded_keys, rounded_queries
 from tilewright.compiler.passes_base import Example
 from tilewright.compiler.pipeline import Pipeline, RunOptions
 from tilewright.compiler.program import Program

@@ -32,12 +32,15 @@ def result(pipeline: str, *, training: bool = False):
     return reports[-1], out[0] if isinstance(out, (tuple, list)) else out
 
 
+@pytest.mark.parametrize(("scores", "most"), [("int8", 0.02), ("fp8", 0.08)])
 @pytest.mark.parametrize(("layout", "attentions"), [(TILES, 1), (ONLINE, 2)])
-def test_the_layout_stays_and_the_error_is_that_of_8_bits(layout: str, attentions: int) -> None:
-    report, got = result(f"{layout},quantize-attention")
+def test_the_layout_stays_and_the_error_is_that_of_8_bits(
+    layout: str, attentions: int, scores: str, most: float
+) -> None:
+    report, got = result(f"{layout},quantize-attention{{scores={scores}}}")
     assert len(report.applied) == attentions
     error = relative_rms(got, result(layout)[1])
-    assert 1e-4 < error < 0.02
+    assert 1e-4 < error < most
 
 
 def test_a_dense_attention_is_left_alone_and_exact_scores_change_nothing() -> None:

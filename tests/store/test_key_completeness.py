@@ -96,7 +96,7 @@ def block_sparse_backward_arguments():
         yield (q, None, q, k, v, q, meta(*q.shape[:3]), *layout)
 
 
-def block_sparse_int8_arguments():
+def block_sparse_code_arguments():
     plain = [
         a.to("meta") if isinstance(a, torch.Tensor) else a for a in BlockLayout.dense(8, 8, 2).arguments()
     ]
@@ -175,7 +175,8 @@ ARGUMENTS = {
     "quantized_linear_multi": lambda: quantized_arguments((2, 3)),
     "block_sparse_attention": lambda: block_sparse_arguments(),
     "block_sparse_attention_backward": lambda: block_sparse_backward_arguments(),
-    "block_sparse_attention_int8": lambda: block_sparse_int8_arguments(),
+    "block_sparse_attention_int8": lambda: block_sparse_code_arguments(),
+    "block_sparse_attention_fp8": lambda: block_sparse_code_arguments(),
     "paged_attention": lambda: paged_arguments("paged_attention"),
     "token_attention": lambda: paged_arguments("token_attention"),
     "paged_append": lambda: paged_arguments("paged_append"),
