@@ -80,6 +80,30 @@ def test_chosen_runs_are_what_is_attended(tmp_path):
     tiers.close()
 
 
+def test_chosen_rows_are_the_same_bits_wherever_they_lay(tmp_path):
+    """Of several extents at a time or of one; behind padding; and what is all padding is empty."""
+    queries, k, v = rows()
+    generator = torch.Generator().manual_seed(4)
+    kept = torch.randperm(TOKENS, generator=generator)[:200].to(torch.int32)
+    found = []
+    for frames in (1, 5, 16):
+        tiers, layer = layer_of(tmp_path, frames)
+        found.append(layer.attend(queries[0], torch.tensor([300]), positions=kept))
+        out, lse = layer.attend(
+            queries[0], torch.tensor([300]), positions=torch.tensor([7], dtype=torch.int32)
+        )
+        assert not out.any()
+        assert torch.isneginf(lse).all()
+        with pytest.raises(OptionError, match="q: 2 queries at once, expected 1"):
+            layer.attend(torch.cat([queries[0]] * 2, 2), positions=kept)
+        tiers.close()
+    for other in found[1:]:
+        assert all(torch.equal(*pair) for pair in zip(other, found[0], strict=True))
+    seen = kept[kept >= 300].long()
+    for got, exact in zip(found[0], reference(queries[0], k[:, :, seen], v[:, :, seen]), strict=True):
+        torch.testing.assert_close(got, exact, rtol=0, atol=2e-6)
+
+
 def test_several_queries_padding_and_logits(tmp_path):
     _, k, v = rows()
     tiers, layer = layer_of(tmp_path, 3)
