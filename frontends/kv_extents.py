@@ -41,22 +41,26 @@ class ChosenRows:
         held = positions[positions >= begin].long().sort().values
         span, page, heads = layout.pages * layout.page, layout.page, layout.heads
         runs, counts = torch.div(held, span, rounding_mode="floor").unique_consecutive(return_counts=True)
-        ends = counts.cumsum(0).tolist()
-        self._at = dict(zip(runs.tolist(), zip([0, *ends], ends, strict=False), strict=True))
+        self._counts = dict(zip(runs.tolist(), (counts * heads).tolist(), strict=True))
         at = held % span
         block = torch.div(at, page, rounding_mode="floor")[:, None] * heads + torch.arange(heads)
         self._rows = (block * page + at[:, None] % page).flatten()
-        self._heads = heads
+        self._heads, self._layout, self._done = heads, layout, 0
         self._k = torch.empty(len(self._rows), layout.size, dtype=layout.dtype)
         self._v = torch.empty(len(self._rows), layout.value_size, dtype=layout.dtype)
 
-    def collect(self, run: int, k: Tensor, v: Tensor) -> None:
-        """Copy the rows of one extent, k [pages, Hkv, P, D] and v [pages, Hkv, P, E]."""
-        if run not in self._at:  # all of its positions are padding
-            return
-        mine = slice(*(self._heads * end for end in self._at[run]))
-        for pool, out in ((k, self._k), (v, self._v)):
-            torch.index_select(pool.view(-1, pool.shape[3]), 0, self._rows[mine], out=out[mine])
+    def collect(self, runs: Sequence[int], places: Sequence[int], memory: Tensor) -> None:
+        """Copy the rows of the next extents: runs[i] lies in frame places[i] of uint8 [frames, extent_bytes].
+
+        Runs come in ascending order; one whose positions are all padding adds nothing.
+        """
+        counts = torch.tensor([self._counts.get(run, 0) for run in runs])
+        end = self._done + int(counts.sum())
+        rows, frames = self._rows[self._done : end], torch.tensor(places).repeat_interleave(counts)
+        for pool, out in zip(self._layout.rows(memory), (self._k, self._v), strict=True):
+            per_extent = self._layout.extent_bytes // (pool.shape[1] * pool.element_size())
+            torch.index_select(pool, 0, rows + frames * per_extent, out=out[self._done : end])
+        self._done = end
 
     def attend(self, q: Tensor, scale: float | None) -> tuple[Tensor, Tensor]:
         """(attention of q [1, H, 1, D], its log-sum-exp [1, H, 1]); without a row 0 and -inf."""
@@ -153,11 +157,12 @@ class ExtentLayer:
         keys = self.wanted(positions)
         chosen = None if positions is None else ChosenRows(positions, first, self._layout)
         parts: list[tuple[Tensor, Tensor]] = []
-        for frames, batch in self._in_turn(keys, then):
-            for key, frame in zip(batch, frames, strict=True):
-                if chosen is not None:
-                    chosen.collect(key.run, *self._layout.views(frame))
-                    continue
+        for batch in self._in_turn(keys, then):
+            if chosen is not None:
+                chosen.collect([key.run for key in batch], self._tiers.places(batch), self._tiers.memory)
+                continue
+            for key in batch:
+                frame = self._tiers.frame(key)
                 parts.append(self._attend_one(q, frame, key.run * self.span, first, scale))
                 if logits is not None:
                     self._rank_one(q, frame, key.run * self.span, logits)
@@ -168,10 +173,8 @@ class ExtentLayer:
         out, lse = merged(parts) if chosen is None else chosen.attend(q, scale)
         return out.to(q.dtype), lse
 
-    def _in_turn(
-        self, keys: list[ExtentKey], then: Sequence[ExtentKey]
-    ) -> Iterator[tuple[list[Tensor], list[ExtentKey]]]:
-        """(frames, keys) of a few extents at a time, pinned until the next; others are read meanwhile."""
+    def _in_turn(self, keys: list[ExtentKey], then: Sequence[ExtentKey]) -> Iterator[list[ExtentKey]]:
+        """A few extents at a time, pinned until the next; what follows is read meanwhile."""
         coming, hinted = [*keys, *then], 0
         size = max(1, min(self._ahead, self._tiers.frames // 2))
         for at in range(0, len(keys), size):
@@ -182,7 +185,7 @@ class ExtentLayer:
                 self._tiers.prefetch(coming[max(hinted, at + len(batch)) : end])
                 hinted = end
                 self._tiers.wait(ticket)
-                yield [self._tiers.frame(key) for key in batch], batch
+                yield batch
             finally:
                 self._tiers.release(ticket)
 

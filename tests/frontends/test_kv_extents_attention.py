@@ -150,3 +150,18 @@ def test_a_layout_of_another_size_is_refused(tmp_path):
     with pytest.raises(OptionError, match=f"extents of {LAYOUT.extent_bytes} bytes do not fit"):
         ExtentLayer(tiers, tiers.open_session(), 0, LAYOUT)
     tiers.close()
+
+
+@pytest.mark.parametrize(("size", "value_size"), [(64, 64), (48, 40)])
+def test_rows_of_all_extents_are_those_of_each(size, value_size):
+    """Also where a block is not a whole number of rows."""
+    layout = ExtentLayout(3, KEY_HEADS, PAGE, size, value_size, torch.float32)
+    memory = torch.randint(0, 100, (4, layout.extent_bytes), dtype=torch.uint8)
+    planes = zip(layout.rows(memory), (size, value_size), strict=True)
+    for which, (rows_of_all, width) in enumerate(planes):
+        per_extent = layout.extent_bytes // (4 * width)
+        assert per_extent * 4 * width == layout.extent_bytes
+        for place in range(4):
+            view = layout.views(memory[place])[which].reshape(-1, width)
+            found = rows_of_all[place * per_extent :][: len(view)]
+            assert torch.equal(found.view(torch.int32), view.view(torch.int32))
