@@ -41,7 +41,9 @@ class ChosenRows:
         held = positions[positions >= begin].long().sort().values
         span, page, heads = layout.pages * layout.page, layout.page, layout.heads
         runs, counts = torch.div(held, span, rounding_mode="floor").unique_consecutive(return_counts=True)
-        self._counts = dict(zip(runs.tolist(), (counts * heads).tolist(), strict=True))
+        self.runs: list[int] = runs.tolist()
+        """Extents that hold any of the positions, ascending."""
+        self._counts = dict(zip(self.runs, (counts * heads).tolist(), strict=True))
         at = held % span
         block = torch.div(at, page, rounding_mode="floor")[:, None] * heads + torch.arange(heads)
         self._rows = (block * page + at[:, None] % page).flatten()
@@ -52,9 +54,9 @@ class ChosenRows:
     def collect(self, runs: Sequence[int], places: Sequence[int], memory: Tensor) -> None:
         """Copy the rows of the next extents: runs[i] lies in frame places[i] of uint8 [frames, extent_bytes].
 
-        Runs come in ascending order; one whose positions are all padding adds nothing.
+        All of `runs` come once, in their order.
         """
-        counts = torch.tensor([self._counts.get(run, 0) for run in runs])
+        counts = torch.tensor([self._counts[run] for run in runs])
         end = self._done + int(counts.sum())
         rows, frames = self._rows[self._done : end], torch.tensor(places).repeat_interleave(counts)
         for pool, out in zip(self._layout.rows(memory), (self._k, self._v), strict=True):
@@ -154,8 +156,8 @@ class ExtentLayer:
             raise OptionError(f"positions: expected at least one, all from 0 to {self.length - 1}")
         if positions is not None and q.shape[2] != 1:
             raise OptionError(f"q: {q.shape[2]} queries at once, expected 1 where positions are given")
-        keys = self.wanted(positions)
         chosen = None if positions is None else ChosenRows(positions, first, self._layout)
+        keys = self.wanted() if chosen is None else [self._key(run) for run in chosen.runs]
         parts: list[tuple[Tensor, Tensor]] = []
         for batch in self._in_turn(keys, then):
             if chosen is not None:
