@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import math
 import mmap
 import os
 import secrets
@@ -108,9 +107,8 @@ class ExtentLayout:
 
     @property
     def extent_bytes(self) -> int:
-        """Bytes on disk: `used_bytes` rounded up to whole blocks, and to whole rows of k and of v."""
-        step = math.lcm(BLOCK, *(size * self.dtype.itemsize for size in (self.size, self.value_size)))
-        return -(-self.used_bytes // step) * step
+        """Bytes on disk: `used_bytes` rounded up to whole blocks."""
+        return -(-self.used_bytes // BLOCK) * BLOCK
 
     @staticmethod
     def of(k_pages: Tensor, v_pages: Tensor, least: int = LEAST_EXTENT) -> ExtentLayout:
@@ -136,17 +134,6 @@ class ExtentLayout:
             k.view(self.pages, self.heads, self.page, self.size),
             v.view(self.pages, self.heads, self.page, self.value_size),
         )
-
-    def rows(self, extents: Tensor) -> tuple[Tensor, Tensor]:
-        """(k [n, D], v [n, E]) sharing the memory of uint8 [frames, extent_bytes], contiguous.
-
-        The row of token t of head h of page p in extent i is (p * Hkv + h) * P + t, i * extent_bytes / (bytes
-        of a row) further on; rows between those belong to the other plane.
-        """
-        flat = extents.view(-1).view(self.dtype)
-        values = flat[self.k_bytes // self.dtype.itemsize :]
-        whole = len(values) // self.value_size * self.value_size
-        return flat.view(-1, self.size), values[:whole].view(-1, self.value_size)
 
     def pack(self, k_pages: Tensor, v_pages: Tensor, pages: list[int], extent: Tensor) -> None:
         """Copy up to `self.pages` pages of a layer's pools into an extent, in the order given."""

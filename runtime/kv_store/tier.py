@@ -95,8 +95,7 @@ class TierManager:
         self.extent_bytes = extent_bytes
         self.counters = TierCounters()
         self.frames = fast_bytes // extent_bytes
-        self.memory = aligned(self.frames * extent_bytes).view(self.frames, extent_bytes)
-        """uint8 [frames, extent_bytes]: every frame; only those of pinned extents may be read."""
+        self._memory = aligned(self.frames * extent_bytes).view(self.frames, extent_bytes)
         self._free = list(range(self.frames))
         self._extents: dict[ExtentKey, _Extent] = {}
         self._recent: OrderedDict[ExtentKey, None] = OrderedDict()
@@ -216,18 +215,11 @@ class TierManager:
 
     def frame(self, key: ExtentKey) -> Tensor:
         """The frame of a pinned extent, uint8 [extent_bytes]; TierError where it is not pinned."""
-        return self.memory[self.places([key])[0]]
-
-    def places(self, keys: Sequence[ExtentKey]) -> list[int]:
-        """The numbers of the frames of pinned extents, in `memory`; TierError where one is not pinned."""
-        found = []
         with self._changed:
-            for key in keys:
-                entry = self._extents.get(key)
-                if entry is None or entry.frame is None or entry.loading is not None or not entry.pins:
-                    raise TierError(f"extent {tuple(key)} is not pinned in the fast tier: fetch it and wait")
-                found.append(entry.frame)
-        return found
+            entry = self._extents.get(key)
+            if entry is None or entry.frame is None or entry.loading is not None or not entry.pins:
+                raise TierError(f"extent {tuple(key)} is not pinned in the fast tier: fetch it and wait")
+            return self._memory[entry.frame]
 
     def demote(self, keys: Sequence[ExtentKey]) -> None:
         """Move extents to the slow tier; only what it lacks is written. TierError where one is pinned."""
@@ -263,7 +255,7 @@ class TierManager:
         if key in self._extents or key.session not in self._stores:
             self._free.append(frame)
             return False
-        self.memory[frame].zero_()
+        self._memory[frame].zero_()
         self._extents[key] = _Extent(frame, pins=1)
         self._recent[key] = None
         return True
@@ -294,7 +286,7 @@ class TierManager:
         return entry.loading
 
     def _load(self, key: ExtentKey, entry: _Extent, frame: int, urgency: Urgency) -> Job:
-        store, memory = self._stores[key.session], self.memory[frame]
+        store, memory = self._stores[key.session], self._memory[frame]
 
         def read() -> None:
             whole = False
@@ -345,7 +337,7 @@ class TierManager:
         """Whether anything was written; on an error the extent stays resident and changed."""
         if not entry.dirty or entry.frame is None:
             return False
-        written = self._stores[key.session].write(key, entry.version, self.memory[entry.frame])
+        written = self._stores[key.session].write(key, entry.version, self._memory[entry.frame])
         entry.dirty = False
         self.counters.bytes_written += self.extent_bytes if written else 0
         return written

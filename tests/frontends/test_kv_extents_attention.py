@@ -80,30 +80,6 @@ def test_chosen_runs_are_what_is_attended(tmp_path):
     tiers.close()
 
 
-def test_chosen_rows_are_the_same_bits_wherever_they_lay(tmp_path):
-    """Of several extents at a time or of one; behind padding; and what is all padding is empty."""
-    queries, k, v = rows()
-    generator = torch.Generator().manual_seed(4)
-    kept = torch.randperm(TOKENS, generator=generator)[:200].to(torch.int32)
-    found = []
-    for frames in (1, 5, 16):
-        tiers, layer = layer_of(tmp_path, frames)
-        found.append(layer.attend(queries[0], torch.tensor([300]), positions=kept))
-        out, lse = layer.attend(
-            queries[0], torch.tensor([300]), positions=torch.tensor([7], dtype=torch.int32)
-        )
-        assert not out.any()
-        assert torch.isneginf(lse).all()
-        with pytest.raises(OptionError, match="q: 2 queries at once, expected 1"):
-            layer.attend(torch.cat([queries[0]] * 2, 2), positions=kept)
-        tiers.close()
-    for other in found[1:]:
-        assert all(torch.equal(*pair) for pair in zip(other, found[0], strict=True))
-    seen = kept[kept >= 300].long()
-    for got, exact in zip(found[0], reference(queries[0], k[:, :, seen], v[:, :, seen]), strict=True):
-        torch.testing.assert_close(got, exact, rtol=0, atol=2e-6)
-
-
 def test_several_queries_padding_and_logits(tmp_path):
     _, k, v = rows()
     tiers, layer = layer_of(tmp_path, 3)
@@ -150,18 +126,3 @@ def test_a_layout_of_another_size_is_refused(tmp_path):
     with pytest.raises(OptionError, match=f"extents of {LAYOUT.extent_bytes} bytes do not fit"):
         ExtentLayer(tiers, tiers.open_session(), 0, LAYOUT)
     tiers.close()
-
-
-@pytest.mark.parametrize(("size", "value_size"), [(64, 64), (48, 40)])
-def test_rows_of_all_extents_are_those_of_each(size, value_size):
-    """Also where a block is not a whole number of rows."""
-    layout = ExtentLayout(3, KEY_HEADS, PAGE, size, value_size, torch.float32)
-    memory = torch.randint(0, 100, (4, layout.extent_bytes), dtype=torch.uint8)
-    planes = zip(layout.rows(memory), (size, value_size), strict=True)
-    for which, (rows_of_all, width) in enumerate(planes):
-        per_extent = layout.extent_bytes // (4 * width)
-        assert per_extent * 4 * width == layout.extent_bytes
-        for place in range(4):
-            view = layout.views(memory[place])[which].reshape(-1, width)
-            found = rows_of_all[place * per_extent :][: len(view)]
-            assert torch.equal(found.view(torch.int32), view.view(torch.int32))
