@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tilewright.compiler.float_format import AnyFormat, FloatFormat
 from tilewright.compiler.weight_format import WeightFormat
 from tilewright.kernels.common.abi import HEADER, TORCH_ABI
 from tilewright.kernels.common.bench import COLD_BYTES, interleave
@@ -31,12 +32,16 @@ from tilewright.runtime.contracts import Refusal
 
 DECODE = ((576, 576), (1536, 576), (576, 1536), (49152, 576), (8192, 2048))
 PREFILL = ((576, 576), (1536, 576), (576, 1536), (8192, 2048))
-FORMATS = {
+FORMATS: dict[str, AnyFormat] = {
     "w4a8": WeightFormat(4, 32, "symmetric", "int8-group"),
     "w4a8 float-zero": WeightFormat(4, 32, "float-zero", "int8-group"),
     "w8a8": WeightFormat(8, 0, "symmetric", "int8-token"),
     "w4": WeightFormat(4, 32, "float-zero", "none"),
     "w8": WeightFormat(8, 0, "symmetric", "none"),
+    "e4m3": FloatFormat("fp8-e4m3"),
+    "e5m2": FloatFormat("fp8-e5m2"),
+    "e4m3 fp8-token": FloatFormat("fp8-e4m3", activation="fp8-token"),
+    "nvfp4": FloatFormat("nvfp4", 16),
 }
 Side = Callable[[int], object]
 WHOLE = "ort MatMulNBits"
@@ -56,9 +61,13 @@ def _copies(size: int) -> int:
     return max(2, -(-COLD_BYTES // size))
 
 
-def ours(weight: Tensor, x: Tensor, form: WeightFormat, copies: int) -> tuple[Side, int]:
+def ours(weight: Tensor, x: Tensor, form: AnyFormat, copies: int) -> tuple[Side, int]:
     """(call, bytes of one packed weight)."""
-    rows, packed = weight.shape[0], form.pack(form.quantizer().quantize(weight))
+    rows = weight.shape[0]
+    if isinstance(form, FloatFormat):
+        packed = form.pack_weight(weight)
+    else:
+        packed = form.pack(form.quantizer().quantize(weight))
     key = QUANTIZED_LINEAR.configure((x, packed, None, rows, form.text), host_target())
     if isinstance(key, Refusal):
         raise ValueError(f"{form.text}: {key}")

@@ -9,7 +9,6 @@ from tilewright.kernels.block_sparse_attention.cpp_core import (
     MASK_SPAN,
     ROWS,
     SOFTMAX,
-    TRANSPOSE,
     isa_text,
     pack_text,
     rules_text,
@@ -17,7 +16,7 @@ from tilewright.kernels.block_sparse_attention.cpp_core import (
 )
 from tilewright.kernels.block_sparse_attention.cpp_run import run_text
 from tilewright.kernels.block_sparse_attention.signature import kinds_of, options_of, schema
-from tilewright.kernels.common.cpp import ELEMENT, LANES, cpp_file, vector_text
+from tilewright.kernels.common.cpp import ELEMENT, LANES, TRANSPOSE8, cpp_file, vector_text
 from tilewright.runtime.contracts import KernelKey
 
 KEYS = 128
@@ -145,7 +144,7 @@ def generate(key: KernelKey, op: str) -> str:
         _head(key),
         tile_text(TILE_ROWS[key.target.arch]),
         SOFTMAX,
-        TRANSPOSE,
+        TRANSPOSE8,
         ROWS,
         pack_text(key.dtype == "float32"),
         *([rules_text(kinds)] if kinds else []),

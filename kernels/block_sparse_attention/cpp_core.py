@@ -140,27 +140,6 @@ inline float soften(float* s, int64_t lo, int64_t hi, float& m, float* l) {{
   return rescale;
 }}"""
 
-TRANSPOSE = """// d[j * kNR + i] = s[i][j] for 8 rows and 8 columns.
-inline void transpose8(const float* const* s, int64_t at, float* d) {
-  __m256 r[8], t[8];
-  for (int i = 0; i < 8; ++i) r[i] = _mm256_loadu_ps(s[i] + at);
-  for (int i = 0; i < 8; i += 2) {
-    t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
-    t[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
-  }
-  for (int i = 0; i < 8; i += 4) {
-    r[i] = _mm256_shuffle_ps(t[i], t[i + 2], 0x44);
-    r[i + 1] = _mm256_shuffle_ps(t[i], t[i + 2], 0xEE);
-    r[i + 2] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0x44);
-    r[i + 3] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0xEE);
-  }
-  for (int i = 0; i < 4; ++i) {
-    _mm256_storeu_ps(d + i * kNR, _mm256_permute2f128_ps(r[i], r[i + 4], 0x20));
-    _mm256_storeu_ps(d + (i + 4) * kNR, _mm256_permute2f128_ps(r[i], r[i + 4], 0x31));
-  }
-}"""
-
-
 ROWS = """// to = scale * from, n elements; the rest of a vector is not touched.
 inline void widen(const T* from, int64_t n, float* to, float scale) {
   const Vec factor = vset(scale);
@@ -199,7 +178,7 @@ inline void pack_piece(const Heads& k, const Heads& v, int64_t first, int64_t n,
   for (int64_t j = 0; j < padded; j += 8) {{
 {rows}
     float* panel = kp + j / kNR * kNR * D + j % kNR;
-    for (int64_t d = 0; d < D; d += 8) transpose8(row, d, panel + d * kNR);
+    for (int64_t d = 0; d < D; d += 8) transpose8<kNR>(row, d, panel + d * kNR);
   }}
   float line[kEP] = {{}};
   for (int64_t j = 0; j < padded; ++j) {{

@@ -18,6 +18,28 @@ LANES = {"avx2": 8, "avx512": 16}
 """float32 lanes of a vector register."""
 
 
+TRANSPOSE8 = """// d[j * kStep + i] = s[i][j] for 8 rows and 8 columns.
+template <int kStep>
+inline void transpose8(const float* const* s, int64_t at, float* d) {
+  __m256 r[8], t[8];
+  for (int i = 0; i < 8; ++i) r[i] = _mm256_loadu_ps(s[i] + at);
+  for (int i = 0; i < 8; i += 2) {
+    t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
+    t[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
+  }
+  for (int i = 0; i < 8; i += 4) {
+    r[i] = _mm256_shuffle_ps(t[i], t[i + 2], 0x44);
+    r[i + 1] = _mm256_shuffle_ps(t[i], t[i + 2], 0xEE);
+    r[i + 2] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0x44);
+    r[i + 3] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0xEE);
+  }
+  for (int i = 0; i < 4; ++i) {
+    _mm256_storeu_ps(d + i * kStep, _mm256_permute2f128_ps(r[i], r[i + 4], 0x20));
+    _mm256_storeu_ps(d + (i + 4) * kStep, _mm256_permute2f128_ps(r[i], r[i + 4], 0x31));
+  }
+}"""
+
+
 def _isa(avx2: str, avx512: str) -> dict[str, str]:
     return {"avx2": avx2, "avx512": avx512}
 

@@ -43,7 +43,8 @@ def schema(key: KernelKey) -> str:
     return f"({', '.join(given)}) -> {result}"
 
 
-def _store(key: KernelKey) -> str:
+def store(key: KernelKey) -> str:
+    """What a weight is to the kernel, and where 8 results of a block go."""
     bias = config_of(key)["biases"] != 0
     add = (
         """
@@ -113,28 +114,44 @@ inline void walk(const Weight* weights, int64_t first, int64_t last, const Row& 
 }}"""
 
 
-def _many() -> str:
-    return """// R rows of x times an unpacked panel of one or two blocks, into the result from row m on.
+def rows_of_panel(before: str = "", after: str = "") -> str:
+    """A tile of results, each between the texts `before` and `after` on its way to memory."""
+    return f"""// R rows of x times an unpacked panel of one or two blocks, into the result from row m on.
 template <int R>
 inline void rows_of_panel(const Weight& w, int64_t block, const Weights* panel, const Row* rows, int64_t m,
-                          int64_t K32) {
+                          int64_t K32) {{
   Vec sum[R][2];
   tile<R>(panel, rows, K32, sum);
-  for (int i = 0; i < R; ++i) {
-    store(w, m + i, block, sum[i][0]);
-    if (block + 1 < w.blocks) store(w, m + i, block + 1, sum[i][1]);
-  }
-}
+  for (int i = 0; i < R; ++i) {{
+    store(w, m + i, block, {before}sum[i][0]{after});
+    if (block + 1 < w.blocks) store(w, m + i, block + 1, {before}sum[i][1]{after});
+  }}
+}}"""
+
+
+def _many() -> str:
+    return f"""{rows_of_panel()}
 
 // M rows of x times two blocks of 8 rows of a weight.
 inline void multiply_panel(const Weight& w, int64_t block, Weights* panel, const Row* rows, int64_t first,
-                           int64_t M, int64_t K32) {
+                           int64_t M, int64_t K32) {{
   const uint8_t* data = w.data + block * block_bytes(K32);
   unpack_block(data, K32, panel, 0);
   if (block + 1 < w.blocks) unpack_block(data + block_bytes(K32), K32, panel, 1);
   int64_t m = 0;
   for (; m + kTile <= M; m += kTile) rows_of_panel<kTile>(w, block, panel, rows + m, first + m, K32);
   for (; m < M; ++m) rows_of_panel<1>(w, block, panel, rows + m, first + m, K32);
+}}"""
+
+
+WIDEN_ROW = """inline void widen_row(const T* x, int64_t K, float* to) {  // padded with zeros to whole chunks
+  int64_t k = 0;
+  for (; k + 8 <= K; k += 8) vstore(to + k, vload(x + k));
+  if (k < K) {
+    vstore(to + k, vload_first(x + k, K - k));
+    k += 8;
+  }
+  for (; k % 32 != 0; k += 8) vstore(to + k, vset(0.0f));
 }"""
 
 
@@ -164,15 +181,7 @@ inline Row* scratch(int64_t M, int64_t K32) {{
   return rows.data();
 }}
 
-inline void widen_row(const T* x, int64_t K, float* to) {{  // padded with zeros to whole chunks
-  int64_t k = 0;
-  for (; k + 8 <= K; k += 8) vstore(to + k, vload(x + k));
-  if (k < K) {{
-    vstore(to + k, vload_first(x + k, K - k));
-    k += 8;
-  }}
-  for (; k % 32 != 0; k += 8) vstore(to + k, vset(0.0f));
-}}"""
+{WIDEN_ROW}"""
 
 
 def _arguments(key: KernelKey) -> list[str]:
@@ -198,8 +207,8 @@ def _arguments(key: KernelKey) -> list[str]:
     for i, (w, b) in enumerate(names(key)):
         lines += [
             require(
-                f"{w}.is_cpu(aoti_torch_dtype_uint8()) && {w}.dim() == 2 && {w}.sizes()[0] == (n{i} + 7) / 8"
-                f" && {w}.sizes()[1] == 8 * block_bytes(K32) / 8",
+                f"{w}.is_cpu(aoti_torch_dtype_uint8()) && {w}.dim() == 2"
+                f" && {w}.sizes()[0] == packed_rows(n{i}) && {w}.sizes()[1] == packed_width(K32)",
                 f"{w} is not packed for the columns of x and n{i} rows",
             ),
             f"  {w}.make_contiguous(aoti_torch_dtype_uint8());",
@@ -220,10 +229,11 @@ def _arguments(key: KernelKey) -> list[str]:
     return [*lines, "  const Weight weights[] = {", *rows, "  };"]
 
 
-def _run(key: KernelKey) -> str:
-    config, shape = config_of(key), shape_of(key)
+def run(key: KernelKey, *, prepares: bool) -> str:
+    """The kernel op; many rows of x are made ready where a format asks for it."""
+    config = config_of(key)
     outputs = "\n".join(f"  stack[{i}] = y{i}.release();" for i in range(config["count"]))
-    prepare = "\n      prepare(rows[m], K32);" if shape.is_integer else ""
+    prepare = "\n      prepare(rows[m], K32);" if prepares else ""
     checks = "\n".join(_arguments(key))
     return f"""// One row: every thread reads its share of all weights.
 inline void one_row(const Weight* weights, int64_t total, const T* x, int64_t K, int64_t K32) {{
@@ -282,8 +292,8 @@ constexpr int kCount = {config["count"]};  // weights
 constexpr int64_t kAhead = {AHEAD_BYTES};  // bytes"""
     grids = "row" if shape.group == 0 else f"{shape.group} columns"
     activation = {"none": "as they are", "token": "int8 per row", "group": f"int8 per {shape.group} columns"}
-    body = (head, geometry(shape), activations(shape), dot(shape), panel(shape), _store(key), _walk())
-    parts = (*body, _many(), _rows(shape), _run(key))
+    body = (head, geometry(shape), activations(shape), dot(shape), panel(shape), store(key), _walk())
+    parts = (*body, _many(), _rows(shape), run(key, prepares=shape.is_integer))
     return cpp_file(
         title=f"x W^T, W int{shape.bits}, a scale per {grids}; activations {activation[shape.activation]}.",
         note="Eight weight rows lie side by side; integer products are exact.",

@@ -13,10 +13,10 @@ def panel(shape: Shape) -> str:
     """unpack_block, and tile: R rows of x times a panel."""
     if shape.is_integer:
         return f"{_integer_layout(shape)}\n\n{_integer_tile(shape)}"
-    return f"{_float_layout(shape)}\n\n{_FLOAT_TILE_TEXT}"
+    return f"{_float_layout(shape)}\n\n{FLOAT_TILE_TEXT}"
 
 
-_FLOAT_TILE_TEXT = f"""template <int R>
+FLOAT_TILE_TEXT = f"""template <int R>
 inline void tile(const float* panel, const Row* rows, int64_t K32, Vec (&sum)[R][2]) {{
   for (int m = 0; m < R; ++m) sum[m][0] = sum[m][1] = vset(0.0f);
   for (int64_t k = 0; k < K32 * 32; ++k) {{

@@ -75,6 +75,8 @@ inline Vec grid(const uint8_t* p) {{ return {load}; }}
 inline int64_t groups_of(int64_t K32) {{ return {count}; }}
 inline int64_t chunks_of(int64_t first, int64_t K32) {{ return {chunks}; }}
 inline int64_t block_bytes(int64_t K32) {{ return K32 * kChunkBytes + groups_of(K32) * kTailBytes; }}
+inline int64_t packed_width(int64_t K32) {{ return block_bytes(K32); }}
+inline int64_t packed_rows(int64_t rows) {{ return (rows + 7) / 8; }}
 
 {_codes(shape.bits)}"""
 

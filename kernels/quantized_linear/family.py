@@ -19,7 +19,7 @@ from tilewright.kernels.common.family import (
     dtype_name,
     make_key,
 )
-from tilewright.kernels.quantized_linear import cpp, triton, triton_float
+from tilewright.kernels.quantized_linear import cpp, cpp_float, triton, triton_float
 from tilewright.runtime.contracts import KernelKey, Refusal, Target
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -30,7 +30,7 @@ FLOAT_WORD = {"fp8-e4m3": "e4m3", "fp8-e5m2": "e5m2", "nvfp4": "nvfp4"}
 LEGALITY = (
     "x and biases have one dtype: float32, bfloat16 or float16 (accumulated in int32 and float32)",
     "any number of rows of x, symbolic too; the number of columns is known when compiling",
-    "weights are packed as blocks8 on the CPU, as rows on a GPU; small floats as rows, on a GPU only",
+    "weights are packed as blocks8 on the CPU, as rows on a GPU; small floats as rows everywhere",
     "each bias is absent or [rows]",
     f"quantized_linear_multi: 2 to {MAX_WEIGHTS} weights of one format",
     "an x that is not contiguous is copied inside the op",
@@ -59,7 +59,7 @@ def _weight_refusal(
 def _format_refusal(form: AnyFormat, target: Target) -> str | None:
     """Why no kernel of the target takes a format, or None."""
     if isinstance(form, FloatFormat):
-        return f"{form.name} weights have no kernel on {target}" if target.kind == "cpu" else None
+        return None
     if form.packing != PACKING[target.kind]:
         return f"the weights are packed as {form.packing}, {target} wants {PACKING[target.kind]}"
     if form.activation not in ACTIVATION_WORD:
@@ -254,6 +254,10 @@ def _launcher(key: KernelKey, kernel: Any) -> Callable[..., Any]:
     return made
 
 
+def _generate_cpu(key: KernelKey, op: str) -> str:
+    return cpp_float.generate(key, op) if "element" in config_of(key) else cpp.generate(key, op)
+
+
 def _generate_gpu(key: KernelKey, op: str) -> str:
     text: str = _triton_of(key).generate(key, op)
     return text
@@ -266,7 +270,7 @@ def _family(op: str, configure: Any, rewrite: Any, examples: Any) -> KernelFamil
         legality=tuple(c for c in LEGALITY if op in c or "multi" not in c),
         configure=configure,
         schema=cpp.schema,
-        generate={"cpu": cpp.generate, "cuda": _generate_gpu, "hip": _generate_gpu},
+        generate={"cpu": _generate_cpu, "cuda": _generate_gpu, "hip": _generate_gpu},
         triton=TritonKernel(_parameters, triton.constants, triton.warps, _launcher),
         fake=_fake,
         save=_save,
