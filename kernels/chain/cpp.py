@@ -11,16 +11,14 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from tilewright.compiler.weight_format import WeightFormat
+from tilewright.compiler.float_format import AnyFormat, parse_format
 from tilewright.kernels.chain import parts
+from tilewright.kernels.chain.formats import format_text, row_floats
 from tilewright.kernels.chain.plan import Plan, Stage
 from tilewright.kernels.common.abi import HEADER
 from tilewright.kernels.common.cpp import NAMESPACE, vector_text
 from tilewright.kernels.gated_mlp.cpp import ACTIVATION
 from tilewright.kernels.linear.cpp import AHEAD_BYTES, dot_text
-from tilewright.kernels.quantized_linear.cpp_dot import dot
-from tilewright.kernels.quantized_linear.cpp_parts import Shape, activations, geometry
-from tilewright.kernels.quantized_linear.family import ACTIVATION_WORD
 
 MAX_SHARES = 64
 _ALIGN = 16
@@ -49,7 +47,7 @@ class _Emitter:
     found: int = 0
     """Floats per share for the partial results of attention."""
     scores: int = 0
-    formats: dict[WeightFormat, int] = field(default_factory=dict)
+    formats: dict[AnyFormat, int] = field(default_factory=dict)
     prepared: set[tuple[int, str]] = field(default_factory=set)
     """Activations that were made ready for a format."""
     merging: bool = False
@@ -107,14 +105,14 @@ class _Emitter:
 
     def _quantized_linear(self, stage: Stage) -> None:
         rows, columns, text = stage.numbers
-        form = WeightFormat.parse(str(text))
+        form = parse_format(str(text))
         self.read(stage, None)
         x, weight, bias = map(self.at, stage.reads)
         space, chunks = f"f{self.formats.setdefault(form, len(self.formats))}", -(-int(columns) // 32)
         row = f"row{stage.reads[0]}_{space}"
         if (stage.reads[0], space) not in self.prepared:
             self.prepared.add((stage.reads[0], space))
-            floats = chunks * 40 + 3 * len(form.chunks(int(columns))) + _ALIGN
+            floats = row_floats(form, int(columns)) + _ALIGN
             self.lines.append(f"const {space}::Row {row} = {space}::row_at(mine + {self.mine}, {chunks});")
             self.lines.append(f"{space}::prepare_row({x}, {columns}, {row});")
             self.mine += -(-floats // _ALIGN) * _ALIGN
@@ -306,7 +304,7 @@ def _text(plan: Plan, arch: str, op: str) -> str:
         helpers.append(f"using T = float;\nconstexpr int64_t kAhead = {AHEAD_BYTES};  // bytes")
         helpers.append(dot_text("float32", arch))
     helpers += [f"inline Vec act_{a}(Vec g) {{ return {ACTIVATION[a][0]}; }}" for a in acts]
-    helpers += [_format_text(form, f"f{number}") for form, number in emitter.formats.items()]
+    helpers += [format_text(form, f"f{number}") for form, number in emitter.formats.items()]
     helpers += [text for kind, text in _HELPERS.items() if kind in kinds]
     return _FILE.format(
         count=len(plan.stages),
@@ -319,16 +317,6 @@ def _text(plan: Plan, arch: str, op: str) -> str:
         op=op,
         schema=schema(plan),
     )
-
-
-def _format_text(form: WeightFormat, space: str) -> str:
-    """What one weight format needs, in a namespace of its own."""
-    shape = Shape(
-        form.bits, form.group, form.has_offset, ACTIVATION_WORD[form.activation], form.grid == "wide"
-    )
-    rest = parts.INTEGER_ROW if shape.is_integer else parts.FLOAT_ROW
-    body = (geometry(shape), activations(shape), dot(shape), parts.QUANTIZED.format(rest=rest))
-    return "\n\n".join((f"namespace {space} {{", *body, f"}}  // namespace {space}"))
 
 
 def _run(plan: Plan, emitter: _Emitter, body: str) -> str:

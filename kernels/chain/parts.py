@@ -78,53 +78,6 @@ inline void linear(const float* w, const float* bias, const float* x, int64_t K,
   }
 }"""
 
-QUANTIZED = """// Memory of one prepared row of x for K32 chunks of 32 columns, from `at` on.
-inline Row row_at(float* at, int64_t K32) {{
-  Row row;
-  row.x = at;
-{rest}
-  return row;
-}}
-
-inline void prepare_row(const float* x, int64_t K, const Row& row) {{
-  const int64_t K32 = (K + 31) / 32;
-  std::memcpy(row.x, x, K * sizeof(float));
-  std::memset(row.x + K, 0, (K32 * 32 - K) * sizeof(float));
-  prepare(row, K32);
-}}
-
-// Rows [low, high) of a packed weight, low a multiple of 8, times a prepared row.
-inline void multiply(const uint8_t* w, const float* bias, const Row& row, int64_t K32, int64_t low,
-                     int64_t high, float* y) {{
-  const int64_t bytes = block_bytes(K32);
-  const int64_t first = low / 8, last = (high + 7) / 8, quarter = (last - first) / 4;
-  auto put = [&](int64_t block, Vec value) {{
-    const int64_t at = block * 8, left = high - at < 8 ? high - at : 8;
-    if (bias != nullptr) value = vadd(value, load(bias + at, left));
-    if (left == 8) vstore(y + at, value);
-    else vstore_first(y + at, value, left);
-  }};
-  for (int64_t i = first; i < first + quarter; ++i) {{
-    const uint8_t* start[4];
-    for (int s = 0; s < 4; ++s) start[s] = w + (i + s * quarter) * bytes;
-    Vec sum[4];
-    dot_blocks<4>(start, row, K32, sum);
-    for (int s = 0; s < 4; ++s) put(i + s * quarter, sum[s]);
-  }}
-  for (int64_t i = first + 4 * quarter; i < last; ++i) {{
-    const uint8_t* start = w + i * bytes;
-    Vec sum[1];
-    dot_blocks<1>(&start, row, K32, sum);
-    put(i, sum[0]);
-  }}
-}}"""
-
-INTEGER_ROW = """  row.scale = at + K32 * 32;
-  row.mass = row.scale + groups_of(K32);
-  row.shift = reinterpret_cast<int32_t*>(row.mass + groups_of(K32));
-  row.q = reinterpret_cast<int8_t*>(row.shift + groups_of(K32));"""
-FLOAT_ROW = "  row.mass = at + K32 * 32;"
-
 RMS_NORM = """inline void rms_norm(const float* x, const float* weight, float eps, float offset, int64_t rows,
                      int64_t D, float* y) {
   for (int64_t r = 0; r < rows; ++r, x += D, y += D) {

@@ -18,6 +18,7 @@ from torch import fx
 from tilewright.compiler.float_format import parse_format
 from tilewright.compiler.graph import normalized_args
 from tilewright.compiler.ops import semantic_op
+from tilewright.compiler.weight_format import WeightFormat
 from tilewright.runtime.contracts import Refusal
 
 aten = torch.ops.aten
@@ -254,7 +255,7 @@ class Planner:
     ) -> list[int]:
         form, made = parse_format(text), list[int]()
         source, columns = self._vector(x), x.meta["val"].shape[-1]
-        if form.packing != "blocks8":
+        if isinstance(form, WeightFormat) and form.packing != "blocks8":
             raise Unsupported(f"the weights are packed as {form.packing}")
         for weight, bias, count in zip(packed, biases, rows, strict=True):
             if _elements(x) != columns or tuple(weight.meta["val"].shape) != form.shape(count, columns):

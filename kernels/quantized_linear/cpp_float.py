@@ -8,7 +8,7 @@ streams; more rows of x share a decoded panel of 16 weight rows that stays in ca
 
 from __future__ import annotations
 
-from tilewright.compiler.float_format import E2M1
+from tilewright.compiler.float_format import E2M1, FLOAT_NAMES, FloatFormat
 from tilewright.compiler.weight_format import CHUNK
 from tilewright.kernels.common.cpp import ELEMENT, TRANSPOSE8, cpp_file, vector_text
 from tilewright.kernels.common.family import config_of
@@ -19,6 +19,8 @@ from tilewright.runtime.contracts import KernelKey
 
 FEW = 8
 """So many rows of x at most meet codes as they are decoded."""
+ROW_FLOATS = 8
+"""Floats that a row of x whose activations are rounded takes beside its columns."""
 
 _E4M3 = """// The bit below the sign is cleared: of a sign-extended code it is a copy of it.
 inline Int halves(__m128i c) {
@@ -137,9 +139,9 @@ inline void dot(const uint8_t* const* start, const Row* rows, int64_t K32, float
   }
   for (int r = 0; r < R; ++r)
     for (int m = 0; m < M; ++m) lane[m][r] = vsum(sum[r][m]) * ROW_SCALE;
-}
+}"""
 
-// 8 weight rows times M rows of x; rows behind the last are read as the last, and not stored.
+_BLOCKS = """// 8 weight rows times M rows of x; rows behind the last are read as the last, and not stored.
 template <int M>
 inline void block_times(const Weight& w, int64_t block, const Row* rows, int64_t first, int64_t K32) {
   constexpr int kSide = M == 1 ? 4 : 2;
@@ -245,19 +247,14 @@ def _decode(element: str) -> str:
     return _NVFP4.replace("TABLE", ", ".join(str(v) for v in (*doubled, *[-v for v in doubled])))
 
 
-def _rows(cut: bool, element: str) -> str:
-    """A row of x padded to whole chunks, and `prepare`, which makes it ready."""
-    prepare = _CUT if cut else _EVEN_ODD if element == "nvfp4" else _AS_IT_IS
-    held, at = ("\n  float* scale;", "\n    rows[m].scale = rows[m].x + K32 * 32;") if cut else ("", "")
-    return f"""struct Row {{
-  float* x;  // [32 * K32]{held}
-}};
-
-// Memory for every row of x, kept by the calling thread from call to call.
+def _scratch(cut: bool) -> str:
+    """Memory for rows of x, and how they get there."""
+    at = "\n    rows[m].scale = rows[m].x + K32 * 32;" if cut else ""
+    return f"""// Memory for every row of x, kept by the calling thread from call to call.
 inline Row* scratch(int64_t M, int64_t K32) {{
   thread_local std::vector<float> memory;
   thread_local std::vector<Row> rows;
-  const int64_t each = K32 * 32 + {8 if cut else 0};
+  const int64_t each = K32 * 32 + {ROW_FLOATS if cut else 0};
   if (static_cast<int64_t>(memory.size()) < M * each) memory.resize(M * each);
   if (static_cast<int64_t>(rows.size()) < M) rows.resize(M);
   for (int64_t m = 0; m < M; ++m) {{
@@ -266,9 +263,19 @@ inline Row* scratch(int64_t M, int64_t K32) {{
   return rows.data();
 }}
 
-{cpp.WIDEN_ROW}
+{cpp.WIDEN_ROW}"""
 
-{prepare}"""
+
+def arithmetic(form: FloatFormat) -> str:
+    """Where a weight of a format lies, Row (a row of x), `prepare`, and `dot`, their products."""
+    element, cut = form.name.removeprefix("fp8-"), form.activation != "none"
+    prepare = _CUT if cut else _EVEN_ODD if form.is_nvfp4 else _AS_IT_IS
+    scale = "\n  float* scale;" if cut else ""
+    row = f"""struct Row {{
+  float* x;  // [32 * K32]{scale}
+}};"""
+    dot = _DOT.replace("ROW_SCALE", "(kUnit * *rows[m].scale)" if cut else "kUnit")
+    return "\n\n".join((_geometry(element, form.group), _decode(element), row, prepare, dot))
 
 
 _ROW_OF = """inline const uint8_t* row_of(const Weight& w, int64_t row, int64_t K32) {
@@ -279,31 +286,30 @@ _ROW_OF = """inline const uint8_t* row_of(const Weight& w, int64_t row, int64_t 
 def generate(key: KernelKey, op: str) -> str:
     """The source file for one configuration: format, number of weights, which have biases, dtype of x."""
     config = config_of(key)
-    element, cut = config["element"], config["cut"]
+    name, cut = next(name for name in FLOAT_NAMES if name.endswith(config["element"])), config["cut"]
+    form = FloatFormat(name, config["group"], activation="fp8-token" if cut else "none")
     head = f"""using T = {ELEMENT[key.dtype]};
 constexpr int kCount = {config["count"]};  // weights
 constexpr int64_t kAhead = {AHEAD_BYTES};  // bytes"""
-    dot = _DOT.replace("ROW_SCALE", "(kUnit * *rows[m].scale)" if cut else "kUnit")
     panel_scale = ("vmul(", ", vset(*rows[i].scale))") if cut else ("", "")
     body = (
         head,
         TRANSPOSE8,
-        _geometry(element, config["group"]),
-        _decode(element),
-        _rows(cut, element),
+        arithmetic(form),
+        _scratch(cut),
         cpp.store(key),
         _ROW_OF,
-        dot,
+        _BLOCKS,
         _PANEL,
         FLOAT_TILE_TEXT,
         cpp.rows_of_panel(*panel_scale),
         _MULTIPLY.replace("FEW", str(FEW)),
         cpp.run(key, prepares=True),
     )
-    scales = "row" if config["group"] == 0 else f"{config['group']} columns"
+    scales = "row" if form.group == 0 else f"{form.group} columns"
     activation = "fp8 per row" if cut else "as they are"
     return cpp_file(
-        title=f"x W^T, W {element}, a scale per {scales}; activations {activation}.",
+        title=f"x W^T, W {name}, a scale per {scales}; activations {activation}.",
         note="Sums are float32.",
         target=str(key.target),
         vector=vector_text("avx2", {"sum", "partial", "abs", "max", key.dtype}),

@@ -128,6 +128,8 @@ class QuantizePlan(GraphPass):
             return ops.linear(x, a), ops.linear(x, b), ops.linear(x, c)
 
         yield {"plan": plan}, Example(three, inputs, count=2)
+        floats = {"arg1_1": "fp8-e4m3.0.fp8-token.rows", "arg2_1": "nvfp4.16.none.rows", "arg3_1": KEEP}
+        yield {"plan": PrecisionPlan(layers=floats).text()}, Example(three, inputs, count=2)
         yield (
             {"plan": f'format = "{FORMAT}"\n[layers]\n'},
             Example(three, inputs, refusal="leaves arg1_1 as it is"),

@@ -11,8 +11,8 @@ from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import tilewright.compiler.ops  # noqa: F401  (registers the semantic ops)
+from tilewright.compiler.float_format import FloatFormat, parse_format
 from tilewright.compiler.repeats import sink_writes
-from tilewright.compiler.weight_format import WeightFormat
 from tilewright.kernels.chain import cpp
 from tilewright.kernels.chain.build import build, refusal
 from tilewright.kernels.chain.plan import Plan, plan
@@ -249,22 +249,30 @@ FORMATS = (
     "int8.0.symmetric.int8-token.blocks8",
     "int4.32.float-zero.none.blocks8",
     "int3.64.float-zero.int8-token.blocks8",
+    "fp8-e4m3.0.none.rows",
+    "fp8-e5m2.tensor.fp8-token.rows",
+    "fp8-e4m3.32.fp8-token.rows",
+    "nvfp4.16.none.rows",
 )
 
 
 @needs_host
 @pytest.mark.parametrize("text", FORMATS)
 def test_quantized_linear_stages(text: str) -> None:
-    form = WeightFormat.parse(text)
+    form, columns = parse_format(text), 160 if text.startswith(("nvfp4", "fp8-e4m3.32")) else 150
 
-    def packed(rows: int, columns: int) -> Tensor:
-        return form.pack(form.quantizer().quantize(torch.randn(rows, columns)))
+    def packed(rows: int) -> Tensor:
+        weight = torch.randn(rows, columns)
+        if isinstance(form, FloatFormat):
+            return form.pack_weight(weight)
+        return form.pack(form.quantizer().quantize(weight))
 
     def f(x: Tensor, a: Tensor, b: Tensor, bias: Tensor, plain: Tensor) -> tuple[Tensor, ...]:
         first, second = tw.quantized_linear_multi(x, [a, b], [None, bias], [45, 67], text)
         return first, second, tw.quantized_linear(x, a, None, 45, text) + tw.linear(x, plain)
 
-    inputs = [torch.randn(1, 1, 150), packed(45, 150), packed(67, 150), torch.randn(67), torch.randn(45, 150)]
+    plain = torch.randn(45, columns)
+    inputs = [torch.randn(1, 1, columns), packed(45), packed(67), torch.randn(67), plain]
     made = _planned(f, inputs)
     assert isinstance(made, Plan), made
     op, path = build(made, host_target())
