@@ -290,6 +290,13 @@ def test_memory_tiers_keep_versions_and_the_link_takes_its_time(monkeypatch):
     for bandwidth, latency in ((0.0, 0.0), (1.0, -1.0), (float("nan"), 0.0)):
         with pytest.raises(KVStoreError, match="expected"):
             SimLink(bandwidth, latency)
+        with pytest.raises(KVStoreError, match="expected"):
+            link.throttle(bandwidth, latency)
+    link.write("a", 2, data)
+    link.throttle(SIZE / 8.0, 0.0)
+    link.read("a", out)
+    # A read that failed has taken its two seconds too.
+    assert slept[2:] == [8.5, 16.0], "slower from then on, and what it holds stays"
 
 
 SOME = filled(10)
