@@ -12,11 +12,23 @@ from torch import fx, nn
 from tilewright.compiler.calibration import Observer, Statistics, fingerprint, vocabulary_of
 from tilewright.compiler.diagnostics import CaptureError, OptionError
 from tilewright.compiler.pipeline import Pipeline, RunOptions
+from tilewright.compiler.precision_plan import LayerChoices, measure
+from tilewright.compiler.program import Program
 from tilewright.frontends.capture import from_dynamo, normalize
 from tilewright.frontends.loaded_model import Call
 
 Progress = Callable[[int, int], None]
 """progress(samples done, samples in all)."""
+
+
+def _behind(pipeline: Pipeline, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Program | None:
+    """A captured program after some passes; None where it holds no linear layer."""
+    program = from_dynamo(gm, example_inputs)
+    options = RunOptions(replay=False)
+    normalize(program, options)
+    pipeline.run(program, options)
+    has_linear = any(n.op == "call_function" and "linear" in str(n.target) for n in program.graph.nodes)
+    return program if has_linear else None
 
 
 class _Observing:
@@ -27,11 +39,8 @@ class _Observing:
         self._pipeline, self._hessian, self._means, self._quantile = pipeline, hessian, means, quantile
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        program = from_dynamo(gm, example_inputs)
-        options = RunOptions(replay=False)
-        normalize(program, options)
-        self._pipeline.run(program, options)
-        if not any(n.op == "call_function" and "linear" in str(n.target) for n in program.graph.nodes):
+        program = _behind(self._pipeline, gm, example_inputs)
+        if program is None:
             return gm.forward
         if self.statistics is None:
             self.statistics = Statistics(
@@ -79,6 +88,32 @@ def calibrate(
         raise CaptureError("no linear layer ran, so there is nothing to calibrate")
     found.samples, found.source = len(given), source
     return found
+
+
+def layer_choices(
+    module: nn.Module, call: Call, statistics: Statistics, formats: Sequence[str], *, pipeline: Any = ""
+) -> list[LayerChoices]:
+    """Size and error of every format for every linear layer of a model, as `precision_plan.measure` has them.
+
+    call: (args, kwargs) of the module, to capture it by. statistics: with Hessians, taken behind the same
+    pipeline. Raises what `measure` does, and CaptureError when no linear layer ran.
+    """
+    programs: list[Program] = []
+    passes = Pipeline.parse(pipeline or [])
+
+    def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        program = _behind(passes, gm, example_inputs)
+        programs.extend([] if program is None else [program])
+        return gm.forward
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        torch.compile(module, backend=backend, dynamic=False)(*call[0], **call[1])
+    torch._dynamo.reset()
+    if not programs:
+        raise CaptureError("no linear layer ran, so there is nothing to plan")
+    with torch.no_grad():
+        return measure(programs[0], statistics, formats)
 
 
 def token_windows(

@@ -27,6 +27,7 @@ COMMANDS = {
     "bench": "time against eager and Inductor, interleaved in one run",
     "evaluate": "quality and speed beside a baseline",
     "calibrate": "what linear layers read on sample text, saved for smoothing and quantization",
+    "plan": "choose a format for each linear layer under a budget of size or of error",
     "windows": "search the sliding-tile windows of a video model's heads, or take over a published table",
     "export": "write a rewritten model as a folder: ONNX, a pt2 package or its kernels",
     "verify": "check that an exported folder is as the export left it",
