@@ -113,7 +113,7 @@ def layer_choices(
     if not programs:
         raise CaptureError("no linear layer ran, so there is nothing to plan")
     with torch.no_grad():
-        return measure(programs[0], statistics, formats)
+        return [layer for program in programs for layer in measure(program, statistics, formats)]
 
 
 def token_windows(

@@ -41,7 +41,7 @@ def quantize_rows(x: Tensor, rows: int, kind: torch.dtype = torch.int8) -> tuple
     scale = grouped.abs().amax(-1) / LARGEST[kind]
     safe = torch.where(scale > 0, scale, 1.0)
     scaled = grouped / safe[..., None]
-    codes = scaled.round().to(kind) if kind == torch.int8 else scaled.to(torch.float32).to(kind)
+    codes = scaled.round().to(kind) if kind == torch.int8 else scaled.to(kind)
     return codes.view(batch, heads, blocks * rows, size)[:, :, :tokens].contiguous(), scale
 
 

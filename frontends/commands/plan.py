@@ -25,7 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--format",
         action="append",
         metavar="F",
-        help=f"a format that layers may get beside their own; may repeat (default {', '.join(DEFAULT)})",
+        help="a format that layers may get beside their own (packed as blocks8 for a CPU, as rows for a GPU "
+        f"and small floats); may repeat (default {', '.join(DEFAULT)})",
     )
     parser.add_argument("--max-error", type=float, metavar="E", help="largest mean share of output energy")
     parser.add_argument(

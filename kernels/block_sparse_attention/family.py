@@ -23,6 +23,7 @@ from tilewright.kernels.block_sparse_attention.signature import (
     schema,
 )
 from tilewright.kernels.common.family import (
+    FP8_ARCHS,
     KernelFamily,
     TritonKernel,
     check_target,
@@ -297,10 +298,6 @@ BLOCK_SPARSE_ATTENTION_BACKWARD = KernelFamily(
 )
 
 
-FP8_ARCHS = ("sm_90", "sm_100", "sm_120")
-_EIGHT_BITS = "16 bits; for inference, on GPUs only"
-
-
 def _configure_codes(op: str, args: Sequence[Any], target: Target) -> KernelKey | Refusal:
     if target.kind == "cpu":
         return Refusal("8-bit products of scores gain nothing over float32 ones on AVX2; GPUs only")
@@ -332,7 +329,7 @@ BLOCK_SPARSE_ATTENTION_INT8 = replace(
     BLOCK_SPARSE_ATTENTION,
     op="block_sparse_attention_int8",
     dtypes=DTYPES[1:],
-    legality=(*LEGALITY, _EIGHT_BITS),
+    legality=(*LEGALITY, "16 bits; for inference, on GPUs only"),
     configure=_configure_int8,
     generate={"cuda": triton.generate, "hip": triton.generate},
     save=None,

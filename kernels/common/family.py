@@ -18,6 +18,8 @@ DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float
 CPU_ARCHS = ("avx2", "avx512")
 CUDA_ARCHS = ("sm_80", "sm_90", "sm_100", "sm_120")
 HIP_ARCHS = ("gfx942",)
+FP8_ARCHS = ("sm_90", "sm_100", "sm_120")
+"""Archs with OCP fp8 (e4m3 and e5m2). gfx942 has other formats (no negative zero)."""
 ARCHS = {"cpu": CPU_ARCHS, "cuda": CUDA_ARCHS, "hip": HIP_ARCHS}
 PLACEHOLDER_NAME = "tw_op"
 

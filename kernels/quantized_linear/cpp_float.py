@@ -8,13 +8,13 @@ streams; more rows of x share a decoded panel of 16 weight rows that stays in ca
 
 from __future__ import annotations
 
-from tilewright.compiler.float_format import E2M1, FLOAT_NAMES, FloatFormat
+from tilewright.compiler.float_format import E2M1, FloatFormat
 from tilewright.compiler.weight_format import CHUNK
 from tilewright.kernels.common.cpp import ELEMENT, TRANSPOSE8, cpp_file, vector_text
 from tilewright.kernels.common.family import config_of
 from tilewright.kernels.quantized_linear import cpp
 from tilewright.kernels.quantized_linear.cpp_panel import FLOAT_TILE, FLOAT_TILE_TEXT
-from tilewright.kernels.quantized_linear.cpp_parts import AHEAD_BYTES
+from tilewright.kernels.quantized_linear.cpp_parts import AHEAD_BYTES, range_text
 from tilewright.runtime.contracts import KernelKey
 
 FEW = 8
@@ -92,21 +92,11 @@ inline Vec e4m3_value(Vec a) {
   return _mm256_sub_ps(vadd(a, magic), magic);
 }
 
-// A NaN or an infinity in the row makes its scale a NaN.
 inline void prepare(const Row& row, int64_t K32) {
-  Vec largest = vset(0.0f), bad = vset(0.0f);
-  for (int64_t k = 0; k < K32 * 32; k += 8) {
-    const Vec a = vload(row.x + k);
-    largest = vmax(largest, vabs(a));
-    bad = vfma(a, vset(0.0f), bad);
-  }
-  alignas(32) float lane[8];
-  vstore(lane, largest);
-  float most = lane[0];
-  for (int i = 1; i < 8; ++i) most = lane[i] > most ? lane[i] : most;
-  const Vec inverse = vset(most > 2e-36f ? 448.0f / most : 0.0f);
-  *row.scale = most * (1.0f / 448.0f) + vsum(bad);
-  for (int64_t k = 0; k < K32 * 32; k += 8) vstore(row.x + k, e4m3_value(vmul(vload(row.x + k), inverse)));
+  float inverse;
+  *row.scale = range(row.x, K32, &inverse);
+  for (int64_t k = 0; k < K32 * 32; k += 8)
+    vstore(row.x + k, e4m3_value(vmul(vload(row.x + k), vset(inverse))));
 }"""
 
 _DOT = """// R weight rows times M rows of x: lane[m][r].
@@ -269,7 +259,7 @@ inline Row* scratch(int64_t M, int64_t K32) {{
 def arithmetic(form: FloatFormat) -> str:
     """Where a weight of a format lies, Row (a row of x), `prepare`, and `dot`, their products."""
     element, cut = form.name.removeprefix("fp8-"), form.activation != "none"
-    prepare = _CUT if cut else _EVEN_ODD if form.is_nvfp4 else _AS_IT_IS
+    prepare = f"{range_text(448)}\n{_CUT}" if cut else _EVEN_ODD if form.is_nvfp4 else _AS_IT_IS
     scale = "\n  float* scale;" if cut else ""
     row = f"""struct Row {{
   float* x;  // [32 * K32]{scale}
@@ -283,11 +273,10 @@ _ROW_OF = """inline const uint8_t* row_of(const Weight& w, int64_t row, int64_t 
 }"""
 
 
-def generate(key: KernelKey, op: str) -> str:
-    """The source file for one configuration: format, number of weights, which have biases, dtype of x."""
+def generate(key: KernelKey, op: str, form: FloatFormat) -> str:
+    """The source file for one configuration: `form`, number of weights, which have biases, dtype of x."""
     config = config_of(key)
-    name, cut = next(name for name in FLOAT_NAMES if name.endswith(config["element"])), config["cut"]
-    form = FloatFormat(name, config["group"], activation="fp8-token" if cut else "none")
+    cut = form.activation != "none"
     head = f"""using T = {ELEMENT[key.dtype]};
 constexpr int kCount = {config["count"]};  // weights
 constexpr int64_t kAhead = {AHEAD_BYTES};  // bytes"""
@@ -309,7 +298,7 @@ constexpr int64_t kAhead = {AHEAD_BYTES};  // bytes"""
     scales = "row" if form.group == 0 else f"{form.group} columns"
     activation = "fp8 per row" if cut else "as they are"
     return cpp_file(
-        title=f"x W^T, W {name}, a scale per {scales}; activations {activation}.",
+        title=f"x W^T, W {form.name}, a scale per {scales}; activations {activation}.",
         note="Sums are float32.",
         target=str(key.target),
         vector=vector_text("avx2", {"sum", "partial", "abs", "max", key.dtype}),

@@ -129,6 +129,27 @@ inline void prepare(const Row& row, int64_t K32) {
   }
 }"""
 
+
+def range_text(largest: int) -> str:
+    """`range`: what activations are scaled by so that the largest becomes the largest code."""
+    return f"""// The scale of some chunks and its inverse; a NaN or an infinity makes the scale a NaN.
+inline float range(const float* x, int64_t chunks, float* inverse) {{
+  Vec largest = vset(0.0f), bad = vset(0.0f);
+  for (int64_t i = 0; i < chunks * 4; ++i) {{
+    Vec a = vload(x + i * 8);
+    largest = vmax(largest, vabs(a));
+    bad = vfma(a, vset(0.0f), bad);
+  }}
+  alignas(32) float lane[8];
+  vstore(lane, largest);
+  float most = lane[0];
+  for (int i = 1; i < 8; ++i) most = lane[i] > most ? lane[i] : most;
+  *inverse = most > 2e-36f ? {largest}.0f / most : 0.0f;
+  return most * (1.0f / {largest}.0f) + vsum(bad);
+}}
+"""
+
+
 _QUANTIZED_ROW = """// A row of x, padded with zeros to whole chunks, its codes and what every group adds.
 struct Row {
   float* x;        // [32 * K32]
@@ -138,22 +159,7 @@ struct Row {
   int32_t* shift;  // [groups]: what the code of zero adds
 };
 
-// The scale of some chunks and its inverse; a NaN or an infinity among them makes the scale a NaN.
-inline float range(const float* x, int64_t chunks, float* inverse) {
-  Vec largest = vset(0.0f), bad = vset(0.0f);
-  for (int64_t i = 0; i < chunks * 4; ++i) {
-    Vec a = vload(x + i * 8);
-    largest = vmax(largest, vabs(a));
-    bad = vfma(a, vset(0.0f), bad);
-  }
-  alignas(32) float lane[8];
-  vstore(lane, largest);
-  float most = lane[0];
-  for (int i = 1; i < 8; ++i) most = lane[i] > most ? lane[i] : most;
-  *inverse = most > 2e-36f ? 127.0f / most : 0.0f;
-  return most * (1.0f / 127.0f) + vsum(bad);
-}
-
+RANGE
 inline int32_t quantize_chunk(const float* x, int8_t* q, float inverse) {  // returns the sum
   Int part[4];
   for (int u = 0; u < 4; ++u) part[u] = _mm256_cvtps_epi32(vmul(vload(x + u * 8), vset(inverse)));
@@ -190,5 +196,5 @@ def activations(shape: Shape) -> str:
     by_group = shape.activation == "group"
     scale = "range(row.x + c * 32, chunks_of(c, K32), &inverse)" if by_group else "scale"
     once = "" if by_group else "const float scale = range(row.x, K32, &inverse);"
-    text = _QUANTIZED_ROW.replace("  ONCE\n", f"  {once}\n" if once else "")
+    text = _QUANTIZED_ROW.replace("RANGE", range_text(127)).replace("  ONCE\n", f"  {once}\n" if once else "")
     return text.replace("SCALE", scale).replace("SHIFT", shift)

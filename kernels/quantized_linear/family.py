@@ -255,7 +255,8 @@ def _launcher(key: KernelKey, kernel: Any) -> Callable[..., Any]:
 
 
 def _generate_cpu(key: KernelKey, op: str) -> str:
-    return cpp_float.generate(key, op) if "element" in config_of(key) else cpp.generate(key, op)
+    form = format_of(key)
+    return cpp_float.generate(key, op, form) if isinstance(form, FloatFormat) else cpp.generate(key, op)
 
 
 def _generate_gpu(key: KernelKey, op: str) -> str:

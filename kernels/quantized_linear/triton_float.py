@@ -17,13 +17,11 @@ from typing import Any
 import torch
 
 from tilewright.compiler.float_format import FP8
-from tilewright.kernels.common.family import config_of
+from tilewright.kernels.common.family import FP8_ARCHS, config_of
 from tilewright.kernels.common.triton_text import TL
 from tilewright.kernels.quantized_linear import triton
 from tilewright.runtime.contracts import KernelKey
 
-FP8_TARGETS = ("sm_90", "sm_100", "sm_120")
-"""Archs that convert the fp8 of these formats. gfx942 has others (no negative zero)."""
 _HALVES = {
     "e4m3": ("((c & 128) << 8) | ((c & 127) << 7)", 256.0),
     "e5m2": ("c << 8", 1.0),
@@ -35,7 +33,7 @@ _POINTERS = {"e4m3": "*fp8e4nv", "e5m2": "*fp8e5"}
 
 def is_native(key: KernelKey) -> bool:
     """True where the kernel reads the weight as fp8."""
-    return key.target.arch in FP8_TARGETS and config_of(key)["element"] in _POINTERS
+    return key.target.arch in FP8_ARCHS and config_of(key)["element"] in _POINTERS
 
 
 def parameters(key: KernelKey) -> list[tuple[str, str]]:

@@ -9,17 +9,17 @@ import pytest
 import torch
 
 from tilewright.compiler.float_format import FloatFormat
+from tilewright.kernels.common.family import KernelFamily
 from tilewright.kernels.load import store_triton_source
 from tilewright.kernels.table import FAMILIES, full_args
 from tilewright.runtime.contracts import KernelKey, Refusal, Target
-from tilewright.runtime.offline import OfflineFailed, Resources, compile_offline, compile_whole
+from tilewright.runtime.offline import Compiled, OfflineFailed, Resources, compile_offline, compile_whole
 from tilewright.tools.offline_compile import Row, compile_row, default_keys
 
 SM80 = Target("cuda", "sm_80")
 PRODUCTS = (
     "block_sparse_attention",
     "block_sparse_attention_backward",
-    "block_sparse_attention_fp8",
     "block_sparse_attention_int8",
     "paged_attention",
     "token_attention",
@@ -32,15 +32,28 @@ def generated() -> list[object]:
     """Ops with Triton sources; variants of another that take long to compile are slow."""
     ops = sorted(op for op in FAMILIES if FAMILIES[op].triton is not None)
     return [
-        pytest.param(op, marks=[pytest.mark.slow] * op.endswith(("_backward", "_int8", "_fp8"))) for op in ops
+        pytest.param(op, target, marks=[pytest.mark.slow] * op.endswith(("_backward", "_int8")))
+        for op in ops
+        for target in (SM80, Target("hip", "gfx942"))
+        if target.arch in FAMILIES[op].archs
     ]
 
 
-@pytest.mark.parametrize("op", generated())
-@pytest.mark.parametrize("target", [SM80, Target("hip", "gfx942")], ids=str)
+def compiled(family: KernelFamily, key: KernelKey, columns: int) -> Compiled:
+    assert family.triton is not None
+    name, text = family.source(key)
+    return compile_whole(
+        store_triton_source(name, text),
+        name,
+        dict(family.triton.parameters(key)),
+        family.triton.constants(key, columns),
+        key.target,
+        **family.triton.launch_options(key, columns),
+    )
+
+
+@pytest.mark.parametrize(("op", "target"), generated(), ids=str)
 def test_one_configuration_compiles_without_spilling(op: str, target: Target) -> None:
-    if target.arch not in FAMILIES[op].archs:
-        target = Target("cuda", FAMILIES[op].archs[0])
     key, columns = next(iter(default_keys(FAMILIES[op], target)))
     row = compile_row(FAMILIES[op], key, columns)
     assert row.complaint == ""
@@ -62,18 +75,10 @@ def test_every_default_configuration_compiles(arch: str) -> None:
 )
 def test_scores_of_fp8_are_fp8_products(arch: str, said: str) -> None:
     family = FAMILIES["block_sparse_attention_fp8"]
-    assert family.triton is not None
-    key, columns = next(iter(default_keys(family, Target("cuda", arch))))
-    name, text = family.source(key)
-    made = compile_whole(
-        store_triton_source(name, text),
-        name,
-        dict(family.triton.parameters(key)),
-        family.triton.constants(key, columns),
-        key.target,
-        **family.triton.launch_options(key, columns),
-    )
-    assert said in made.text
+    for key, columns in default_keys(family, Target("cuda", arch)):
+        made = compiled(family, key, columns)
+        assert said in made.text
+        assert made.used.spill_bytes == 0
 
 
 @pytest.mark.parametrize(
@@ -95,15 +100,7 @@ def test_fp8_meets_the_units_that_there_are(arch: str, said: str) -> None:
     x = torch.empty(1, 64, dtype=torch.float16, device="meta")
     key = family.configure((x, packed, None, 64, form.text), target)
     assert isinstance(key, KernelKey)
-    assert family.triton is not None
-    name, text = family.source(key)
-    made = compile_whole(
-        store_triton_source(name, text),
-        name,
-        dict(family.triton.parameters(key)),
-        family.triton.constants(key, 64),
-        target,
-    )
+    made = compiled(family, key, 64)
     assert said in made.text
     assert ("e4m3" in made.text) == (arch != "sm_80")
     assert made.used.spill_bytes == 0
