@@ -9,7 +9,8 @@ from functools import lru_cache
 import torch
 from torch import fx
 
-_ROOT = re.compile(r"^[LG]\[['\"](?P<name>[^'\"]*)['\"]\]")
+# A decorator that passes `*args` on names the module `args[0]` (transformers from 5.24 on).
+_ROOT = re.compile(r"^[LG]\[['\"](?:args['\"]\]\[0|[^'\"]*['\"])\]")
 _MODULES_ITEM = re.compile(r"\.(?:__dict__\[['\"]_modules['\"]\]|_modules)\[['\"](?P<name>[^'\"]*)['\"]\]")
 _ITEM = re.compile(r"\[['\"]?(?P<name>[^'\"\]]*)['\"]?\]")
 _VISIT = re.compile(r"@(?P<number>\d+)$")
@@ -24,7 +25,8 @@ def normalise_path(expression: str) -> str:
     """A dotted module path from any spelling of it.
 
     `L['self']._modules['layers'].0`, `L['self'].__dict__['_modules']['layers'].0`, `L__self__layers`'s path
-    `layers.0` and `layers[0]` all give `layers.0`; the root module gives the empty path.
+    `layers.0`, `L['args'][0].layers.0` and `layers[0]` all give `layers.0`; the root module gives the
+    empty path.
     """
     text = _ROOT.sub("", expression.strip())
     text = _MODULES_ITEM.sub(lambda m: f".{m['name']}", text)
