@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tilewright.compiler.diagnostics import OptionError
+from tilewright.frontends.cache_argument import cache_arguments
 from tilewright.frontends.loaded_model import Call, Examples
 
 _ROOM = 64
@@ -39,10 +40,10 @@ def causal_lm_examples(module: nn.Module) -> Examples:
         tokens = _tokens(config.vocab_size, bounded(length) + 1)
         cache = StaticCache(config=config, max_cache_len=tokens.shape[1] + _ROOM)
         with torch.no_grad():
-            module(input_ids=tokens[:, :-1], past_key_values=cache, use_cache=True)
+            module(input_ids=tokens[:, :-1], **cache_arguments(module, cache))
         position = torch.tensor([[tokens.shape[1] - 1]])
         last = tokens[:, -1:].contiguous()
-        return (), {"input_ids": last, "position_ids": position, "past_key_values": cache, "use_cache": True}
+        return (), {"input_ids": last, "position_ids": position, **cache_arguments(module, cache)}
 
     return {"prefill": prefill, "decode": decode}
 

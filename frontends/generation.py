@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from tilewright.frontends.cache_argument import cache_arguments
+
 CACHE_STEP = 256
 """Caches have a multiple of this many slots, so that runs of other lengths find their kernels compiled."""
 
@@ -36,13 +38,13 @@ def generate(module: nn.Module, forward: Callable[..., Any], tokens: torch.Tenso
     config: Any = module.config
     length = tokens.shape[1]
     room = -(-(length + count) // CACHE_STEP) * CACHE_STEP
-    cache = StaticCache(config=config, max_cache_len=room)
+    given = cache_arguments(module, StaticCache(config=config, max_cache_len=room))
     ends = getattr(getattr(module, "generation_config", None), "eos_token_id", None)
     stop = set(ends if isinstance(ends, list) else [] if ends is None else [ends])
     started = time.perf_counter()
     times = []
     with torch.no_grad():
-        logits = module(input_ids=tokens, past_key_values=cache, use_cache=True).logits
+        logits = module(input_ids=tokens, **given).logits
         for i in range(count):
             latest = logits[:, -1].argmax(-1, keepdim=True)
             tokens = torch.cat((tokens, latest), 1)
@@ -50,9 +52,7 @@ def generate(module: nn.Module, forward: Callable[..., Any], tokens: torch.Tenso
             if i == count - 1 or int(latest) in stop:
                 break
             position = torch.tensor([[length + i]])
-            logits = forward(
-                input_ids=latest.clone(), position_ids=position, past_key_values=cache, use_cache=True
-            ).logits
+            logits = forward(input_ids=latest.clone(), position_ids=position, **given).logits
     steady = times[2:] if len(times) > 3 else times
     rate = (len(steady) - 1) / (steady[-1] - steady[0]) if len(steady) > 1 else 0.0
     first = times[1] - started if len(times) > 1 else times[0] - started

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tilewright.compiler.diagnostics import OptionError
+from tilewright.frontends.cache_argument import cache_arguments
 
 
 @torch.no_grad()
@@ -23,4 +24,4 @@ def prefill(model: Any, tokens: Tensor, cache: Any, chunk: int) -> None:
     if chunk < 1:
         raise OptionError(f"chunk = {chunk}: expected 1 token or more")
     for part in tokens.split(chunk, dim=1):
-        model.base_model(input_ids=part, past_key_values=cache, use_cache=True)
+        model.base_model(input_ids=part, **cache_arguments(model.base_model, cache))

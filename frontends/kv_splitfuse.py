@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from tilewright.compiler.diagnostics import OptionError
+from tilewright.frontends.cache_argument import cache_arguments
 from tilewright.frontends.kv_cache import PagedCache, kv_cache
 from tilewright.frontends.kv_layer import PagedLayer, run, write
 from tilewright.runtime.kv_store.pool import PagePool
@@ -202,7 +203,7 @@ class SplitFuse:
         logits = self._model(
             input_ids=torch.tensor([tokens], device=device),
             position_ids=torch.tensor([places], device=device),
-            past_key_values=self._cache,
+            **cache_arguments(self._model, self._cache),
             # One row at least: a model has no way to be asked for none.
             logits_to_keep=torch.tensor([at for _, at in lasts] or [0], device=device),
         ).logits[0]

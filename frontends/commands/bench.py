@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tilewright.compiler.diagnostics import OptionError
+from tilewright.frontends.cache_argument import cache_in
 from tilewright.frontends.cli import Result
 from tilewright.frontends.commands.shared import (
     add_model,
@@ -63,7 +64,7 @@ def run(args: argparse.Namespace) -> Result:
         return _memory(args, ["tilewright", *sides])
     model = load(args)
     call_args, call_kwargs = model.example(args.call, length=args.length)
-    tokens = int(call_kwargs["input_ids"].shape[1]) if "past_key_values" in call_kwargs else 0
+    tokens = 0 if cache_in(call_kwargs) is None else int(call_kwargs["input_ids"].shape[1])
     forwards: dict[str, Callable[..., Any]] = {
         side: _compiled(model, side, options)
         for side in ([args.only] if args.only else ["tilewright", *sides])

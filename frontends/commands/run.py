@@ -72,15 +72,15 @@ def _through_cache(args: argparse.Namespace, model: Any, tokens: Any) -> Result:
     """Greedy decoding of the model as it is, with the cache that the pipeline describes."""
     import torch
 
+    from tilewright.frontends.cache_argument import cache_arguments
     from tilewright.frontends.kv_cache import kv_cache
 
     times = []
     with kv_cache(model.module, args.pipeline) as cache, torch.no_grad(), step("generating"):
         started, latest = time.perf_counter(), tokens
         for _ in range(args.tokens):
-            logits = model.module(
-                input_ids=latest, past_key_values=cache, use_cache=True, logits_to_keep=1
-            ).logits
+            given = cache_arguments(model.module, cache)
+            logits = model.module(input_ids=latest, logits_to_keep=1, **given).logits
             latest = logits[:, -1].argmax(-1, keepdim=True)
             tokens = torch.cat([tokens, latest], 1)
             times.append(time.perf_counter())

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from tilewright.compiler.diagnostics import OptionError
+from tilewright.frontends.cache_argument import cache_in
 
 if TYPE_CHECKING:
     from tilewright.frontends.loaded_model import LoadedModel
@@ -110,8 +111,7 @@ def step(what: str) -> Iterator[None]:
 
 def rewind(kwargs: dict[str, Any], tokens: int) -> None:
     """Take the last tokens back out of a static cache, so that a decode call can be repeated exactly."""
-    cache = kwargs.get("past_key_values")
-    for layer in getattr(cache, "layers", ()):
+    for layer in getattr(cache_in(kwargs), "layers", ()):
         layer.cumulative_length.sub_(tokens)
 
 

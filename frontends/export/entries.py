@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 from tilewright.compiler.diagnostics import ExportError, OptionError, nearest
 from tilewright.compiler.paging import page_out
+from tilewright.frontends.cache_argument import cache_name
 from tilewright.frontends.loaded_model import LoadedModel
 
 Axes = dict[str, dict[int, str]]
@@ -51,7 +52,7 @@ class _Decoder(nn.Module):
 
     def __init__(self, inner: nn.Module, *, held: bool = False) -> None:
         super().__init__()
-        self.inner, self._held = inner, held
+        self.inner, self._held, self._cache = inner, held, cache_name(inner)
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         from transformers import DynamicCache
@@ -64,9 +65,9 @@ class _Decoder(nn.Module):
             if not self._held:
                 cache.update(key, value, layer)
         out: Any = self.inner(
-            input_ids=input_ids, position_ids=position_ids, past_key_values=cache, use_cache=True
+            input_ids=input_ids, position_ids=position_ids, use_cache=True, **{self._cache: cache}
         )
-        states = [t for layer in out.past_key_values.layers for t in (layer.keys, layer.values)]
+        states = [t for layer in cache.layers for t in (layer.keys, layer.values)]
         return (out.logits, *states)
 
 

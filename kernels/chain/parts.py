@@ -177,7 +177,7 @@ inline void attend(const float* q, const float* k, const float* v, const Mask& m
     mass[g] = vsum(sum);
     if (!(most[g] > none)) std::memset(p, 0, room * sizeof(float));
   }
-  constexpr int kWide = E / kLanes < 4 ? E / kLanes : 4;
+  constexpr int kParts = (E + kLanes - 1) / kLanes, kWide = kParts < 4 ? kParts : 4;
   for (int64_t e = 0; e < E; e += kWide * kLanes) {
     Vec sum[G][kWide];
     for (int g = 0; g < G; ++g)
