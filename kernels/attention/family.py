@@ -15,7 +15,7 @@ from tilewright.kernels.block_sparse_attention import cpp
 from tilewright.kernels.block_sparse_attention.family import DTYPES, MAX_HEAD, head_sizes
 from tilewright.kernels.block_sparse_attention.signature import schema
 from tilewright.kernels.common.family import KernelFamily, check_target, config_of, dtype_name, make_key
-from tilewright.kernels.paged.family import check_sizes
+from tilewright.kernels.paged.family import check_sizes, sized_key
 from tilewright.runtime.contracts import KernelKey, Refusal, Target
 
 MIN_QUERIES, MIN_PAIRS = 64, 1 << 16
@@ -62,11 +62,11 @@ def _configure_masked(
     if k.stride(3) != 1 or v.stride(3) != 1:
         return Refusal("the last axis of k or v is not contiguous; the kernel reads rows in place")
     head, value = int(q.shape[3]), int(v.shape[3])
-    refused = check_sizes({"head": head, "value": value}, target)
+    refused = check_sizes({"head": head, "value": value})
     if refused is not None:
         return refused
     shown = str(mask.dtype).removeprefix("torch.")
-    return make_key("attention", target, dtype, layout="masked", head=head, value=value, mask=shown)
+    return sized_key("attention", target, dtype, layout="masked", head=head, value=value, mask=shown)
 
 
 def _configure(args: Sequence[Any], target: Target) -> KernelKey | Refusal:

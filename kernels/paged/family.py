@@ -35,7 +35,7 @@ MAX_HEAD = 128
 POOL_LEGALITY = (
     "the pool and the new rows are of one dtype: float32, bfloat16 or float16",
     f"pages hold {', '.join(map(str, PAGE_SIZES))} tokens; the last axis of the pool is contiguous",
-    f"D and E are known, multiples of 8 (16 on AVX-512) and at most {MAX_HEAD}",
+    f"D and E are known, multiples of 8 and at most {MAX_HEAD}",
     "tables and lists are int32, lengths int64",
     "on a GPU indices are not checked, and rows of an append without a page are not written",
 )
@@ -57,7 +57,7 @@ def pool_options(
     if not k.dim() == v.dim() == given[rows].dim() == 4 or not k.dtype == v.dtype == given[rows].dtype:
         return Refusal(f"{rows}, k_pages and v_pages must have 4 axes and one dtype")
     sizes = {"head": k.shape[3], "value": v.shape[3], "page": k.shape[2]}
-    refused = check_sizes(sizes, target)
+    refused = check_sizes(sizes)
     if refused is not None:
         return refused
     if sizes["page"] not in PAGE_SIZES:
@@ -67,16 +67,23 @@ def pool_options(
     return dtype, {name: int(size) for name, size in sizes.items()}
 
 
-def check_sizes(sizes: dict[str, Any], target: Target) -> Refusal | None:
-    """Why head sizes do not fit the vectors of a target, None when they do."""
+def check_sizes(sizes: dict[str, Any]) -> Refusal | None:
+    """Why head sizes do not fit the kernels, None when they do."""
     if not all(isinstance(n, int) for n in sizes.values()):
         return Refusal(f"sizes {sizes} are not known when compiling")
-    step = LANES.get(target.arch, 8)
     for name in ("head", "value"):
-        size = sizes.get(name, step)
-        if size % step or not 0 < size <= MAX_HEAD:
-            return Refusal(f"{name} size {size} is not a multiple of {step} up to {MAX_HEAD}")
+        size = sizes.get(name, 8)
+        if size % 8 or not 0 < size <= MAX_HEAD:
+            return Refusal(f"{name} size {size} is not a multiple of 8 up to {MAX_HEAD}")
     return None
+
+
+def sized_key(op: str, target: Target, dtype: str, **options: int | bool | str) -> KernelKey:
+    """`make_key` for the widest vectors of the target that divide the head sizes."""
+    sizes = [int(options[name]) for name in ("head", "value") if name in options]
+    if any(size % LANES.get(target.arch, 1) for size in sizes):
+        target = Target("cpu", "avx2")
+    return make_key(op, target, dtype, **options)
 
 
 def _configure(op: str, names: Sequence[str]) -> Callable[[Sequence[Any], Target], KernelKey | Refusal]:
@@ -89,7 +96,7 @@ def _configure(op: str, names: Sequence[str]) -> Callable[[Sequence[Any], Target
         options["first"] = given["first"] is not None
         if op == "paged_attention":
             options["picked"] = given["picked"] is not None
-        return make_key(op, target, dtype, **options)
+        return sized_key(op, target, dtype, **options)
 
     return configure
 
@@ -150,7 +157,7 @@ def _configure_append(args: Sequence[Any], target: Target) -> KernelKey | Refusa
     if len(planes) == 1 or any(x.dtype != given["k"].dtype or x.stride(-1) != 1 for x in planes):
         return Refusal("low and high come together, in the dtype of the pool with a contiguous last axis")
     options["planes"] = bool(planes)
-    return make_key("paged_append", target, dtype, **options)
+    return sized_key("paged_append", target, dtype, **options)
 
 
 def _configure_bounds(args: Sequence[Any], target: Target) -> KernelKey | Refusal:
@@ -162,7 +169,7 @@ def _configure_bounds(args: Sequence[Any], target: Target) -> KernelKey | Refusa
         return Refusal("the last axis of low or high is not contiguous")
     head, padded = int(given["q"].shape[3]), given["first"] is not None
     group, page = str(given["group"]), int(given["page"])
-    return make_key("page_bounds", target, found, head=head, page=page, group=group, first=padded)
+    return sized_key("page_bounds", target, found, head=head, page=page, group=group, first=padded)
 
 
 def _configure_mass(args: Sequence[Any], target: Target) -> KernelKey | Refusal:
@@ -171,13 +178,13 @@ def _configure_mass(args: Sequence[Any], target: Target) -> KernelKey | Refusal:
     if isinstance(found, Refusal):
         return found
     head, padded = int(given["q"].shape[3]), given["first"] is not None
-    return make_key("attention_mass", target, found, head=head, causal=bool(given["causal"]), first=padded)
+    return sized_key("attention_mass", target, found, head=head, causal=bool(given["causal"]), first=padded)
 
 
 def _rows(given: dict[str, Any], names: Sequence[str], target: Target) -> str | Refusal:
     """The dtype that the named tensors share, when they are of a head size the kernels take."""
     refused = check_target([t for t in given.values() if isinstance(t, Tensor)], target)
-    refused = refused or check_sizes({"head": given[names[0]].shape[-1]}, target)
+    refused = refused or check_sizes({"head": given[names[0]].shape[-1]})
     if refused is not None:
         return refused
     if len({given[name].dtype for name in names}) > 1:
