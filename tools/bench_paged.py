@@ -3,8 +3,8 @@
 One layer of SmolLM2's shape (9 query heads over 3 key heads of 64, float32), one new token, the caches of
 many layers in rotation so that none is found in a processor cache. Sides: what a graph with a static cache
 does (repeat the keys, attend all of the capacity under a boolean mask), torch's grouped attention without a
-mask, all pages, an eighth of the pages picked by their bounds, and the append. The plain read is a sum in 4
-streams a thread.
+mask, all pages, the same pages as codes of 8 and 4 bits, an eighth of the pages picked by their bounds, and
+the append. The plain read is a sum in 4 streams a thread.
 """
 
 from __future__ import annotations
@@ -18,20 +18,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tilewright.compiler.ops.packed import pack_rows
 from tilewright.kernels.common.bench import interleave
 from tilewright.kernels.paged.call import callable_for
 from tilewright.tools.bench_quantized import read_op
 
 HEADS, KEY_HEADS, SIZE = 9, 3, 64
-GOALS = {"static cache": 3.3, "picked": 4.0, "append": 0.03}
-"""All pages over a static cache, picked pages (selection included) over all pages, and the most that append
-may be of attention and append together; set for GOAL_TOKENS tokens."""
+GOALS = {"static cache": 3.3, "8 bits": 1.0, "4 bits": 1.0, "picked": 4.0, "append": 0.03}
+"""All pages over a static cache, codes and picked pages (selection included) over all pages, and the most
+that append may be of attention and append together; set for GOAL_TOKENS tokens."""
 GOAL_TOKENS = 8192
 
 
 @dataclass(frozen=True)
 class Layer:
-    """The cache of one layer twice: plain rows [1, Hkv, S, D], and pages with their extremes."""
+    """The cache of one layer: plain rows [1, Hkv, S, D], pages with their extremes, pages of codes."""
 
     k: Tensor
     v: Tensor
@@ -39,13 +40,15 @@ class Layer:
     v_pages: Tensor
     low: Tensor
     high: Tensor
+    packed: dict[int, tuple[Tensor, Tensor]]
 
     @classmethod
     def random(cls, capacity: int, page: int) -> Layer:
         """A full cache of `capacity` tokens."""
         k, v = torch.randn(2, 1, KEY_HEADS, capacity, SIZE).unbind()
         keys, values = (x[0].unflatten(1, (-1, page)).transpose(0, 1).contiguous() for x in (k, v))
-        return cls(k, v, keys, values, keys.amin(2), keys.amax(2))
+        packed = {bits: (pack_rows(keys, bits, 0), pack_rows(values, bits, 0)) for bits in (8, 4)}
+        return cls(k, v, keys, values, keys.amin(2), keys.amax(2), packed)
 
 
 def repeated(x: Tensor) -> Tensor:
@@ -67,6 +70,9 @@ def sides(layers: list[Layer], held: int, page: int, share: int) -> dict[str, Ca
     def all_args(i: int) -> tuple[Tensor, ...]:
         return q, layers[i].k_pages, layers[i].v_pages, used, lengths
 
+    def code_args(i: int, bits: int) -> tuple[Tensor | int, ...]:
+        return q, *layers[i].packed[bits], used, lengths, bits
+
     def bound_args(i: int) -> tuple[Tensor | int, ...]:
         return q, layers[i].low, layers[i].high, used, lengths, page
 
@@ -75,6 +81,7 @@ def sides(layers: list[Layer], held: int, page: int, share: int) -> dict[str, Ca
         return x.k_pages, x.v_pages, table, starts, row, row, x.low, x.high
 
     attend, bound = callable_for("paged_attention", all_args(0)), callable_for("page_bounds", bound_args(0))
+    codes = {bits: callable_for("packed_attention", code_args(0, bits)) for bits in (8, 4)}
     chosen = torch.zeros(1, KEY_HEADS, count, dtype=torch.int32)
     some = callable_for("paged_attention", (*all_args(0), None, chosen))
     top = callable_for("top_pages", (torch.zeros(1, KEY_HEADS, used.shape[1]), count))
@@ -91,6 +98,8 @@ def sides(layers: list[Layer], held: int, page: int, share: int) -> dict[str, Ca
             q, layers[i].k[:, :, :held], layers[i].v[:, :, :held], enable_gqa=True
         ),
         "all pages": lambda i: attend(*all_args(i)),
+        "8 bits": lambda i: codes[8](*code_args(i, 8)),
+        "4 bits": lambda i: codes[4](*code_args(i, 4)),
         "picked": picked,
         "append": lambda i: append(*append_args(i)),
     }
@@ -120,7 +129,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{name:<14} {time * 1e6:>8.0f} us {bytes_held / time / 1e9:>7.1f} GB/s of all keys and values")
     ratios = {
         "static cache": seconds["static cache"] / whole,
-        "picked": whole / seconds["picked"],
+        **{name: whole / seconds[name] for name in ("8 bits", "4 bits", "picked")},
         "append": seconds["append"] / (whole + seconds["append"]),
     }
     judged = GOALS if options.tokens == GOAL_TOKENS else {}

@@ -12,6 +12,7 @@ from tilewright.compiler.ops import hadamard as _hadamard
 from tilewright.compiler.ops import linear as _linear
 from tilewright.compiler.ops import mlp as _mlp
 from tilewright.compiler.ops import norm as _norm
+from tilewright.compiler.ops import packed as _packed
 from tilewright.compiler.ops import paged as _paged
 from tilewright.compiler.ops import quantized_attention as _quantized_attention
 from tilewright.compiler.ops import quantized_linear as _quantized_linear
@@ -47,6 +48,8 @@ gated_mlp = _mlp.gated_mlp.overload
 hadamard = _hadamard.hadamard.overload
 kv_update = _cache.kv_update.overload
 kv_round = _cache.kv_round.overload
+packed_append = _packed.packed_append.overload
+packed_attention = _packed.packed_attention.overload
 paged_attention = _paged.paged_attention.overload
 token_attention = _paged.token_attention.overload
 paged_append = _paged.paged_append.overload
@@ -77,6 +80,8 @@ __all__ = [
     "linear",
     "linear_multi",
     "merge_attention",
+    "packed_append",
+    "packed_attention",
     "page_bounds",
     "paged_append",
     "paged_attention",

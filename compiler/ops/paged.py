@@ -26,11 +26,11 @@ ROWS = 256
 """Query rows at a time: no tensor of the definitions is larger than ROWS x keys per head."""
 
 
-def _wide(x: Tensor) -> torch.dtype:
+def wide(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def _fail(op: str, text: str) -> None:
+def fail(op: str, text: str) -> None:
     raise ValueError(f"{op}: {text}")
 
 
@@ -40,19 +40,19 @@ def _check_pool(op: str, q: Tensor, k_pages: Tensor, v_pages: Tensor, page_table
     fits = fits and k_pages.shape[:3] == v_pages.shape[:3] and q.shape[3] == k_pages.shape[3]
     fits = fits and k_pages.shape[1] > 0 and q.shape[1] % k_pages.shape[1] == 0
     if not fits:
-        _fail(
+        fail(
             op,
             f"q {list(q.shape)}, k_pages {list(k_pages.shape)}, v_pages {list(v_pages.shape)} must be "
             "[B, H, T, D], [N, Hkv, P, D], [N, Hkv, P, E] with H a multiple of Hkv",
         )
     if not q.dtype == k_pages.dtype == v_pages.dtype or not q.dtype.is_floating_point:
-        _fail(op, f"q {q.dtype}, k_pages {k_pages.dtype}, v_pages {v_pages.dtype} must be one floating dtype")
-    _check_index(op, "page_table", page_table, torch.int32, 2, q.shape[0])
+        fail(op, f"q {q.dtype}, k_pages {k_pages.dtype}, v_pages {v_pages.dtype} must be one floating dtype")
+    check_index(op, "page_table", page_table, torch.int32, 2, q.shape[0])
 
 
-def _check_index(op: str, name: str, index: Tensor | None, dtype: torch.dtype, axes: int, batch: int) -> None:
+def check_index(op: str, name: str, index: Tensor | None, dtype: torch.dtype, axes: int, batch: int) -> None:
     if index is not None and (index.dtype != dtype or index.dim() != axes or index.shape[0] != batch):
-        _fail(op, f"{name} is {list(index.shape)} {index.dtype}; it must be {dtype} of {axes} axes, B first")
+        fail(op, f"{name} is {list(index.shape)} {index.dtype}; it must be {dtype} of {axes} axes, B first")
 
 
 def _check_attention(
@@ -66,21 +66,21 @@ def _check_attention(
     entries: tuple[str, Tensor | None],
 ) -> None:
     _check_pool(op, q, k_pages, v_pages, page_table)
-    _check_index(op, "lengths", lengths, torch.int64, 1, q.shape[0])
-    _check_index(op, "first", first, torch.int64, 1, q.shape[0])
+    check_index(op, "lengths", lengths, torch.int64, 1, q.shape[0])
+    check_index(op, "first", first, torch.int64, 1, q.shape[0])
     name, index = entries
-    _check_index(op, name, index, torch.int32, 3, q.shape[0])
+    check_index(op, name, index, torch.int32, 3, q.shape[0])
     if index is not None and index.shape[1] not in (1, k_pages.shape[1]):
-        _fail(op, f"{name} has {index.shape[1]} heads; it must have 1 or Hkv = {k_pages.shape[1]}")
+        fail(op, f"{name} has {index.shape[1]} heads; it must have 1 or Hkv = {k_pages.shape[1]}")
 
 
 def _gather(pages: Tensor, page_table: Tensor, kept: Tensor) -> Tensor:
     """[B, Hkv, n P, D]: the rows of each sequence in order, in at least float32; 0 where not `kept`."""
     rows = pages[page_table.clamp(min=0).long()].transpose(1, 2).flatten(2, 3)
-    return torch.where(kept[..., None], rows, 0).to(_wide(pages))
+    return torch.where(kept[..., None], rows, 0).to(wide(pages))
 
 
-def _held(page_table: Tensor, page: int, lengths: Tensor, first: Tensor | None) -> Tensor:
+def held(page_table: Tensor, page: int, lengths: Tensor, first: Tensor | None) -> Tensor:
     """bool [B, n P]: the positions that hold a token."""
     at = torch.arange(page_table.shape[1] * page, device=page_table.device)
     held = (page_table >= 0).repeat_interleave(page, 1) & (at < lengths[:, None])
@@ -95,13 +95,13 @@ def _listed(entries: Tensor, size: int) -> Tensor:
     return found.scatter_(2, torch.where(entries < 0, size, entries).long(), True)[..., :size]
 
 
-def _attend(
+def attend(
     q: Tensor, k: Tensor, v: Tensor, kept: Tensor, lengths: Tensor, scale: float | None
 ) -> tuple[Tensor, Tensor]:
     """Causal attention over the gathered rows k, v [B, Hkv, S, D] that `kept` [B, 1 or Hkv, S] names."""
     (batch, heads, tokens, size), group = q.shape, q.shape[1] // k.shape[1]
     factor = size**-0.5 if scale is None else scale
-    rows = q.to(_wide(q)).unflatten(1, (-1, group))
+    rows = q.to(wide(q)).unflatten(1, (-1, group))
     at = torch.arange(k.shape[2], device=q.device)
     outs, sums = [], []
     for start in range(0, tokens, ROWS):
@@ -114,26 +114,26 @@ def _attend(
         outs.append(torch.exp(scores - lse.masked_fill(empty, 0.0)[..., None]) @ v[:, :, None])
         sums.append(lse)
     if not outs:
-        return q.new_empty(batch, heads, 0, v.shape[3]), q.new_empty(batch, heads, 0, dtype=_wide(q))
+        return q.new_empty(batch, heads, 0, v.shape[3]), q.new_empty(batch, heads, 0, dtype=wide(q))
     return torch.cat(outs, 3).flatten(1, 2).to(q.dtype), torch.cat(sums, 3).flatten(1, 2)
 
 
-def _flops(q: Any, keys: Any, values: Any) -> Any:
-    """Products, softmax and sums of every query with `keys` keys."""
-    return q.shape[0] * q.shape[1] * q.shape[2] * keys * (2 * q.shape[3] + 2 * values.shape[3] + 5)
+def flops(q: Any, keys: Any, value: Any) -> Any:
+    """Products, softmax and sums of every query with `keys` keys, whose values have `value` channels."""
+    return q.shape[0] * q.shape[1] * q.shape[2] * keys * (2 * q.shape[3] + 2 * value + 5)
 
 
 def _fake_paged(q: Tensor, k_pages: Tensor, v_pages: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     table, lengths, first, picked = (*rest, None, None)[:4]
     _check_attention("paged_attention", q, k_pages, v_pages, table, lengths, first, ("picked", picked))
-    return q.new_empty((*q.shape[:3], v_pages.shape[3])), q.new_empty(q.shape[:3], dtype=_wide(q))
+    return q.new_empty((*q.shape[:3], v_pages.shape[3])), q.new_empty(q.shape[:3], dtype=wide(q))
 
 
 @define(
     "paged_attention(Tensor q, Tensor k_pages, Tensor v_pages, Tensor page_table, Tensor lengths, "
     "Tensor? first=None, Tensor? picked=None, float? scale=None) -> (Tensor, Tensor)",
-    flops=lambda q, k_pages, v_pages, page_table, lengths, first=None, picked=None, scale=None, *, out: (
-        _flops(q, (page_table if picked is None else picked).shape[-1] * k_pages.shape[2], v_pages)
+    flops=lambda q, k_pages, v_pages, page_table, lengths, first=None, picked=None, scale=None, *, out: flops(
+        q, (page_table if picked is None else picked).shape[-1] * k_pages.shape[2], v_pages.shape[3]
     ),
     fake=_fake_paged,
 )
@@ -154,24 +154,24 @@ def paged_attention(
     """
     _check_attention("paged_attention", q, k_pages, v_pages, page_table, lengths, first, ("picked", picked))
     page = k_pages.shape[2]
-    kept = _held(page_table, page, lengths, first)[:, None]
+    kept = held(page_table, page, lengths, first)[:, None]
     if picked is not None:
         kept = kept & _listed(picked, page_table.shape[1]).repeat_interleave(page, 2)
     k, v = (_gather(pages, page_table, kept) for pages in (k_pages, v_pages))
-    return _attend(q, k, v, kept, lengths, scale)
+    return attend(q, k, v, kept, lengths, scale)
 
 
 def _fake_tokens(q: Tensor, k_pages: Tensor, v_pages: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     table, lengths, positions, first = (*rest, None)[:4]
     _check_attention("token_attention", q, k_pages, v_pages, table, lengths, first, ("positions", positions))
-    return q.new_empty((*q.shape[:3], v_pages.shape[3])), q.new_empty(q.shape[:3], dtype=_wide(q))
+    return q.new_empty((*q.shape[:3], v_pages.shape[3])), q.new_empty(q.shape[:3], dtype=wide(q))
 
 
 @define(
     "token_attention(Tensor q, Tensor k_pages, Tensor v_pages, Tensor page_table, Tensor lengths, "
     "Tensor positions, Tensor? first=None, float? scale=None) -> (Tensor, Tensor)",
-    flops=lambda q, k_pages, v_pages, page_table, lengths, positions, first=None, scale=None, *, out: _flops(
-        q, positions.shape[-1], v_pages
+    flops=lambda q, k_pages, v_pages, page_table, lengths, positions, first=None, scale=None, *, out: flops(
+        q, positions.shape[-1], v_pages.shape[3]
     ),
     fake=_fake_tokens,
 )
@@ -191,9 +191,21 @@ def token_attention(
         "token_attention", q, k_pages, v_pages, page_table, lengths, first, ("positions", positions)
     )
     page = k_pages.shape[2]
-    kept = _held(page_table, page, lengths, first)[:, None] & _listed(positions, page_table.shape[1] * page)
+    kept = held(page_table, page, lengths, first)[:, None] & _listed(positions, page_table.shape[1] * page)
     k, v = (_gather(pages, page_table, kept) for pages in (k_pages, v_pages))
-    return _attend(q, k, v, kept, lengths, scale)
+    return attend(q, k, v, kept, lengths, scale)
+
+
+def written(op: str, page_table: Tensor, starts: Tensor, tokens: int, page: int) -> tuple[Tensor, Tensor]:
+    """(pages, slots) of `tokens` positions from starts[b] on, int64 [B T] each. ValueError where there is no
+    page."""
+    at = starts[:, None] + torch.arange(tokens, device=starts.device)
+    block = torch.div(at, page, rounding_mode="floor")
+    inside = (block >= 0) & (block < page_table.shape[1])
+    pages = page_table.long().gather(1, block.clamp(0, max(0, page_table.shape[1] - 1)))
+    if not bool((inside & (pages >= 0)).all()):
+        fail(op, "a position to be written has no page in page_table")
+    return pages.flatten(), at.remainder(page).flatten()
 
 
 def _check_append(
@@ -207,16 +219,16 @@ def _check_append(
     high: Tensor | None,
 ) -> None:
     _check_pool("paged_append", k, k_pages, v_pages, page_table)
-    _check_index("paged_append", "starts", starts, torch.int64, 1, k.shape[0])
+    check_index("paged_append", "starts", starts, torch.int64, 1, k.shape[0])
     if k.shape[1] != k_pages.shape[1] or v.shape != (*k.shape[:3], v_pages.shape[3]) or v.dtype != k.dtype:
-        _fail(
+        fail(
             "paged_append",
             f"k {list(k.shape)}, v {list(v.shape)} must be [B, Hkv, T, D] and [B, Hkv, T, E] of one dtype",
         )
     planes = [x for x in (low, high) if x is not None]
     wanted = (k_pages.shape[0], k_pages.shape[1], k_pages.shape[3])
     if len(planes) == 1 or any(x.shape != wanted or x.dtype != k_pages.dtype for x in planes):
-        _fail("paged_append", f"low and high come together, as [N, Hkv, D] {k_pages.dtype}")
+        fail("paged_append", f"low and high come together, as [N, Hkv, D] {k_pages.dtype}")
 
 
 def _fake_append(*args: Any) -> None:
@@ -247,14 +259,7 @@ def paged_append(
     each page: they start anew when its first slot is written. ValueError where a position has no page.
     """
     _check_append(k_pages, v_pages, page_table, starts, k, v, low, high)
-    page, tokens = k_pages.shape[2], k.shape[2]
-    at = starts[:, None] + torch.arange(tokens, device=k.device)
-    block = torch.div(at, page, rounding_mode="floor")
-    inside = (block >= 0) & (block < page_table.shape[1])
-    pages = page_table.long().gather(1, block.clamp(0, max(0, page_table.shape[1] - 1)))
-    if not bool((inside & (pages >= 0)).all()):
-        _fail("paged_append", "a position to be written has no page in page_table")
-    pages, slots = pages.flatten(), at.remainder(page).flatten()
+    pages, slots = written("paged_append", page_table, starts, k.shape[2], k_pages.shape[2])
     keys, values = (x.transpose(1, 2).flatten(0, 1) for x in (k, v))
     k_pages[pages, :, slots] = keys
     v_pages[pages, :, slots] = values
@@ -278,18 +283,18 @@ def _check_bounds(
 ) -> None:
     fits = q.dim() == 4 and low.dim() == 3 and low.shape == high.shape and q.shape[3] == low.shape[2]
     if not fits or q.shape[2] != 1 or low.shape[1] == 0 or q.shape[1] % low.shape[1]:
-        _fail(
+        fail(
             "page_bounds",
             f"q {list(q.shape)}, low {list(low.shape)}, high {list(high.shape)} must be [B, H, 1, D] and "
             "[N, Hkv, D] with H a multiple of Hkv",
         )
     if not q.dtype == low.dtype == high.dtype or not q.dtype.is_floating_point:
-        _fail("page_bounds", f"q {q.dtype}, low {low.dtype}, high {high.dtype} must be one floating dtype")
+        fail("page_bounds", f"q {q.dtype}, low {low.dtype}, high {high.dtype} must be one floating dtype")
     if page < 1 or group not in ("max", "sum"):
-        _fail("page_bounds", f"page = {page} must be positive and group = {group!r} max or sum")
-    _check_index("page_bounds", "page_table", page_table, torch.int32, 2, q.shape[0])
-    _check_index("page_bounds", "lengths", lengths, torch.int64, 1, q.shape[0])
-    _check_index("page_bounds", "first", first, torch.int64, 1, q.shape[0])
+        fail("page_bounds", f"page = {page} must be positive and group = {group!r} max or sum")
+    check_index("page_bounds", "page_table", page_table, torch.int32, 2, q.shape[0])
+    check_index("page_bounds", "lengths", lengths, torch.int64, 1, q.shape[0])
+    check_index("page_bounds", "first", first, torch.int64, 1, q.shape[0])
 
 
 def _fake_bounds(
@@ -303,7 +308,7 @@ def _fake_bounds(
     group: str = "max",
 ) -> Tensor:
     _check_bounds(q, low, high, page_table, lengths, page, first, group)
-    return q.new_empty((q.shape[0], low.shape[1], page_table.shape[1]), dtype=_wide(q))
+    return q.new_empty((q.shape[0], low.shape[1], page_table.shape[1]), dtype=wide(q))
 
 
 @define(
@@ -329,17 +334,17 @@ def page_bounds(
     """
     _check_bounds(q, low, high, page_table, lengths, page, first, group)
     at = page_table.clamp(min=0).long()
-    rows = q[:, :, 0].to(_wide(q)).unflatten(1, (low.shape[1], -1))[:, :, :, None]
-    least, most = (x[at].transpose(1, 2).to(_wide(q))[:, :, None] for x in (low, high))
+    rows = q[:, :, 0].to(wide(q)).unflatten(1, (low.shape[1], -1))[:, :, :, None]
+    least, most = (x[at].transpose(1, 2).to(wide(q))[:, :, None] for x in (low, high))
     score = torch.maximum(rows * least, rows * most).sum(-1)
     score = score.amax(2) if group == "max" else score.sum(2)
-    holds = _held(page_table, page, lengths, first).unflatten(1, (-1, page)).any(-1)
+    holds = held(page_table, page, lengths, first).unflatten(1, (-1, page)).any(-1)
     return score.masked_fill(~holds[:, None], -math.inf)
 
 
 def _fake_top(bounds: Tensor, count: int) -> Tensor:
     if bounds.dim() != 3 or not bounds.dtype.is_floating_point or count < 1:
-        _fail(
+        fail(
             "top_pages", f"bounds {list(bounds.shape)} must be floating [B, Hkv, n], count = {count} positive"
         )
     return bounds.new_empty((*bounds.shape[:2], min(count, bounds.shape[2])), dtype=torch.int32)

@@ -18,9 +18,17 @@ _DECIDE = {
     "page_bounds": (0, 1, 2),
     "attention_mass": (0, 1),
     "top_pages": (),
+    "packed_attention": (0, 1, 2),
+    "packed_append": (0, 1, 4, 5),
 }
 """By op, the tensors whose dtype and head size decide on a kernel."""
-_POOL = {"paged_attention": 1, "token_attention": 1, "paged_append": 0}
+_POOL = {
+    "paged_attention": 1,
+    "token_attention": 1,
+    "paged_append": 0,
+    "packed_attention": 1,
+    "packed_append": 0,
+}
 """By op, the argument whose third axis is the size of a page."""
 _FOUND: dict[tuple[Any, ...], tuple[Callable[..., Any], str]] = {}
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from tilewright.kernels.common.cpp import ELEMENT, LANES, cpp_file, dtype_constant, require, vector_text
 from tilewright.kernels.common.family import config_of
 from tilewright.kernels.paged.cpp_core import CHUNK, MOST_ROWS, core_text, walk_text
-from tilewright.kernels.paged.signature import attention_names, attention_schema, entries_of
+from tilewright.kernels.paged.cpp_rows import constants_text, pages_text, row_format
+from tilewright.kernels.paged.signature import attention_names, attention_schema, entries_of, is_packed
 from tilewright.runtime.contracts import KernelKey
 
 SERIAL_BYTES = 1 << 17
@@ -17,7 +18,7 @@ def head_text(key: KernelKey) -> str:
     config = config_of(key)
     return f"""using T = {ELEMENT[key.dtype]};
 using Place = int64_t;
-constexpr int64_t D = {config["head"]}, E = {config["value"]}, P = {config["page"]};
+constexpr int64_t D = {config["head"]}, E = {config["value"]}, P = {config["page"]};{constants_text(key)}
 constexpr int64_t kChunk = {CHUNK}, kRows = {MOST_ROWS}, kNR = {2 * LANES[key.target.arch]};
 constexpr float kSlack = 8;"""
 
@@ -163,8 +164,8 @@ _RUN = """  const int64_t G = H / Hkv, rows = tokens * G, blocks = (rows + kRows
     if (begin == end) return;
     for (size_t i; (i = next_task++) < tasks.size();) {
       const Task& t = tasks[i];
-      Walk walk{{k_pages.data<T>() + t.g * ks[1], ks[0], ks[2]},
-                {v_pages.data<T>() + t.g * vs[1], vs[0], vs[2]},
+      Walk walk{{k_pages.data<@ROW@>() + t.g * ks[1], ks[0], ks[2]},
+                {v_pages.data<@ROW@>() + t.g * vs[1], vs[0], vs[2]},
                 page_table.data<int32_t>() + t.b * n@LIST@, low(t.b), high(t.b, t.first + t.rows - 1),
                 t.entry, t.end};
       attend(t, walk, q.data<T>(), q.strides(), factor, lengths_p[t.b] - tokens, to,
@@ -176,18 +177,21 @@ _RUN = """  const int64_t G = H / Hkv, rows = tokens * G, blocks = (rows + kRows
   stack[1] = lse.release();"""
 
 
-def pool_checks(dtype: str, rows: str) -> list[str]:
+def pool_checks(key: KernelKey, rows: str) -> list[str]:
     """What keeps a wrong pool from being read: `rows` is the tensor with as many heads or groups of them."""
+    dtype, d, e = dtype_constant(key.dtype), "D", "E"
+    if is_packed(key):
+        dtype, d, e = dtype_constant("uint8"), "kKeyBytes", "kValueBytes"
     return [
         require(
             f"k_pages.is_cpu({dtype}) && v_pages.is_cpu({dtype}) && k_pages.dim() == 4 && v_pages.dim() == 4",
-            "k_pages and v_pages must be [N, Hkv, P, D] and [N, Hkv, P, E] of one dtype",
+            f"k_pages and v_pages must be [N, Hkv, P, {d}] and [N, Hkv, P, {e}] of one dtype",
         ),
         "  const int64_t N = k_pages.sizes()[0], Hkv = k_pages.sizes()[1];",
         require(
             "v_pages.sizes()[0] == N && v_pages.sizes()[1] == Hkv && k_pages.sizes()[2] == P && "
-            "v_pages.sizes()[2] == P && k_pages.sizes()[3] == D && v_pages.sizes()[3] == E",
-            "k_pages and v_pages must be [N, Hkv, P, D] and [N, Hkv, P, E]",
+            f"v_pages.sizes()[2] == P && k_pages.sizes()[3] == {d} && v_pages.sizes()[3] == {e}",
+            f"k_pages and v_pages must be [N, Hkv, P, {d}] and [N, Hkv, P, {e}]",
         ),
         require(
             "k_pages.strides()[3] == 1 && v_pages.strides()[3] == 1",
@@ -214,7 +218,7 @@ def _arguments(key: KernelKey) -> list[str]:
     lines = [f"  Tensor {name}(stack[{i}]);" for i, name in enumerate(names)]
     lines += [f"  const double scale = to_double(stack[{len(names)}]);"]
     lines += [require(f"q.is_cpu({dtype}) && q.dim() == 4", "q must be [B, H, T, D] in the pool's dtype")]
-    lines += pool_checks(dtype, "q")
+    lines += pool_checks(key, "q")
     lines += [
         "  const int64_t H = q.sizes()[1], tokens = q.sizes()[2];",
         require(
@@ -247,8 +251,8 @@ def _arguments(key: KernelKey) -> list[str]:
 
 def generate(key: KernelKey, op: str) -> str:
     """The source for one configuration."""
-    entries, names = entries_of(key), attention_names(key)
-    run = _RUN.replace("@DTYPE@", dtype_constant(key.dtype))
+    entries, names, rows = entries_of(key), attention_names(key), row_format(key)
+    run = rows.fill(_RUN).replace("@DTYPE@", dtype_constant(key.dtype))
     run = run.replace("@FIRST@", "first_p[b]" if "first" in names else "0")
     run = run.replace("@BEGIN@", "low(b) / P" if entries == "all" else "0")
     run = run.replace("@END@", "(high(b, row) + P - 1) / P" if entries == "all" else "listed")
@@ -257,8 +261,8 @@ def generate(key: KernelKey, op: str) -> str:
     table = f", {name}.data<int32_t>() + (t.b * lists + (lists > 1 ? t.g : 0)) * listed" if name else ""
     body = [
         head_text(key) + f"\nconstexpr int64_t kSerialBytes = {SERIAL_BYTES};",
-        walk_text(entries),
-        core_text(key.target.arch),
+        walk_text(entries, rows),
+        core_text(key.target.arch, rows=rows),
         TASK,
         _BELOW,
         "\n".join(
@@ -276,7 +280,7 @@ def generate(key: KernelKey, op: str) -> str:
         "tokens": "single tokens of a paged pool",
     }
     return cpp_file(
-        title=f"Attention over {what[entries]}, {key.dtype}, pages of {config_of(key)['page']}.",
+        title=f"Attention over {what[entries]}, {key.dtype}, {pages_text(key)}.",
         note="Softmax and sums run in float32.",
         target=str(key.target),
         vector=vector_text(key.target.arch, {"sum", "max", "select", key.dtype}),

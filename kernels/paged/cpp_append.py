@@ -5,7 +5,8 @@ from __future__ import annotations
 from tilewright.kernels.common.cpp import cpp_file, dtype_constant, require, vector_text
 from tilewright.kernels.common.family import config_of
 from tilewright.kernels.paged.cpp import head_text, index_checks, pool_checks
-from tilewright.kernels.paged.signature import append_names, append_schema
+from tilewright.kernels.paged.cpp_rows import KEEP_PACKED, pack_text, pages_text, row_format
+from tilewright.kernels.paged.signature import append_names, append_schema, is_packed
 from tilewright.runtime.contracts import KernelKey
 
 _EXTREMES = {
@@ -34,6 +35,11 @@ _PLANES = """
             }
           }"""
 
+_KEEP = {
+    "@KEEP_KEY@": "std::memcpy(kp, kr, D * sizeof(T))",
+    "@KEEP_VALUE@": "std::memcpy(vp, vr, E * sizeof(T))",
+}
+
 _RUN = """  const int32_t* table = page_table.data<int32_t>();
   const int64_t* start = starts.data<int64_t>();
   for (int64_t b = 0; b < B; ++b) {
@@ -45,7 +51,7 @@ _RUN = """  const int32_t* table = page_table.data<int32_t>();
   }
   const int64_t *ks = k_pages.strides(), *vs = v_pages.strides(), *kt = k.strides(), *vt = v.strides();
   const T *from_k = k.data<T>(), *from_v = v.data<T>();
-  T *to_k = k_pages.mutable_data<T>(), *to_v = v_pages.mutable_data<T>();
+  @ROW@ *to_k = k_pages.mutable_data<@ROW@>(), *to_v = v_pages.mutable_data<@ROW@>();
 @PLANES@  parallel_for(0, B * Hkv, tokens * (D + E) > 0 ? 1 + (1 << 15) / (tokens * (D + E)) : 1,
                [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
@@ -53,9 +59,11 @@ _RUN = """  const int32_t* table = page_table.data<int32_t>();
       for (int64_t t = 0; t < tokens; ++t) {
         const int64_t at = start[b] + t, id = table[b * n + at / P], slot = at % P;
         const T* kr = from_k + b * kt[0] + g * kt[1] + t * kt[2];
-        std::memcpy(to_k + id * ks[0] + g * ks[1] + slot * ks[2], kr, D * sizeof(T));
-        std::memcpy(to_v + id * vs[0] + g * vs[1] + slot * vs[2], from_v + b * vt[0] + g * vt[1] + t * vt[2],
-                    E * sizeof(T));@EXTREMES@
+        const T* vr = from_v + b * vt[0] + g * vt[1] + t * vt[2];
+        @ROW@* kp = to_k + id * ks[0] + g * ks[1] + slot * ks[2];
+        @ROW@* vp = to_v + id * vs[0] + g * vs[1] + slot * vs[2];
+        @KEEP_KEY@;
+        @KEEP_VALUE@;@EXTREMES@
       }
     }
   });"""
@@ -64,7 +72,7 @@ _RUN = """  const int32_t* table = page_table.data<int32_t>();
 def _arguments(key: KernelKey) -> list[str]:
     dtype, names = dtype_constant(key.dtype), append_names(key)
     lines = [f"  Tensor {name}(stack[{i}]);" for i, name in enumerate(names)]
-    lines += pool_checks(dtype, "k")
+    lines += pool_checks(key, "k")
     for name, size in (("k", "D"), ("v", "E")):
         lines.append(
             require(
@@ -89,23 +97,28 @@ def _arguments(key: KernelKey) -> list[str]:
 
 def generate(key: KernelKey, op: str) -> str:
     """The source for one configuration."""
-    planes = bool(config_of(key)["planes"])
+    planes, packed, arch = bool(config_of(key).get("planes")), is_packed(key), key.target.arch
     pointers = """  T *low_p = low.mutable_data<T>(), *high_p = high.mutable_data<T>();
   const int64_t *l_step = low.strides(), *h_step = high.strides();
 """
     run = _RUN.replace("@PLANES@", pointers if planes else "").replace(
         "@EXTREMES@", _PLANES if planes else ""
     )
-    body = [head_text(key), *([_EXTREMES[key.target.arch]] if planes else [])]
+    run = row_format(key).fill(run)
+    for name, call in KEEP_PACKED.items() if packed else _KEEP.items():
+        run = run.replace(name, call)
+    body = [head_text(key), *([_EXTREMES[arch]] if planes or packed else [])]
+    body += [pack_text(arch)] if packed else []
     body.append(
         "\n".join(["void run(StableIValue* stack, uint64_t, uint64_t) {", *_arguments(key), run, "}"])
     )
     return cpp_file(
-        title=f"Appending to a paged pool, {key.dtype}, pages of {config_of(key)['page']}.",
-        note="Rows are copied bit for bit.",
+        title=f"Appending to a paged pool, {key.dtype}, {pages_text(key)}.",
+        note="A row is rounded on its own." if packed else "Rows are copied bit for bit.",
         target=str(key.target),
-        vector=vector_text(key.target.arch, {key.dtype}),
+        vector=vector_text(arch, {key.dtype, *(("divide",) if packed else ())}),
         body="\n\n".join(body),
         op=op,
         schema=append_schema(key),
+        includes=("cmath",) if packed else (),
     )

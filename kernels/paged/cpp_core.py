@@ -42,9 +42,9 @@ inline __m128 vsum4(Vec a, Vec b, Vec c, Vec d) {
 _PRODUCTS = """// s[i][j] = a[i] . b[j] for M rows and 4 keys; `ahead`: rows to prefetch, nullptr for none.
 template <int M>
 inline __attribute__((always_inline)) void products(
-    const float* __restrict a, const T* const* b, float* __restrict s, const T* const* ahead) {
+    const float* __restrict a, const @ROW@* const* b, float* __restrict s, const @ROW@* const* ahead) {
   if (ahead != nullptr) {
-    for (int j = 0; j < 4; ++j) prefetch<D>(ahead[j]);
+    for (int j = 0; j < 4; ++j) @AHEAD_KEY@;
   }
   Vec sum[M][4];
 #pragma GCC unroll 8
@@ -56,7 +56,7 @@ inline __attribute__((always_inline)) void products(
     for (int i = 0; i < M; ++i) x[i] = vload(a + i * D + d);
 #pragma GCC unroll 4
     for (int j = 0; j < 4; ++j) {
-      const Vec y = vload(b[j] + d);
+      const Vec y = @KEY@;
 #pragma GCC unroll 8
       for (int i = 0; i < M; ++i) sum[i][j] = vfma(x[i], y, sum[i][j]);
     }
@@ -69,21 +69,21 @@ inline __attribute__((always_inline)) void products(
 _ACCUMULATE = """// out[i] = alpha[i] out[i] + the sum over n keys of p[i][j] v[j]; M rows, W vectors from e.
 template <int M, int W>
 inline __attribute__((always_inline)) void accumulate(
-    const float* __restrict p, int64_t n, const T* const* v, int64_t e, float* __restrict out,
-    const float* __restrict alpha, const T* const* ahead) {
+    const float* __restrict p, int64_t n, const @ROW@* const* v, int64_t e, float* __restrict out,
+    const float* __restrict alpha, const @ROW@* const* ahead) {
   Vec sum[M][W];
 #pragma GCC unroll 8
   for (int i = 0; i < M; ++i)
 #pragma GCC unroll 4
     for (int w = 0; w < W; ++w) sum[i][w] = vmul(vset(alpha[i]), vload(out + i * E + e + w * kLanes));
   for (int64_t j = 0; j < n; ++j) {
-    if (ahead != nullptr) prefetch<W * kLanes>(ahead[j] + e);
+    if (ahead != nullptr) @AHEAD_VALUE@;
     Vec x[M];
 #pragma GCC unroll 8
     for (int i = 0; i < M; ++i) x[i] = vset(p[i * kChunk + j]);
 #pragma GCC unroll 4
     for (int w = 0; w < W; ++w) {
-      const Vec y = vload(v[j] + e + w * kLanes);
+      const Vec y = @VALUE@;
 #pragma GCC unroll 8
       for (int i = 0; i < M; ++i) sum[i][w] = vfma(x[i], y, sum[i][w]);
     }
@@ -95,8 +95,8 @@ inline __attribute__((always_inline)) void accumulate(
 }
 
 template <int M>
-inline void accumulate_row(const float* p, int64_t n, const T* const* v, float* out, const float* alpha,
-                           const T* const* ahead) {
+inline void accumulate_row(const float* p, int64_t n, const @ROW@* const* v, float* out, const float* alpha,
+                           const @ROW@* const* ahead) {
   constexpr int64_t whole = E / (4 * kLanes) * 4 * kLanes, rest = (E - whole) / kLanes;
   for (int64_t e = 0; e < whole; e += 4 * kLanes) accumulate<M, 4>(p, n, v, e, out, alpha, ahead);
   if constexpr (rest > 0) accumulate<M, rest>(p, n, v, whole, out, alpha, ahead);
@@ -115,7 +115,7 @@ inline void attend_chunk(Scratch& w, int64_t first, int64_t rows, int64_t G, con
     const int64_t left = rows - r, some = @SOME@;
     float* s = w.scores + r * kChunk;
     for (int64_t j = 0; j < c.n; j += 4) {
-      const T* const* ahead = r == 0 && next.n > 0 ? next.k + j : nullptr;
+      const @ROW@* const* ahead = r == 0 && next.n > 0 ? next.k + j : nullptr;
       switch (some) {
 @PRODUCTS@
       }
@@ -131,7 +131,7 @@ inline void attend_chunk(Scratch& w, int64_t first, int64_t rows, int64_t G, con
   }
   for (int64_t r = 0; r < rows;) {
     const int64_t left = rows - r, some = @SOME@;
-    const T* const* ahead = r == 0 && next.n > 0 ? next.v : nullptr;
+    const @ROW@* const* ahead = r == 0 && next.n > 0 ? next.v : nullptr;
     switch (some) {
 @ACCUMULATE@
     }
@@ -165,9 +165,35 @@ NEW_TOKENS = Cut(
 )
 
 
+@dataclass(frozen=True)
+class RowFormat:
+    """How a row of keys or values is read, as C++."""
+
+    element: str = "T"
+    key: str = "vload(b[j] + d)"
+    """Channels d .. d + kLanes - 1 of the row b[j]."""
+    value: str = "vload(v[j] + e + w * kLanes)"
+    ahead_key: str = "prefetch<D>(ahead[j])"
+    ahead_value: str = "prefetch<W * kLanes>(ahead[j] + e)"
+    """Once for every W vectors of a row."""
+    helpers: str = ""
+    """What these call."""
+
+    def fill(self, text: str) -> str:
+        """The text with this format's words."""
+        words = {"@ROW@": self.element, "@KEY@": self.key, "@VALUE@": self.value}
+        words |= {"@AHEAD_KEY@": self.ahead_key, "@AHEAD_VALUE@": self.ahead_value}
+        for name, word in words.items():
+            text = text.replace(name, word)
+        return text
+
+
+PLAIN_ROWS = RowFormat()
+
+
 _PREFETCH = """template <int64_t kCount>
-inline void prefetch(const T* row) {
-  for (int64_t i = 0; i < kCount; i += 64 / sizeof(T))
+inline void prefetch(const @ROW@* row) {
+  for (int64_t i = 0; i < kCount; i += 64 / sizeof(@ROW@))
     _mm_prefetch(reinterpret_cast<const char*>(row + i), _MM_HINT_T0);
 }"""
 
@@ -177,7 +203,7 @@ def sum4_text(arch: str) -> str:
     return _SUM4[arch]
 
 
-def core_text(arch: str, cut: Cut = NEW_TOKENS) -> str:
+def core_text(arch: str, cut: Cut = NEW_TOKENS, rows: RowFormat = PLAIN_ROWS) -> str:
     """The core for an instruction set; it needs T, D, E, kChunk, kRows, kNR, kSlack, the type Place, vector
     snippets and the struct Keys of `walk_text`."""
     most = TILE_ROWS[arch]
@@ -193,15 +219,16 @@ def core_text(arch: str, cut: Cut = NEW_TOKENS) -> str:
     )
     step = _STEP.replace("@PLACE@", cut.place).replace("@BEFORE@", cut.before).replace("@CUT@", cut.row)
     step = step.replace("@SOME@", some).replace("@PRODUCTS@", products).replace("@ACCUMULATE@", accumulate)
+    own = [rows.helpers] if rows.helpers else []
     helpers = [cut.helpers] if cut.helpers else []
-    micro = [isa_text(arch), SOFTMAX, _SUM4[arch], _PREFETCH, _PRODUCTS, _ACCUMULATE]
-    return "\n\n".join([*micro, *helpers, step])
+    micro = [isa_text(arch), SOFTMAX, _SUM4[arch], _PREFETCH, *own, _PRODUCTS, _ACCUMULATE]
+    return rows.fill("\n\n".join([*micro, *helpers, step]))
 
 
 _KEYS = """// Keys that a sequence holds, at most kChunk of them; rows past n are repeats of the last one.
 struct Keys {
   int64_t n, last;  // last: the greatest position
-  const T *k[kChunk], *v[kChunk];
+  const @ROW@ *k[kChunk], *v[kChunk];
   int64_t at[kChunk];  // positions
 };
 
@@ -219,7 +246,7 @@ inline void spread(Keys& c) {
 
 // The rows of one key head in a pool, by page and slot.
 struct Rows {
-  const T* data;
+  const @ROW@* data;
   int64_t page, slot;  // steps in elements
 };"""
 
@@ -245,7 +272,7 @@ _PAGES = """    while (entry < end && c.n < kChunk) {
         continue;
       }
       const int64_t room = kChunk - c.n, some = stop - from < room ? stop - from : room;
-      const T *kr = k.data + id * k.page + from * k.slot, *vr = v.data + id * v.page + from * v.slot;
+      const @ROW@ *kr = k.data + id * k.page + from * k.slot, *vr = v.data + id * v.page + from * v.slot;
       for (int64_t i = 0; i < some; ++i) {
         c.k[c.n + i] = kr + i * k.slot;
         c.v[c.n + i] = vr + i * v.slot;
@@ -278,8 +305,12 @@ _ROWS = """    for (; entry < end && c.n < kChunk; ++entry) {
     }"""
 
 
-def walk_text(entries: str) -> str:
+def walk_text(entries: str, rows: RowFormat = PLAIN_ROWS) -> str:
     """The structs Keys, Rows and Walk; entries: all, picked, tokens, or rows (of a plain cache)."""
+    return rows.fill(_walk_text(entries))
+
+
+def _walk_text(entries: str) -> str:
     if entries == "rows":
         return f"""{_KEYS}
 

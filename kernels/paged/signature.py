@@ -16,7 +16,12 @@ def entries_of(key: KernelKey) -> str:
     """What an attention runs over: all, picked (pages) or tokens."""
     if key.op == "token_attention":
         return "tokens"
-    return "picked" if config_of(key)["picked"] else "all"
+    return "picked" if config_of(key).get("picked") else "all"
+
+
+def is_packed(key: KernelKey) -> bool:
+    """Whether the rows of the pool are codes of a few bits."""
+    return "bits" in config_of(key)
 
 
 def attention_names(key: KernelKey) -> list[str]:
@@ -33,7 +38,7 @@ def attention_schema(key: KernelKey) -> str:
 
 def append_names(key: KernelKey) -> list[str]:
     """The tensor arguments of an append kernel in order."""
-    return [*APPEND, *(["low", "high"] if config_of(key)["planes"] else [])]
+    return [*APPEND, *(["low", "high"] if config_of(key).get("planes") else [])]
 
 
 def append_schema(key: KernelKey) -> str:

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from tilewright.kernels.common.family import config_of
 from tilewright.kernels.common.triton_text import TL, next_power_of_2, triton_file
-from tilewright.kernels.paged.signature import attention_names, entries_of
+from tilewright.kernels.paged import triton_packed
+from tilewright.kernels.paged.signature import attention_names, entries_of, is_packed
 from tilewright.runtime.contracts import KernelKey
 
-POINTER = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16"}
+POINTER = triton_packed.POINTER
 PROGRAMS = 264
 """Two a multiprocessor of a large GPU: below, the keys are split."""
 MOST_PARTS = 32
@@ -33,9 +34,10 @@ def _listed(key: KernelKey) -> str:
 
 def parameters(key: KernelKey) -> list[tuple[str, str]]:
     """(name, Triton type) of the run-time arguments."""
-    types = {"q": POINTER[key.dtype], "k_pages": POINTER[key.dtype], "v_pages": POINTER[key.dtype]}
-    types |= {"lengths": "*i64", "first": "*i64"}
+    pool = "*u8" if is_packed(key) else POINTER[key.dtype]
+    types = {"q": POINTER[key.dtype], "k_pages": pool, "v_pages": pool, "lengths": "*i64", "first": "*i64"}
     found = [(name, types.get(name, "*i32")) for name in attention_names(key)]
+    found += [(name, "*fp32") for name in triton_packed.NUMBERS if is_packed(key)]
     found += [("out", POINTER[key.dtype]), ("lse", "*fp32"), ("scale", "fp32")]
     names = [*INTEGERS, *STRIDES, *(("listed", "lists") if _listed(key) else ())]
     return found + [(name, "i32") for name in names]
@@ -43,12 +45,13 @@ def parameters(key: KernelKey) -> list[tuple[str, str]]:
 
 def constants(key: KernelKey, columns: int) -> dict[str, int]:
     """Compile-time arguments of a decode."""
-    return {"BLOCK_M": 16, "BLOCK_N": 32 if key.dtype == "float32" else 64}
+    few = key.dtype == "float32" or is_packed(key)  # what is restored stays in registers beside its codes
+    return {"BLOCK_M": 16, "BLOCK_N": 16 if config_of(key).get("group") else 32 if few else 64}
 
 
 def many_rows(key: KernelKey) -> dict[str, int]:
     """Compile-time arguments of a prefill chunk; it runs with 8 warps."""
-    return {**constants(key, 0), "BLOCK_M": 32 if key.dtype == "float32" else 64}
+    return {**constants(key, 0), "BLOCK_M": 32 if key.dtype == "float32" or is_packed(key) else 64}
 
 
 def warps(columns: int) -> int:
@@ -80,12 +83,27 @@ def _places(key: KernelKey) -> list[str]:
     ]
 
 
+def _tiles(key: KernelKey) -> list[str]:
+    """The keys `k_tile` [D, N] and values `v_tile` [N, E] of one step, 0 where none is held."""
+    config = config_of(key)
+    d_mask, e_mask = "held[None, :]", "held[:, None]"
+    if _padded(config["head"]):
+        d_mask += f" & (d < {config['head']})[:, None]"
+    if _padded(config["value"]):
+        e_mask += f" & (e < {config['value']})[None, :]"
+    if is_packed(key):
+        keys = triton_packed.tile(key, "k", "d", "[None, :]", "[:, None]", d_mask)
+        return keys + triton_packed.tile(key, "v", "e", "[:, None]", "[None, :]", e_mask)
+    return [
+        f"k_tile = tl.load(k_pages + k_row[None, :] + d[:, None], mask={d_mask}, other=0.0)",
+        f"v_tile = tl.load(v_pages + v_row[:, None] + e[None, :], mask={e_mask}, other=0.0)",
+    ]
+
+
 def _step(key: KernelKey) -> list[str]:
     config = config_of(key)
     page = config["page"]
     precision = ', input_precision="ieee"' if key.dtype == "float32" else ""
-    d_mask = " & (d < {})[:, None]".format(config["head"]) if _padded(config["head"]) else ""
-    e_mask = " & (e < {})[None, :]".format(config["value"]) if _padded(config["value"]) else ""
     return [
         "j = start + tl.arange(0, BLOCK_N)",
         *_places(key),
@@ -93,8 +111,7 @@ def _step(key: KernelKey) -> list[str]:
         f"slot = at % {page}",
         "k_row = id.to(tl.int64) * k_page + g * k_head + slot * k_slot",
         "v_row = id.to(tl.int64) * v_page + g * v_head + slot * v_slot",
-        f"k_tile = tl.load(k_pages + k_row[None, :] + d[:, None], mask=held[None, :]{d_mask}, other=0.0)",
-        f"v_tile = tl.load(v_pages + v_row[:, None] + e[None, :], mask=held[:, None]{e_mask}, other=0.0)",
+        *_tiles(key),
         f"s = tl.dot(q_tile, k_tile{precision}) * factor",
         's = tl.where(held[None, :] & (at[None, :] <= place[:, None]), s, float("-inf"))',
         "top = tl.maximum(m, tl.max(s, 1))",
@@ -131,6 +148,7 @@ def _body(key: KernelKey) -> str:
         "result = (b * H + g * G + row % G).to(tl.int64) * tokens + row // G",
         f"d = tl.arange(0, {_block(head)})",
         f"e = tl.arange(0, {_block(value)})",
+        *(triton_packed.columns(key) if is_packed(key) else []),
         f"q_tile = tl.load(q + result[:, None] * {head} + d[None, :], mask=real[:, None]{q_mask}, other=0.0)",
         "factor = scale * 1.4426950408889634",
         "base = tl.load(lengths + b).to(tl.int32) - tokens",
@@ -168,9 +186,10 @@ def generate(key: KernelKey, op: str) -> str:
     """The source file for one configuration."""
     config = config_of(key)
     what = {"all": "a paged pool", "picked": "picked pages", "tokens": "single tokens"}[entries_of(key)]
+    bits = f" with rows of {config['bits']} bits" if is_packed(key) else ""
     given = [name for name, _ in parameters(key)] + ["BLOCK_M: tl.constexpr", "BLOCK_N: tl.constexpr"]
     return triton_file(
-        title=f"Attention over {what} of {config['page']}, {key.dtype}.",
+        title=f"Attention over {what} of {config['page']}{bits}, {key.dtype}.",
         target=str(key.target),
         kernel=op,
         params=", ".join(given),
@@ -193,7 +212,7 @@ def launcher(key: KernelKey, kernel: Any) -> Callable[..., Any]:
         pools = args[1:3]  # never copied: the last axis is contiguous
         given = dict(zip(names, [x.contiguous() for x in args[:-1]], strict=True))
         given |= {"k_pages": pools[0], "v_pages": pools[1]}
-        q, hkv, value = given["q"], pools[0].shape[1], pools[1].shape[3]
+        q, hkv, value = given["q"], pools[0].shape[1], config_of(key)["value"]
         batch, heads, tokens = q.shape[:3]
         width = given["page_table"].shape[1]
         rows = tokens * (heads // hkv)
@@ -212,6 +231,7 @@ def launcher(key: KernelKey, kernel: Any) -> Callable[..., Any]:
             numbers += [s for pool in pools for s in pool.stride()[:3]]
             numbers += [given[listed].shape[2], given[listed].shape[1]] if listed else []
             inputs = [given[name] for name in names]
+            inputs += triton_packed.numbers_of(pools) if is_packed(key) else []
             grid = (parts, batch * hkv * blocks)
             kernel[grid](*inputs, out, lse, args[-1], *numbers, **sizes, num_warps=count, num_stages=2)
         return (out[0], lse[0]) if parts == 1 else merge_parts(out, lse, q.dtype)

@@ -23,6 +23,7 @@ PRODUCTS = (
     "block_sparse_attention_int8",
     "paged_attention",
     "token_attention",
+    "packed_attention",
     "attention_mass",
 )
 """Ops that hold tiles of matrix products, for which 128 registers are few."""

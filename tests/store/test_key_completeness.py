@@ -23,6 +23,7 @@ from tilewright.compiler.block_layout import BlockLayout, Predicate
 from tilewright.compiler.diagnostics import OptionError
 from tilewright.compiler.float_format import FloatFormat
 from tilewright.compiler.ops.mlp import ACTIVATIONS
+from tilewright.compiler.ops.packed import packed_width
 from tilewright.compiler.options import parse_value, split_pipeline
 from tilewright.compiler.weight_format import WeightFormat
 from tilewright.frontends import hugging_face
@@ -136,6 +137,20 @@ def paged_arguments(op):
         }[op]
 
 
+def packed_arguments(op):
+    """Every combination of what a kernel of a pool of packed rows is specialised by."""
+    index, place = meta(2, 20, dtype=torch.int32), meta(2, dtype=torch.int64)
+    for dtype, (size, value, page), bits, group, first in itertools.product(
+        DTYPES, ((64, 64, 16), (32, 64, 8)), (8, 4), (0, 32), (None, place)
+    ):
+        k, v = (meta(40, 3, page, packed_width(n, bits, group), dtype=torch.uint8) for n in (size, value))
+        if op == "packed_attention":
+            yield meta(2, 9, 1, size, dtype=dtype), k, v, index, place, bits, group, first, None
+        elif first is None:
+            rows = (meta(2, 3, 1, n, dtype=dtype) for n in (size, value))
+            yield k, v, index, place, *rows, bits, group
+
+
 def formats():
     choices = (
         (2, 4, 8),
@@ -182,6 +197,8 @@ ARGUMENTS = {
     "paged_append": lambda: paged_arguments("paged_append"),
     "page_bounds": lambda: paged_arguments("page_bounds"),
     "attention_mass": lambda: paged_arguments("attention_mass"),
+    "packed_attention": lambda: packed_arguments("packed_attention"),
+    "packed_append": lambda: packed_arguments("packed_append"),
 }
 """Arguments that, with a family's examples, give every option of its kernels each of its values. A family
 without a row is tried on its examples alone."""
