@@ -162,8 +162,9 @@ def kv_cache(model: Any, pipeline: Any = "", page: int | None = None) -> PagedCa
     """An empty paged cache for `model`: `model.generate(..., past_key_values=cache)`.
 
     model: a causal language model of transformers. pipeline: at most one pass that decides what is kept or
-    attended, such as `quest-kv{budget=1024}`, and `offload-kv{fast_bytes=64MiB}` for a cache of which only so
-    much is in memory (alone or with `lessismore-kv`); empty: everything, in memory. page: tokens of a page;
+    attended, such as `quest-kv{budget=1024}` or `quantize-kv{bits=4}` (rows are kept as codes), and
+    `offload-kv{fast_bytes=64MiB}` for a cache of which only so much is in memory (alone or with
+    `lessismore-kv`); empty: everything, in memory. page: tokens of a page;
     None for that of the pass, else 16.
     Left-padded batches, beams and taking tokens back work; `offload-kv` refuses to reorder beams. OptionError
     where the model has layers other than full attention.

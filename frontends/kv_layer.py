@@ -84,11 +84,15 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
             raise OptionError("the paged cache is for inference", remedy="call under torch.no_grad()")
         if self._view is None:
             self.lazy_initialization(key_states, value_states)
-        self.view.append(key_states, value_states)
+        self.store(key_states, value_states)
         self._fresh = True
         new = key_states.view_as(key_states)
         new.tilewright_layer = self  # type: ignore[attr-defined]
         return new, value_states
+
+    def store(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Add the new rows."""
+        self.view.append(key_states, value_states)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, first: Tensor | None, scale: float) -> Tensor:
         """Attention [B, H, T, E] of the T newest tokens; k, v are their own rows."""

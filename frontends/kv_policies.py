@@ -9,10 +9,12 @@ from torch import Tensor
 
 from tilewright.compiler import Pipeline
 from tilewright.compiler.diagnostics import OptionError
+from tilewright.compiler.quantizers import IDENTITY_BITS
 from tilewright.frontends.kv_choice import LessIsMoreLayer, SharedChoice
 from tilewright.frontends.kv_evicting import HeavyHitterLayer, KeyformerLayer, SnapLayer
 from tilewright.frontends.kv_layer import PagedLayer, run
 from tilewright.frontends.kv_offload import OffloadedLayer, Placement
+from tilewright.frontends.kv_packed import PackedLayer
 from tilewright.frontends.kv_relay import RelayLayer
 from tilewright.frontends.kv_shadow import ShadowLayer
 from tilewright.passes.memory.heavy_hitter_kv import HeavyHitterKV
@@ -24,6 +26,7 @@ from tilewright.passes.memory.relay_attention import RelayAttention
 from tilewright.passes.memory.shadow_kv import ShadowKV
 from tilewright.passes.memory.snap_kv import SnapKV
 from tilewright.passes.memory.streaming_kv import StreamingKV
+from tilewright.passes.quantize.quantize_kv import QuantizeKV
 
 
 class StreamingLayer(PagedLayer):
@@ -89,11 +92,12 @@ _LAYERS: dict[type, Callable[..., PagedLayer]] = {
     SnapKV: SnapLayer,
     ShadowKV: ShadowLayer,
     RelayAttention: RelayLayer,
+    QuantizeKV: PackedLayer,
 }
 
 
 def policies_of(pipeline: Any) -> tuple[Any, OffloadKV | None]:
-    """(the pass that chooses what is attended, the one that places it) of a pipeline; None where absent.
+    """(the pass that decides what is kept or attended, the one that places it) of a pipeline; None: absent.
 
     OptionError for other passes, for two of a kind, and for a pair that does not go together.
     """
@@ -105,6 +109,12 @@ def policies_of(pipeline: Any) -> tuple[Any, OffloadKV | None]:
         raise OptionError(
             f"pipeline = {', '.join(p.name for p in passes)}: a cache follows one pass at most, of {names}, "
             "and offload-kv"
+        )
+    if placing and choosing and isinstance(choosing[0], QuantizeKV):
+        raise OptionError(
+            f"pipeline = {', '.join(p.name for p in passes)}: offload-kv moves rows as the model makes them, "
+            "not codes",
+            remedy="one of the two",
         )
     if placing and choosing and not isinstance(choosing[0], LessIsMoreKV):
         raise OptionError(
@@ -130,7 +140,7 @@ def layers_for(
     if placing is not None:
         placement = Placement(placing)
         return [OffloadedLayer(i, own, check, placement, choice) for i in range(count)], placement
-    if policy is None:
+    if policy is None or getattr(policy, "bits", 0) == IDENTITY_BITS:
         return [PagedLayer(index, own, check) for index in range(count)], None
     if choice is not None:
         return [LessIsMoreLayer(index, own, check, choice) for index in range(count)], None

@@ -7,9 +7,11 @@ same, and nothing is rounded twice. `rotate` rounds behind a Hadamard transform,
 A program that makes its cache itself (the first call of a StaticCache without `early_initialization`) is
 refused and writes as before.
 
-The storage is emulated: what is rounded goes back into the cache in the dtype it has, so THE CACHE TAKES NO
-LESS MEMORY. The pass tells what quality 8 or 4 bits cost. Its error is measured as relative RMS of what is
-written, and as the ratio of perplexities (`python -m tilewright.tools.quality_table`, rows `KV8`...).
+In a graph the storage is emulated: what is rounded goes back into the cache in the dtype it has, so THE CACHE
+TAKES NO LESS MEMORY, and the pass tells what quality 8 or 4 bits cost. The cache of `tilewright.kv_cache`
+keeps the codes themselves and attends to them, which computes the same. The error is measured as relative RMS
+of what is written, and as the ratio of perplexities (`python -m tilewright.tools.quality_table`, rows
+`KV8`...).
 """
 
 from __future__ import annotations
@@ -47,7 +49,7 @@ from tilewright.passes.quantize._kv_sites import kv_sites, rounded_by_formula
     owns=("attention.cache_policy",),
 )
 class QuantizeKV(GraphPass):
-    """Round keys and values on their way into a cache (emulated: the cache takes no less memory).
+    """Round keys and values on their way into a cache (emulated in a graph; `kv_cache` keeps the codes).
 
     rewrite:
         attention(q, kv_update(keys, k, positions), kv_update(values, v, positions))

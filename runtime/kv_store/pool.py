@@ -17,6 +17,9 @@ FIRST_PAGES = 8
 class PagePool:
     """k_pages [N, Hkv, P, D] and v_pages [N, Hkv, P, E] of one layer, `low` and `high` [N, Hkv, D] if asked.
 
+    Rows come with `sizes` channels of `dtype`. A packed pool keeps them as bytes, uint8 [N, Hkv, P, W]: what
+    the bytes mean is between those who write and who read.
+
     The tensors are replaced when the pool grows: fetch them anew for every call. A page that nobody refers
     to is given out again, lowest number first, so that equal schedules use equal pages.
     """
@@ -32,16 +35,22 @@ class PagePool:
         device: torch.device,
         limit: int | None = None,
         extremes: bool = False,
+        packed: tuple[int, int] | None = None,
     ) -> None:
-        """limit: most pages ever held; None for no limit. KVStoreError for sizes below 1."""
+        """limit: most pages ever held; None for no limit. packed: bytes of a row of keys and of values; None:
+        rows are kept as they come. KVStoreError for sizes below 1."""
         for name, value in dict(heads=heads, size=size, value_size=value_size, page=page).items():
             if value < 1:
                 raise KVStoreError(f"{name} = {value}: expected 1 or more")
         if limit is not None and limit < 1:
             raise KVStoreError(f"limit = {limit}: expected 1 page or more, or None")
+        if packed is not None and (extremes or min(packed) < 1):
+            raise KVStoreError(f"packed = {packed}: expected 1 byte or more of each, and no extremes")
         self.page, self.limit = page, limit
-        self.k_pages = torch.zeros(0, heads, page, size, dtype=dtype, device=device)
-        self.v_pages = self.k_pages.new_zeros(0, heads, page, value_size)
+        self.sizes, self.dtype = (size, value_size), dtype
+        widths, kept = (self.sizes, dtype) if packed is None else (packed, torch.uint8)
+        self.k_pages = torch.zeros(0, heads, page, widths[0], dtype=kept, device=device)
+        self.v_pages = self.k_pages.new_zeros(0, heads, page, widths[1])
         self.low: Tensor | None = self.k_pages.new_zeros(0, heads, size) if extremes else None
         self.high: Tensor | None = self.k_pages.new_zeros(0, heads, size) if extremes else None
         self._references: list[int] = []

@@ -56,11 +56,11 @@ class LayerView:
         pool = self.pool
         want = (self.batch, pool.k_pages.shape[1])
         shapes = (*want, k.shape[2] if k.dim() == 4 else -1)
-        for name, x, pages in (("k", k, pool.k_pages), ("v", v, pool.v_pages)):
-            if tuple(x.shape) != (*shapes, pages.shape[3]) or x.dtype != pages.dtype:
+        for name, x, size in (("k", k, pool.sizes[0]), ("v", v, pool.sizes[1])):
+            if tuple(x.shape) != (*shapes, size) or x.dtype != pool.dtype:
                 raise KVStoreError(
-                    f"{name} is {list(x.shape)} {x.dtype}; expected [{want[0]}, {want[1]}, T, "
-                    f"{pages.shape[3]}] {pages.dtype}"
+                    f"{name} is {list(x.shape)} {x.dtype}; expected [{want[0]}, {want[1]}, T, {size}] "
+                    f"{pool.dtype}"
                 )
         tokens = k.shape[2]
         if not tokens:
@@ -156,7 +156,8 @@ class LayerView:
         self._fill_table()
 
     def rows(self, row: int) -> tuple[Tensor, Tensor, Tensor]:
-        """(positions [S], keys [Hkv, S, D], values [Hkv, S, E]) that sequence `row` still holds, copied."""
+        """(positions [S], keys [Hkv, S, D], values [Hkv, S, E]) that sequence `row` still holds, copied, as
+        the pool keeps them."""
         self._check_open()
         page, held = self.pool.page, self._held[row]
         kept = [place for place, number in enumerate(self._pages[row]) if number >= 0]
