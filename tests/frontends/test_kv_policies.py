@@ -134,7 +134,7 @@ def test_streaming_holds_a_constant_number_of_pages() -> None:
 
 def test_misuse_is_named() -> None:
     model = make_model()
-    with pytest.raises(OptionError, match="one pass at most, of .*lessismore-kv, quest-kv, .*streaming-kv"):
+    with pytest.raises(OptionError, match="one pass at most, of .*lessismore-kv, .*quest-kv, .*streaming-kv"):
         tw.kv_cache(model, "drop-layers")
     with pytest.raises(OptionError, match="quest-kv has page=16"):
         tw.kv_cache(model, "quest-kv", page=8)

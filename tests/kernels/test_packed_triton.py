@@ -62,7 +62,7 @@ def check(args: tuple[Any, ...]) -> None:
     out, lse = run("packed_attention", args)
     want, total = all_ops()["packed_attention"].definition(*args)
     assert_parity(out, want, **BOUNDS[out.dtype])
-    torch.testing.assert_close(lse, total, rtol=1e-4, atol=1e-3 if out.dtype == torch.float16 else 1e-4)
+    torch.testing.assert_close(lse, total, rtol=1e-4, atol=5e-3 if out.dtype == torch.float16 else 1e-4)
 
 
 @in_interpreter
