@@ -98,7 +98,7 @@ def _walk(key: KernelKey) -> str:
     return f"""struct Scratch {{
   float *q, *out, *scores, *m, *l, *alpha;
   static constexpr int64_t kFloats =
-      kQRows * (D + kEP + 1 + kLanes) + kRows * kKeys + kRows + 64;
+      (kQRows * (D + kEP + 1 + kLanes) + kRows * kKeys + kRows + 63) / 64 * 64;
   explicit Scratch(float* p) {{
     q = p;
     out = q + kQRows * D;
@@ -146,7 +146,7 @@ def generate(key: KernelKey, op: str) -> str:
         SOFTMAX,
         TRANSPOSE8,
         ROWS,
-        pack_text(key.dtype == "float32"),
+        pack_text(key.dtype == "float32", options_of(key)["value"], LANES[key.target.arch]),
         *([rules_text(kinds)] if kinds else []),
         MASK_SPAN,
         run_text(key, _walk(key)),
@@ -159,5 +159,15 @@ def generate(key: KernelKey, op: str) -> str:
         body="\n\n".join(parts),
         op=op,
         schema=schema(key),
-        includes=("atomic", "cmath", "limits", "vector"),
+        includes=(
+            "sys/mman.h",
+            "algorithm",
+            "atomic",
+            "cmath",
+            "cstdlib",
+            "limits",
+            "new",
+            "thread",
+            "vector",
+        ),
     )

@@ -155,8 +155,12 @@ inline void narrow(const float* from, int64_t n, T* to, float scale) {
 }"""
 
 
-def pack_text(direct: bool) -> str:
+def pack_text(direct: bool, value: int, lanes: int) -> str:
     """Packing the keys and values of one piece; `direct` when storage is float and rows need no widening."""
+    kept = "j < n" if value % (2 * lanes) == 0 else "j < n && e < E"
+    load = "vload(from + e)"
+    if value % lanes:
+        load = f"e + kLanes <= E ? {load} : vload_first(from + e, E - e)"
     rows = (
         "    for (int64_t i = 0; i < 8; ++i) row[i] = j + i < n ? at(k, first + j + i) : zero;"
         if direct
@@ -180,17 +184,10 @@ inline void pack_piece(const Heads& k, const Heads& v, int64_t first, int64_t n,
     float* panel = kp + j / kNR * kNR * D + j % kNR;
     for (int64_t d = 0; d < D; d += 8) transpose8<kNR>(row, d, panel + d * kNR);
   }}
-  float line[kEP] = {{}};
   for (int64_t j = 0; j < padded; ++j) {{
-    if (j < n) {{
-      widen(at(v, first + j), E, line, 1.0f);
-    }} else {{
-      std::memset(line, 0, sizeof(line));
-    }}
-    for (int64_t c = 0; c < kEP; c += kNR) {{
-      vstore(vp + c * padded + j * kNR, vload(line + c));
-      vstore(vp + c * padded + j * kNR + kLanes, vload(line + c + kLanes));
-    }}
+    const T* from = at(v, first + (j < n ? j : 0));
+    for (int64_t e = 0; e < kEP; e += kLanes)
+      vstore(vp + e / kNR * kNR * padded + j * kNR + e % kNR, {kept} ? {load} : vset(0.0f));
   }}
 }}"""
 
@@ -289,19 +286,3 @@ DENSE_TABLES = """  // One block of all keys; the rows are cut into tasks.
   const int32_t q_ends[2] = {0, static_cast<int32_t>(S)}, k_ends[2] = {0, static_cast<int32_t>(N)};
   const int32_t entries[2] = {0, 1}, zero[1] = {0};
   const Table q_off_t{q_ends, 0}, k_off_t{k_ends, 0}, row_ptr_t{entries, 0}, col_t{zero, 0};"""
-
-CALL = """// What all tasks of a call share. Index tables have a row per group, or one for all (step 0).
-struct Table {
-  const int32_t* data;
-  int64_t step;
-  const int32_t* row(int64_t group) const { return data + group * step; }
-};
-struct Unit {  // packed keys and values of one head under one cutting into blocks
-  Heads k, v;
-  const int32_t* k_off;
-  const int64_t* start;  // packed keys before each block
-  float *kp, *vp;
-};
-struct Task {
-  int64_t b, h, group, unit, block, first, rows;
-};"""

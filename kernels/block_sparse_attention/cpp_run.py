@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from tilewright.kernels.block_sparse_attention.cpp_core import CALL, CHECKS, DENSE_TABLES
+from tilewright.kernels.block_sparse_attention.cpp_core import CHECKS, DENSE_TABLES
+from tilewright.kernels.block_sparse_attention.cpp_jobs import LEASE, STRUCTS, jobs_text
 from tilewright.kernels.block_sparse_attention.signature import (
     INDICES,
-    RULE_FIELDS,
     kinds_of,
     options_of,
     rule_names,
@@ -190,136 +190,6 @@ def _bounds_checks(key: KernelKey) -> list[str]:
     return lines
 
 
-_PACK = """  // Units: heads of k and v under each cutting that a query head asks for.
-  std::vector<int64_t> starts, totals;
-  for (int64_t g = 0; g < (@CUTS@ ? G : 1); ++g) {
-    int64_t sum = 0;
-    for (int64_t block = 0; block < nK; ++block) {
-      starts.push_back(sum);
-      sum += round_up(k_off_t.row(g)[block + 1] - k_off_t.row(g)[block]);
-    }
-    totals.push_back(sum);
-  }
-  std::vector<Unit> units;
-  std::vector<int64_t> unit_of(B * H), offset;
-  int64_t packed = 0;
-  for (int64_t b = 0; b < B; ++b) {
-    for (int64_t h = 0; h < H; ++h) {
-      const int64_t share = H / Hkv, cut = @CUTS@ ? group_of(b, h) : 0;
-      int64_t like = h / share * share;
-      while (like < h && @CUTS@ && group_of(b, like) != cut) ++like;
-      if (like < h) {
-        unit_of[b * H + h] = unit_of[b * H + like];
-        continue;
-      }
-      unit_of[b * H + h] = static_cast<int64_t>(units.size());
-      offset.push_back(packed);
-      packed += totals[cut];
-      units.push_back({head(k, b, h / share@SRC_K@), head(v, b, h / share@SRC_K@), k_off_t.row(cut),
-                       starts.data() + cut * nK, nullptr, nullptr});
-    }
-  }
-  const int64_t pack_floats = packed * (D + kEP);
-  Tensor panels(&pack_floats, 1, aoti_torch_dtype_float32());
-  for (size_t i = 0; i < units.size(); ++i) {
-    units[i].kp = panels.mutable_data<float>() + offset[i] * D;
-    units[i].vp = panels.mutable_data<float>() + packed * D + offset[i] * kEP;
-  }
-  struct Piece {
-    int64_t unit, first, n, place;
-  };
-  std::vector<Piece> pieces;
-  for (size_t i = 0; i < units.size(); ++i) {
-    for (int64_t block = 0; block < nK; ++block) {
-      const int64_t first = units[i].k_off[block], end = units[i].k_off[block + 1];
-      for (int64_t j = first; j < end; j += kKeys)
-        pieces.push_back({static_cast<int64_t>(i), j, end - j < kKeys ? end - j : kKeys,
-                          units[i].start[block] + j - first});
-    }
-  }"""
-
-_TASKS = """  std::vector<Task> tasks;  // later rows first: under a causal rule they take longer
-  for (int64_t b = 0; b < B; ++b) {
-    for (int64_t h = 0; h < H; ++h) {
-      const int64_t g = group_of(b, h);
-      for (int64_t block = nQ - 1; block >= 0; --block) {
-        const int64_t begin = q_off_t.row(g)[block], end = q_off_t.row(g)[block + 1]@Q_VALID@;
-        const int64_t cuts = (end - begin + kQRows - 1) / kQRows;
-        for (int64_t i = cuts - 1; i >= 0; --i) {
-          const int64_t rows = end - begin, first = begin + rows * i / cuts;
-          const int64_t last = begin + rows * (i + 1) / cuts;
-          tasks.push_back({b, h, g, unit_of[b * H + h], block, first, last - first});
-        }
-      }
-    }
-  }"""
-
-
-def _calls(key: KernelKey) -> list[str]:
-    """The struct that tasks share."""
-    config, kinds = options_of(key), kinds_of(key)
-    values = ["static_cast<float>(scale)", "row_ptr_t", "col_t"]
-    lines = []
-    if config["flag"]:
-        values.append("flag_t")
-    if kinds:
-        rows = (
-            ["{INT64_MAX / 4, 0, 1, 0, 0}"]
-            if config["layout"] == "causal"
-            else [
-                f"{{{', '.join(f'{field}{p}' for field in RULE_FIELDS)}}}" for p in range(1, len(kinds) + 1)
-            ]
-        )
-        lines.append(f"  const Rule rules[] = {{{', '.join(rows)}}};")
-        values.append("rules")
-    if config["mask"]:
-        lines.append("  const int64_t *ms = mask.sizes(), *mt = mask.strides();")
-        values += ["ms[2] == 1 ? 0 : mt[2]", "ms[3] == 1 ? 0 : mt[3]"]
-    return [*lines, f"  const Call call{{{', '.join(values)}}};"]
-
-
-def _parallel(key: KernelKey) -> str:
-    config, kinds = options_of(key), kinds_of(key)
-    lse = "lse.mutable_data<float>() + (t.b * H + t.h) * S" if config["layout"] == "blocks" else "nullptr"
-    valid = "k_valid.data<int32_t>()[t.b]" if config["k_valid"] else "INT64_MAX / 2"
-    src_q = ", src_q_t.row(t.group)" if config["src_q"] else ""
-    heads = ", src_q_t.row(t.group)" if config["src_q"] else ", nullptr" if config["src_k"] else ""
-    blocks = options_of(key)["layout"] == "blocks"
-    place = "(t.b * H + t.h) * S * E" if blocks else "t.b * S * H * E + t.h * head_step"
-    step = "" if blocks else ", step"
-    more = ""
-    if kinds:
-        limit = "limit.data<int32_t>()[t.b]" if config["limit"] else "0"
-        mask = (
-            "mask.data<uint8_t>() + (ms[0] == 1 ? 0 : t.b * mt[0]) + (ms[1] == 1 ? 0 : t.h * mt[1])"
-            if config["mask"]
-            else "nullptr"
-        )
-        more = f", {limit}, {mask}"
-    return f"""  const int64_t threads = thread_count(), scratch_floats = threads * Scratch::kFloats;
-  Tensor scratch(&scratch_floats, 1, aoti_torch_dtype_float32());
-  float* floats = scratch.mutable_data<float>();
-  T* result = out.mutable_data<T>();
-  std::atomic<size_t> next_piece{{0}}, next_task{{0}};
-  parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {{
-    if (begin < end)
-      for (size_t i; (i = next_piece++) < pieces.size();) {{
-        const Unit& u = units[pieces[i].unit];
-        pack_piece(u.k, u.v, pieces[i].first, pieces[i].n, u.kp + pieces[i].place * D,
-                   u.vp + pieces[i].place * kEP);
-      }}
-  }});
-  parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {{
-    if (begin == end) return;
-    const Scratch w(floats + begin * Scratch::kFloats);
-    for (size_t i; (i = next_task++) < tasks.size();) {{
-      const Task& t = tasks[i];
-      attend(t, call, head(q, t.b, t.h{heads}), units[t.unit], w, {valid},
-             result + {place}, {lse}{src_q}{step}{more});
-    }}
-  }});"""
-
-
 def _output(key: KernelKey) -> list[str]:
     """The result's memory: dense forms order heads and rows as q does, like torch's own attention."""
     dtype = dtype_constant(key.dtype)
@@ -340,16 +210,6 @@ def run_text(key: KernelKey, walk: str) -> str:
     config = options_of(key)
     blocks = config["layout"] == "blocks"
     src, partly = bool(config["src_q"] or config["src_k"]), bool(config["src_q"] or config["q_valid"])
-    cuts = "(k_off_t.step != 0" + (" || src_k_t.step != 0)" if config["src_k"] else ")")
-    # With its own index map but a shared cutting, a group still needs its own unit and table row.
-    pack = _PACK.replace("@CUTS@", cuts if blocks else "false")
-    pack = pack.replace("@SRC_K@", ", src_k_t.row(cut)" if config["src_k"] else ", nullptr" if src else "")
-    q_valid = "clip(q_valid.data<int32_t>()[b] - begin, ends - begin)"
-    tasks = _TASKS.replace("@Q_VALID@", "")
-    if config["q_valid"]:
-        tasks = tasks.replace(
-            "end = q_off_t.row(g)[block + 1];", f"ends = q_off_t.row(g)[block + 1], end = begin + {q_valid};"
-        )
     tail = ", const int32_t* src" if src else ""
     body = [
         "void run(StableIValue* stack, uint64_t, uint64_t) {",
@@ -381,12 +241,9 @@ def run_text(key: KernelKey, walk: str) -> str:
         "    const T* first = x.data<T>() + b * x.strides()[0] + h * x.strides()[1];",
         f"    return {{first, x.strides()[2]{', src' if src else ''}}};",
         "  };",
-        pack,
-        tasks,
-        *_calls(key),
-        _parallel(key),
+        *jobs_text(key),
         "  stack[0] = out.release();",
         *(["  stack[1] = lse.release();"] if blocks else []),
         "}",
     ]
-    return "\n\n".join((CALL, _call(key), walk, _attend(key), CHECKS, "\n".join(body)))
+    return "\n\n".join((STRUCTS, _call(key), walk, _attend(key), CHECKS, LEASE, "\n".join(body)))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -29,6 +32,12 @@ BOUNDS = {
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(9)
+
+
+def _status(field: str) -> int:
+    """Of /proc/self/status, in MiB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(x.split()[1]) for x in lines if x.startswith(f"{field}:")) // 1024
 
 
 def randn(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -173,6 +182,50 @@ def test_a_nan_key_reaches_exactly_the_rows_that_attend_it() -> None:
     out, _ = run(layout, q, k, randn(1, 1, 128, 16))
     assert bool(out[0, 0, 64:].isnan().all())
     assert not bool(out[0, 0, :64].isnan().any())
+
+
+def test_memory_kept_from_call_to_call_carries_nothing_over() -> None:
+    q, k, v = (randn(1, 2, 320, 64) for _ in range(3))
+    layout = BlockLayout.from_block_mask(
+        torch.eye(5, dtype=torch.bool), list(range(0, 321, 64)), list(range(0, 321, 64)), 2
+    )
+    want = run(layout, q, k, v)
+    run(layout, q, torch.full_like(k, math.nan), v)  # larger and smaller calls, all NaN
+    run(BlockLayout.dense(320, 1000, 2), q, torch.full((1, 2, 1000, 64), math.nan), randn(1, 2, 1000, 64))
+    some = run(BlockLayout.dense(64, 40, 2), q[:, :, :64], k[:, :, :40], v[:, :, :40])
+    assert not some[0].isnan().any()  # the rest of its last panel is not what was there
+    for got, before in zip(run(layout, q, k, v), want, strict=True):
+        assert torch.equal(got, before)
+
+
+def test_calls_at_the_same_time_have_memory_of_their_own() -> None:
+    layout = BlockLayout.causal(300, 300, 2, window=100, sink=3)
+    given = [[randn(1, 2, 300, 32) for _ in range(3)] for _ in range(4)]
+    want = [run(layout, *qkv) for qkv in given]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(20):
+            got = list(pool.map(lambda qkv: run(layout, *qkv), given))
+            assert all(
+                torch.equal(a, b) for x, y in zip(got, want, strict=True) for a, b in zip(x, y, strict=True)
+            )
+
+
+def test_memory_is_bounded_and_not_spent_on_blocks_without_readers() -> None:
+    """Packed, the keys and values would be 128 MiB: more than a library keeps."""
+    keys, block = 1 << 18, 1 << 12
+    q, k, v = (randn(1, 1, n, 64) for n in (64, keys, keys))
+    borders = list(range(0, keys + 1, block))
+    one = torch.zeros(1, keys // block, dtype=torch.bool)
+    one[0, 3] = True
+    sparse = BlockLayout.from_block_mask(one, [0, 64], borders, 1)
+    dense = BlockLayout.from_block_mask(torch.ones_like(one), [0, 64], borders, 1)
+    for layout, most in ((sparse, 32), (dense, 160)):
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
+        start = _status("VmRSS")
+        run(layout, q, k, v)
+        assert _status("VmRSS") < start + 32
+        assert _status("VmHWM") < start + most
+    assert _status("VmHWM") > start + 96, "the peak does not show panels"
 
 
 def test_nothing_to_do() -> None:
