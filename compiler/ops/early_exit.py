@@ -11,14 +11,17 @@ import torch
 from torch import Tensor
 
 from tilewright.compiler.ops.registry import define
-from tilewright.runtime.contracts import EXITS
+from tilewright.runtime.contracts import EXITS, STATE
 
 
 def enter(entry: Tensor, active: Tensor, gate: int, layers: int) -> Tensor:
-    """`entry` itself, after whoever counts was told."""
-    counting = EXITS.get()
+    """`entry` itself, after whoever counts was told, and state between steps where no token goes on: what the
+    layers collect for later steps then may be missing."""
+    counting, state = EXITS.get(), STATE.get()
     if counting is not None:
         counting.reached(gate, layers, active)
+    if state is not None and not active.any():
+        state.left_out()
     return entry
 
 

@@ -103,6 +103,23 @@ def test_correction_of_sliding_tiles() -> None:
             assert relative_rms(sparse(*later), want) < 1e-6
 
 
+def test_a_correction_holds_the_error_of_8_bit_scores() -> None:
+    """What the sparse call of a refresh gets wrong is in what the correction adds: on frozen inputs a sparse
+    step with 8-bit scores repeats the refresh."""
+    steps = {
+        (phase, scores): rewritten(f"{STA},{RETTENTION}{{phase={phase}}}{scores}")[1]
+        for phase in ("refresh", "sparse")
+        for scores in ("", ",quantize-attention")
+    }
+    inputs, state = drawn(6), StepState()
+    state.begin("r", [2.0, 1.0, 0.0])
+    with state.call("r", "", 0):
+        want = steps["refresh", ",quantize-attention"](*inputs)
+    with state.call("r", "", 1):
+        assert relative_rms(steps["sparse", ",quantize-attention"](*inputs), want) < 1e-6
+        assert relative_rms(steps["sparse", ""](*inputs), want) > 1e-4
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_branches_in_one_batch(layout: str) -> None:
     """Layouts of the call have a batch axis: both branches of guidance in one call are two calls."""

@@ -1,4 +1,5 @@
-"""Attention passes with 8-bit scores, dropped layers and reused residuals: each pair equals its oracle."""
+"""Attention passes with 8-bit scores, dropped layers, reused residuals and early exits: each pair equals its
+oracle."""
 
 from __future__ import annotations
 
@@ -35,6 +36,7 @@ SYSTEMS = (STA, SVG1, ADASPA, SLA, HOIST, RETTENTION, f"{STA},{INT8}")
 CASES = [s if s in (STA, HOIST) else pytest.param(s, marks=pytest.mark.slow) for s in SYSTEMS]
 DROP = "drop-layers{layers=1,max_share=1}"
 REUSE = "reuse-step-residual{metric=modulated}"
+EXIT = "early-exit{exits=1+2,threshold=0.95,prompt=true}"
 
 
 def stack(x: Tensor, *weights: Tensor) -> Tensor:
@@ -173,7 +175,42 @@ def test_a_stretch_left_out_does_not_search() -> None:
     assert reuse.end("r") == (2, 2)
 
 
-@pytest.mark.parametrize("later", [DROP, REUSE])
+@pytest.mark.parametrize("system", CASES)
+def test_tokens_that_leave_early(system: str) -> None:
+    """They stay in the grid as keys with the value they left with; only a hoisted order cannot know them."""
+    reports, both = built(f"{EXIT},{system}")
+    assert len(reports["early-exit"].applied) == 2
+    assert len(reports[system.split("{")[0]].applied) == LAYERS
+    if system == HOIST:
+        (refusal,) = reports["hoist-token-permutation"].refused
+        assert "places tokens itself" in refusal.reason
+    layer = before_the_end(built(STA if system == HOIST else system, 1)[1])
+    x, *weights = given()
+    active = torch.ones(2, TOKENS, dtype=torch.bool)
+    for at in range(LAYERS):
+        after = in_a_step(layer, [x, *weights[at * PER_LAYER : (at + 1) * PER_LAYER]])
+        after = torch.where(active[..., None], after, x)
+        if at + 1 < LAYERS:
+            active = active & ~(torch.cosine_similarity(after, x, -1) > 0.95)
+        x = after
+    assert 0.1 < active.double().mean() < 0.9
+    assert relative_rms(in_a_step(both, given()), torch.sin(x)) < 1e-9
+    assert relative_rms(in_a_step(built(system)[1], given()), torch.sin(x)) > 1e-3
+
+
+@pytest.mark.parametrize(("threshold", "phase"), [(0, Phase.SEARCH), (1, Phase.SPARSE)])
+def test_a_search_that_all_tokens_left_before_is_owed(threshold: int, phase: Phase) -> None:
+    """Compiled, a stretch without tokens does not run, so its layers may hold nothing to go by."""
+    system = ADASPA.replace("}", ",phase=search}")
+    _, program = built(EXIT.replace("0.95", str(threshold)) + f",{system}")
+    state, schedule = StepState(), Schedule(searches=(0,))
+    state.begin("r", [1.0, 0.0])
+    with state.call("r", "", 0):
+        run(program, given())
+    assert state.phase(schedule, "r", "", 1) is phase
+
+
+@pytest.mark.parametrize("later", [DROP, REUSE, EXIT])
 @pytest.mark.parametrize("system", SYSTEMS)
 def test_layers_go_before_attention_changes(system: str, later: str) -> None:
     """What a layout was made for must not be left out behind its back."""
@@ -181,10 +218,16 @@ def test_layers_go_before_attention_changes(system: str, later: str) -> None:
         Pipeline.parse(f"{system},{later}")
 
 
-def entry_to_exit(program: Program) -> Callable[[Sequence[Tensor]], Tensor]:
-    """What the layers add to the stream: the program without its last op, less x."""
+def before_the_end(program: Program) -> Program:
+    """The program without its last op: it returns the stream behind the layers."""
     copy = program.clone()
     last = next(n for n in reversed(copy.graph.nodes) if n.target is torch.ops.aten.sin.default)
     last.replace_all_uses_with(last.args[0])
     copy.module.recompile()
+    return copy
+
+
+def entry_to_exit(program: Program) -> Callable[[Sequence[Tensor]], Tensor]:
+    """What the layers add to the stream."""
+    copy = before_the_end(program)
     return lambda inputs: run(copy, inputs) - inputs[0]
