@@ -210,6 +210,19 @@ def test_calls_at_the_same_time_have_memory_of_their_own() -> None:
             )
 
 
+def test_rows_wait_for_panels_that_another_thread_packs() -> None:
+    """Two threads, a block of keys for each to pack, and both blocks attended by both."""
+    q, k, v = (randn(1, 1, n, 64) for n in (16, 256, 256))
+    both = torch.ones(2, 2, dtype=torch.bool)
+    layout = BlockLayout.from_block_mask(both, [0, 8, 16], [0, 128, 256], 1)
+    want, nothing = run(layout, q, k, v), torch.full_like(k, math.nan)
+    for _ in range(100):
+        run(layout, q, nothing, nothing)  # what is there before the panels are
+        got = run(layout, q, k, v)
+        assert torch.equal(got[0], want[0])
+        assert torch.equal(got[1], want[1])
+
+
 def test_memory_is_bounded_and_not_spent_on_blocks_without_readers() -> None:
     """Packed, the keys and values would be 128 MiB: more than a library keeps."""
     keys, block = 1 << 18, 1 << 12
