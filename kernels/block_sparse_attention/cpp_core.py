@@ -101,7 +101,8 @@ inline __attribute__((always_inline)) void tiles(
     int64_t rows, const float* a, int64_t lda, const float* b, int64_t depth, float* c, int64_t ldc,
     const float* alpha) {{
   while (rows > 0) {{
-    const int64_t n = rows < {most} ? rows : {most};
+    // The last two share what is left: a tile of few rows waits for its own sums.
+    const int64_t n = rows >= {2 * most} ? {most} : rows > {most} ? (rows + 1) / 2 : rows;
     switch (n) {{
 {cases}
     }}

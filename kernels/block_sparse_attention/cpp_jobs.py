@@ -2,7 +2,7 @@
 
 Panels and what threads compute with live in memory that the library keeps from call to call: fresh pages cost
 a fault and a zeroing each, as much as packing into them. A call needs the size of k and v in float32, widened
-to whole panels, and less than 0.5 MiB a thread. A head is packed just before its rows are worked on, while
+to whole panels, and at most 0.6 MiB a thread. A head is packed just before its rows are worked on, while
 other threads still are at the head before, so that a cache holds its panels; blocks that no row attends are
 not packed.
 """

@@ -1,4 +1,4 @@
-"""C++ of one call: arguments to tasks, packing, the tasks on torch's threads."""
+"""C++ of one call: arguments and their checks, one task, and the whole `run`."""
 
 from __future__ import annotations
 

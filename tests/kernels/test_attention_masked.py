@@ -11,15 +11,18 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from tilewright.compiler.ops import all_ops
 from tilewright.kernels.attention.family import ATTENTION, MOST_QUERIES
+from tilewright.kernels.common.cpp import LANES
 from tilewright.kernels.load import build_kernel
 from tilewright.kernels.table import host_target
 from tilewright.runtime.contracts import Refusal
 
+WIDTH = LANES.get(host_target().arch, 8)
+"""Head sizes are multiples of it."""
 SHAPES = (
     (3, 9, 3, 1, 200, 64, 64),
-    (2, 4, 2, 5, 77, 32, 40),
+    (2, 4, 2, 5, 77, 32, 5 * WIDTH),
     (1, 8, 8, 3, 513, 128, 128),
-    (2, 6, 1, 32, 300, 16, 8),
+    (2, 6, 1, 32, 300, 16, WIDTH),
 )
 """B, H, Hkv, S, T, D, E."""
 
@@ -94,7 +97,7 @@ def test_keys_that_no_query_sees_are_not_read() -> None:
 
 def test_gradients_are_those_of_the_definition_that_of_a_bias_too() -> None:
     torch.manual_seed(2)
-    q, k, v = torch.randn(1, 4, 3, 8), torch.randn(1, 2, 20, 8), torch.randn(1, 2, 20, 8)
+    q, k, v = (torch.randn(1, h, n, WIDTH) for h, n in ((4, 3), (2, 20), (2, 20)))
     for mask in (torch.randn(4, 3, 20), torch.rand(3, 20) < 0.7):
         results = []
         for run in (lambda *x: _call(*x, train=True), all_ops()["attention"].definition):
