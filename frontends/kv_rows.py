@@ -64,23 +64,29 @@ class KVRows:
             self.held[row] += count - before[row]
         self.length = start + max(counts, default=0)
 
-    def keep(self, start: int, chosen: Sequence[int]) -> None:
-        """Of the slots of the only row, from `start` on, only start + chosen[i] stay, moved to start + i."""
-        self.take_back(start, [len(chosen)])
-        if list(chosen) != list(range(len(chosen))):
-            for layer in self.cache.layers:
-                for tensor in (layer.keys, layer.values):
-                    places = torch.tensor([start + c for c in chosen], device=tensor.device)
-                    tensor[:, :, start : self.length] = tensor.index_select(2, places)
+    def keep(self, start: int, chosen: Sequence[Sequence[int]]) -> None:
+        """Of row b's slots from `start` on, only start + chosen[b][i] stay, moved to start + i."""
+        self.take_back(start, [len(c) for c in chosen])
+        if all(list(c) == list(range(len(c))) for c in chosen):
+            return
+        order = torch.zeros(self.batch, self.length - start, dtype=torch.long)
+        for row, places in enumerate(chosen):
+            order[row, : len(places)] = torch.tensor(places, dtype=torch.long)
+        self._move(start, start + order)
 
-    def _close_holes(self) -> None:
-        order = torch.argsort(~self.used, dim=1, stable=True)
-        longest = max(self.held)
+    def _move(self, start: int, order: Tensor) -> None:
+        """Slot start + i of row b becomes what slot order[b, i] is; order: int64 [B, N]."""
+        stop = start + order.shape[1]
         for layer in self.cache.layers:
             for tensor in (layer.keys, layer.values):
-                places = order[:, None, :longest, None].to(tensor.device)
-                kept = tensor.gather(2, places.expand(-1, tensor.shape[1], -1, tensor.shape[3]))
-                tensor[:, :, :longest] = kept
+                places = order[:, None, :, None].to(tensor.device)
+                tensor[:, :, start:stop] = tensor.gather(
+                    2, places.expand(-1, tensor.shape[1], -1, tensor.shape[3])
+                )
+
+    def _close_holes(self) -> None:
+        longest = max(self.held)
+        self._move(0, torch.argsort(~self.used, dim=1, stable=True)[:, :longest])
         self.used = torch.arange(self.capacity)[None] < torch.tensor(self.held)[:, None]
         self.length = longest
 
@@ -129,32 +135,34 @@ class RowModel:
         kv.take_back(start, [len(row) for row in rows])
         return logits
 
-    def feed_seeing(self, tokens: Sequence[int], places: Sequence[int], seen: Tensor) -> Tensor:
-        """Logits [W, V] of W tokens of the only row, put behind everything in the cache.
+    def feed_seeing(
+        self, tokens: Sequence[Sequence[int]], places: Sequence[Sequence[int]], seen: Tensor
+    ) -> Tensor:
+        """Logits [B, W, V] of W tokens of every row, put behind everything in the cache.
 
-        places: their positions in the text. seen: bool [W, capacity], the slots that each may attend to,
-        besides its own.
+        places: their positions in the text, [B][W]. seen: bool [B, W, capacity], the slots that each may
+        attend to, besides its own.
         """
         kv = self.kv
-        start, width = kv.length, len(tokens)
-        if kv.batch != 1 or start + width > kv.capacity:
-            raise OptionError(f"{start} + {width} tokens in a cache of {kv.batch} x {kv.capacity} slots")
+        start, width = kv.length, len(tokens[0])
+        if start + width > kv.capacity:
+            raise OptionError(f"{start} + {width} tokens do not fit a cache of {kv.capacity}")
         seen = seen.clone()
-        seen[torch.arange(width), start + torch.arange(width)] = True
+        seen[:, torch.arange(width), start + torch.arange(width)] = True
         dtype = kv.cache.layers[0].keys.dtype
-        mask = torch.zeros(1, 1, width, kv.capacity, dtype=dtype)
-        mask.masked_fill_(~seen, torch.finfo(dtype).min)
+        mask = torch.zeros(kv.batch, 1, width, kv.capacity, dtype=dtype)
+        mask.masked_fill_(~seen[:, None], torch.finfo(dtype).min)
         for layer in kv.cache.layers:
             layer.cumulative_length.fill_(start)
         with torch.no_grad():
             logits: Tensor = self._step(
-                input_ids=torch.tensor([list(tokens)], device=self._device),
-                position_ids=torch.tensor([list(places)], device=self._device),
+                input_ids=torch.tensor(tokens, device=self._device),
+                position_ids=torch.tensor(places, device=self._device),
                 attention_mask=mask.to(self._device),
                 past_key_values=kv.cache,
                 use_cache=True,
             ).logits
         kv.length += width
         kv.used[:, start : kv.length] = True
-        kv.held[0] += width
-        return logits[0]
+        kv.held = [n + width for n in kv.held]
+        return logits

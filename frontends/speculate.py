@@ -16,7 +16,7 @@ from tilewright.frontends.drafters import Draft, Drafter, ModelDrafter, Retrieva
 from tilewright.frontends.kv_rows import KVRows, RowModel
 from tilewright.frontends.language_model import LanguageModel, check_same_vocabulary
 from tilewright.frontends.sampling import Sampling
-from tilewright.frontends.token_trees import ModelTrees, RetrievalTrees, TreeDrafter, feed_tree
+from tilewright.frontends.token_trees import ModelTrees, RetrievalTrees, TreeDrafter, feed_trees
 from tilewright.runtime.draft_length import DraftLength
 from tilewright.runtime.retrieval import NgramStore
 from tilewright.runtime.token_tree import TokenTree
@@ -163,11 +163,6 @@ class Speculator:
     def _rounds(
         self, prompts: Sequence[Sequence[int]], count: int, sampling: Sampling, stop: Stop
     ) -> Iterator[list[list[int]]]:
-        if self.tree and len(prompts) > 1:
-            raise OptionError(
-                f"{len(prompts)} rows: trees are drafted for one row at a time",
-                remedy="generate row by row, or without tree=",
-            )
         rows = [_Row(list(p), len(p) + count) for p in prompts]
         room = max(row.last for row in rows) + self._width() + 1 + (SLACK if len(rows) > 1 else 0)
         target = self.target.rows(self._cache("target", self.target, len(rows), room))
@@ -185,7 +180,7 @@ class Speculator:
         yield new
         while not all(row.done for row in rows):
             if trees is not None:
-                yield [self._tree_round(rows[0], target, trees, sampling, stop)]
+                yield self._tree_round(rows, target, trees, sampling, stop)
             else:
                 yield self._round(rows, target, drafter, sampling, stop)
 
@@ -224,34 +219,46 @@ class Speculator:
         return new
 
     def _tree_round(
-        self, row: _Row, target: RowModel, drafter: TreeDrafter, sampling: Sampling, stop: Stop
-    ) -> list[int]:
-        """Draft a tree, let the target answer all of it at once, keep one path and one token more."""
+        self, rows: Sequence[_Row], target: RowModel, drafter: TreeDrafter, sampling: Sampling, stop: Stop
+    ) -> list[list[int]]:
+        """Draft a tree per row, let the target answer all of them at once, keep one path and one token more
+        of each."""
         started = time.perf_counter()
-        left = row.last - len(row.tokens) - 1
-        nodes = self.length.choose(self.length.lengths[-1]) if left else 0
-        tree = drafter.propose(row.tokens, nodes, left) if nodes else TokenTree()
-        drafted = len(tree.tokens)
-        nodes = min(n for n in self.length.lengths if n >= drafted)
-        start = target.kv.length
-        logits = feed_tree(target, start, tree, row.tokens, nodes + 1)
-        path, last = sampling.accept_tree(row.tokens, tree, logits)
-        new = row.take([*[tree.tokens[n] for n in path], last], stop)
-        target.kv.keep(start, [0, *[n + 1 for n in path]][: len(new)])
-        seconds, kept = time.perf_counter() - started, len(path)
-        self.length.observe(nodes, seconds, len(new), kept, min(drafted, kept + 1))
-        self._count(drafted, kept, len(new), seconds)
+        texts = [row.tokens for row in rows]
+        left = [0 if row.done else row.last - len(row.tokens) - 1 for row in rows]
+        nodes = self.length.choose(self.length.lengths[-1]) if any(left) else 0
+        trees = drafter.propose(texts, nodes, left) if nodes else [TokenTree() for _ in rows]
+        drafted = [len(tree.tokens) for tree in trees]
+        nodes = min(n for n in self.length.lengths if n >= max(drafted))
+        kv = target.kv
+        kv.reserve(nodes + 1)
+        start = kv.length
+        logits = feed_trees(target, trees, texts, nodes + 1)
+        new, chosen, live = [], [], sum(not row.done for row in rows)
+        kept = tried = 0
+        for b, (row, tree) in enumerate(zip(rows, trees, strict=True)):
+            found, path = list[int](), list[int]()
+            if not row.done:
+                path, last = sampling.accept_tree(row.tokens, tree, logits[b, : drafted[b] + 1])
+                found = row.take([*[tree.tokens[n] for n in path], last], stop)
+            kept, tried = kept + len(path), tried + min(drafted[b], len(path) + 1)
+            new.append(found)
+            chosen.append([0, *[n + 1 for n in path]][: len(found)])
+        kv.keep(start, chosen)
+        seconds = time.perf_counter() - started
+        self.length.observe(nodes, seconds, sum(map(len, new)) / live, kept, tried)
+        self._count(sum(drafted), kept, sum(map(len, new)), seconds)
         return new
 
     def _trees(self, target: RowModel, sampling: Sampling, room: int) -> TreeDrafter | None:
         if self.draft is None:
             return None
         if isinstance(self.draft, Retrieval):
-            size = int(self.target.config.get_text_config().vocab_size)
+            batch, size = target.kv.batch, int(self.target.config.get_text_config().vocab_size)
             shortest, longest = self.draft.shortest, self.draft.longest
-            return RetrievalTrees(self._datastore, self.branches, size, shortest, longest)
+            return RetrievalTrees(batch, self._datastore, self.branches, size, shortest, longest)
         shared = self.draft.shares(self.target)
-        kv = target.kv if shared else self._cache("draft", self.draft, 1, room + self._width())
+        kv = target.kv if shared else self._cache("draft", self.draft, target.kv.batch, room + self._width())
         return ModelTrees(self.draft.rows(kv), sampling, self.branches, shared=shared)
 
     def _count(self, drafted: int, kept: int, tokens: int, seconds: float) -> None:
@@ -344,10 +351,10 @@ def speculate(
     another model of the same vocabulary, compiled or not; a `Retrieval` or the word `retrieval`; None for
     plain decoding. lengths: how many tokens may be drafted in a round; 0 is always allowed, and taken
     while drafting does not pay. Compiled targets compile once per length, so they get few by default, and at
-    most 7, because the kernels for few rows end at 8. prior:
-    the acceptance that is assumed before anything was seen. tree: draft trees of up to so many tokens, 1 to
-    64, instead of one line (0); the target answers a whole tree at once; one row at a time; takes the place
-    of lengths. branches: how many tokens may follow one; 1 makes a line of it.
+    most 7, because the kernels for few rows end at 8. prior: the acceptance that is assumed before anything
+    was seen. tree: draft trees of up to so many tokens, 1 to 64 per row, instead of one line (0); the target
+    answers whole trees at once; takes the place of lengths. branches: how many tokens may follow one; 1 makes
+    a line of it.
 
     Greedy text equals the target's up to ties of its own rounding; sampled text has the target's
     distribution. Raises OptionError for a draft of another vocabulary or a target that cannot take tokens

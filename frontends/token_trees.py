@@ -1,9 +1,9 @@
-"""What drafts trees of tokens for one row: a model that shares the target's cache or not, or retrieval."""
+"""What drafts trees of tokens: a model that shares the target's cache or not, or retrieval."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -12,92 +12,136 @@ from torch import Tensor
 from tilewright.frontends.kv_rows import RowModel
 from tilewright.frontends.sampling import Sampling
 from tilewright.runtime.retrieval import NgramStore
-from tilewright.runtime.token_tree import ROOT, TokenTree, grow
+from tilewright.runtime.token_tree import ROOT, Place, TokenTree, grow, grow_together
 
 
 class TreeDrafter(Protocol):
-    """Proposes trees for the only row of a batch. One instance serves one generation."""
+    """Proposes trees for the rows of a batch. One instance serves one generation."""
 
-    def propose(self, row: Sequence[int], nodes: int, depth: int) -> TokenTree:
-        """Up to `nodes` tokens to follow `row`, all tokens so far, in paths of up to `depth`."""
+    def propose(self, rows: Sequence[Sequence[int]], nodes: int, depths: Sequence[int]) -> list[TokenTree]:
+        """Up to `nodes` tokens to follow rows[b], all tokens of the row so far, in paths of up to depths[b];
+        an empty tree where that is 0."""
 
 
-def feed_tree(model: RowModel, start: int, tree: TokenTree, row: Sequence[int], width: int = 0) -> Tensor:
-    """Logits [n + 1, V] behind the latest token of `row`, which goes to slot `start`, and behind each node.
+def feed_trees(
+    model: RowModel, trees: Sequence[TokenTree], rows: Sequence[Sequence[int]], width: int
+) -> Tensor:
+    """Logits [B, W, V] behind the latest token of each row and behind each node of its tree.
 
-    width: feed as many tokens at least, so that few shapes occur; the others see the root and go nowhere.
+    They are put behind everything in the cache. width: W, more than any tree has nodes, so that few shapes
+    occur; what lies behind a tree is padding, which sees the row and is seen by nothing.
     """
-    tokens = [row[-1], *tree.tokens]
-    seen = torch.zeros(max(width, len(tokens)), model.kv.capacity, dtype=torch.bool)
-    seen[:, : start + 1] = True
-    depths = [0] * len(seen)
-    for node in range(len(tree.tokens)):
-        path = tree.path(node)
-        depths[node + 1] = len(path)
-        seen[node + 1, [start + 1 + n for n in path]] = True
-    tokens += [row[-1]] * (len(seen) - len(tokens))
-    places = [len(row) - 1 + d for d in depths]
-    return model.feed_seeing(tokens, places, seen)[: len(tree.tokens) + 1]
+    start = model.kv.length
+    seen = model.kv.used[:, None].repeat(1, width, 1)
+    seen[:, :, start] = True
+    tokens, places = [], []
+    for b, (tree, row) in enumerate(zip(trees, rows, strict=True)):
+        depths = [0] * width
+        for node in range(len(tree.tokens)):
+            path = tree.path(node)
+            depths[node + 1] = len(path)
+            seen[b, node + 1, [start + 1 + n for n in path]] = True
+        tokens.append([row[-1], *tree.tokens, *[row[-1]] * (width - 1 - len(tree.tokens))])
+        places.append([len(row) - 1 + depth for depth in depths])
+    return model.feed_seeing(tokens, places, seen)
 
 
 class ModelTrees:
-    """Grows trees by a model's probabilities; one call of it per node that gets children."""
+    """Grows trees by a model's probabilities; one call of it gives every row one node's children."""
 
     def __init__(self, model: RowModel, sampling: Sampling, branches: int, *, shared: bool) -> None:
         self._model, self._sampling, self._branches, self._shared = model, sampling, branches, shared
 
-    def propose(self, row: Sequence[int], nodes: int, depth: int) -> TokenTree:
-        kv = self._model.kv
+    def propose(self, rows: Sequence[Sequence[int]], nodes: int, depths: Sequence[int]) -> list[TokenTree]:
+        kv, sampling = self._model.kv, self._sampling
+        missing = [row[n:] if d else [] for row, n, d in zip(rows, kv.held, depths, strict=True)]
+        widest = max(map(len, missing))
+        kv.reserve(widest + nodes)
         first = kv.length
-        missing = row[kv.held[0] :]
-        root = self._model.feed([missing], prompt=len(missing) > 2)[0, len(missing) - 1]
-        start = kv.length
-        slots: dict[int, int] = {}
+        root = self._model.feed(missing, prompt=widest > 2)
+        start, used = kv.length, kv.used.clone()
+        slots: list[dict[int, int]] = [{} for _ in rows]
 
-        def distribution(tree: TokenTree, node: int) -> Tensor:
-            if node == ROOT:
-                return self._sampling.distribution(row, root)
+        def answer(asked: Mapping[int, Place]) -> dict[int, Tensor]:
+            # All rows ask for their root at once and first.
+            if all(node == ROOT for _, node in asked.values()):
+                logits = {b: root[b, len(missing[b]) - 1] for b in asked}
+            else:
+                logits = dict(enumerate(self._step(rows, asked, slots, used)))
+            return {
+                b: sampling.distribution([*rows[b], *tree.words(node)], logits[b])
+                for b, (tree, node) in asked.items()
+            }
+
+        growths = {
+            b: grow(nodes, depth, self._branches, sample=sampling.draws, generator=sampling.generator)
+            for b, depth in enumerate(depths)
+            if depth
+        }
+        trees = grow_together(growths, answer)
+        kv.take_back(first if self._shared else start, [0] * len(rows))
+        return [trees.get(b, TokenTree()) for b in range(len(rows))]
+
+    def _step(
+        self,
+        rows: Sequence[Sequence[int]],
+        asked: Mapping[int, Place],
+        slots: Sequence[dict[int, int]],
+        used: Tensor,
+    ) -> Tensor:
+        """Logits [B, V] behind one node per row; rows that ask for none get padding.
+
+        slots: of every node of a row that was fed; extended. used: bool [B, capacity], of the text.
+        """
+        tokens, places, seen = [[0] for _ in rows], [[0] for _ in rows], used[:, None].clone()
+        for b, (tree, node) in asked.items():
             path = tree.path(node)
-            seen = torch.zeros(1, kv.capacity, dtype=torch.bool)
-            slots[node] = kv.length
-            seen[0, :start] = True
-            seen[0, [slots[n] for n in path]] = True
-            place = len(row) - 1 + len(path)
-            logits = self._model.feed_seeing([tree.tokens[node]], [place], seen)[0]
-            return self._sampling.distribution([*row, *tree.words(node)], logits)
-
-        sampling = self._sampling
-        tree = grow(
-            distribution, nodes, depth, self._branches, sample=sampling.draws, generator=sampling.generator
-        )
-        kv.take_back(first if self._shared else start, [0])
-        return tree
+            slots[b][node] = self._model.kv.length
+            seen[b, 0, [slots[b][n] for n in path]] = True
+            tokens[b], places[b] = [tree.tokens[node]], [len(rows[b]) - 1 + len(path)]
+        return self._model.feed_seeing(tokens, places, seen)[:, 0]
 
 
 class RetrievalTrees:
     """Grows trees of everything that followed the same words before, the most frequent first."""
 
     def __init__(
-        self, datastore: NgramStore | None, branches: int, vocabulary: int, shortest: int, longest: int
+        self,
+        batch: int,
+        datastore: NgramStore | None,
+        branches: int,
+        vocabulary: int,
+        shortest: int,
+        longest: int,
     ) -> None:
-        self._own = NgramStore([()], shortest=shortest, longest=longest)
-        self._read, self._datastore = 0, datastore
+        self._own = [NgramStore([()], shortest=shortest, longest=longest) for _ in range(batch)]
+        self._read, self._datastore = [0] * batch, datastore
         self._branches, self._vocabulary = branches, vocabulary
 
-    def propose(self, row: Sequence[int], nodes: int, depth: int) -> TokenTree:
-        self._own.extend(0, row[self._read :])
-        self._read = len(row)
-        stores = [self._own] if self._datastore is None else [self._own, self._datastore]
+    def propose(self, rows: Sequence[Sequence[int]], nodes: int, depths: Sequence[int]) -> list[TokenTree]:
+        return [
+            self._tree(b, row, nodes, depth) if depth else TokenTree()
+            for b, (row, depth) in enumerate(zip(rows, depths, strict=True))
+        ]
+
+    def _tree(self, b: int, row: Sequence[int], nodes: int, depth: int) -> TokenTree:
+        own = self._own[b]
+        own.extend(0, row[self._read[b] :])
+        self._read[b] = len(row)
+        stores = [own] if self._datastore is None else [own, self._datastore]
         found = max((store.continuations(row, depth) for store in stores), key=lambda f: f[0])[1]
 
-        def distribution(tree: TokenTree, node: int) -> Tensor | None:
-            words = tree.words(node)
-            behind = Counter(f[len(words)] for f in found if f[: len(words)] == words and len(f) > len(words))
-            if not behind:
-                return None
-            shares = torch.zeros(self._vocabulary, dtype=torch.float64)
-            for token, times in behind.items():
-                shares[token] = times
-            return shares / shares.sum()
+        def answer(asked: Mapping[int, Place]) -> dict[int, Tensor | None]:
+            return {row: self._shares(found, tree.words(node)) for row, (tree, node) in asked.items()}
 
-        return grow(distribution, nodes, depth, self._branches, sample=False)
+        return grow_together({b: grow(nodes, depth, self._branches, sample=False)}, answer)[b]
+
+    def _shares(self, found: Sequence[Sequence[int]], words: list[int]) -> Tensor | None:
+        """How often each token follows `words` in what was found; [V], sum 1."""
+        behind = Counter(f[len(words)] for f in found if f[: len(words)] == words and len(f) > len(words))
+        if not behind:
+            return None
+        shares = torch.zeros(self._vocabulary, dtype=torch.float64)
+        for token, times in behind.items():
+            shares[token] = times
+        return shares / shares.sum()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -13,6 +13,11 @@ from tilewright.runtime.acceptance import SpeculationError, draw
 
 ROOT = -1
 """Parent of the first tokens: the latest token of the text itself."""
+Place = tuple["TokenTree", int]
+"""A tree and the node of it whose distribution is asked for."""
+Growth = Generator[Place, Tensor | None, "TokenTree"]
+"""A tree that grows as its questions are answered: with [V], float64, what the draft expects behind the node;
+None where it knows nothing."""
 
 
 @dataclass
@@ -47,19 +52,13 @@ class TokenTree:
 
 
 def grow(
-    distribution: Callable[[TokenTree, int], Tensor | None],
-    nodes: int,
-    depth: int,
-    branches: int,
-    *,
-    sample: bool,
-    generator: torch.Generator | None = None,
-) -> TokenTree:
+    nodes: int, depth: int, branches: int, *, sample: bool, generator: torch.Generator | None = None
+) -> Growth:
     """A tree of up to `nodes` tokens, added where the product of probabilities along the path is greatest.
 
-    distribution(tree, node): [V], float64, what the draft expects behind a node; None where it knows nothing;
-    asked once per node that gets children. depth: tokens of a path at most. branches: children of a node at
-    most. sample: children are drawn without putting back; otherwise the likeliest come first.
+    It asks once for each node that gets children, for the root first. depth: tokens of a path at most.
+    branches: children of a node at most. sample: children are drawn without putting back; otherwise the
+    likeliest come first.
     """
     if min(nodes, depth, branches) < 1:
         raise SpeculationError(f"nodes = {nodes}, depth = {depth}, branches = {branches}: expected 1 or more")
@@ -70,7 +69,7 @@ def grow(
     while heap and len(tree.tokens) < nodes:
         value, _, node, left, count = heapq.heappop(heap)
         if left is None:
-            left = distribution(tree, node)
+            left = yield tree, node
             if left is None:
                 continue
         token = draw(left, generator) if sample else int(left.argmax())
@@ -87,6 +86,28 @@ def grow(
             again = value * (1.0 - chance) if sample else value * float(rest.max())
             heapq.heappush(heap, (again, order, node, rest, count + 1))
     return tree
+
+
+def grow_together(
+    growths: Mapping[int, Growth], answer: Callable[[dict[int, Place]], Mapping[int, Tensor | None]]
+) -> dict[int, TokenTree]:
+    """The trees of several rows, each row asking for one node at a time.
+
+    answer(row -> what it asks for): an answer per row, so that one call of a model serves all rows.
+    """
+    growing, grown = dict(growths), dict[int, TokenTree]()
+    answers: Mapping[int, Tensor | None] = dict.fromkeys(growing)
+    while growing:
+        asked = dict[int, Place]()
+        for row, growth in list(growing.items()):
+            try:
+                asked[row] = growth.send(answers[row])
+            except StopIteration as end:
+                grown[row] = end.value
+                del growing[row]
+        if asked:
+            answers = answer(asked)
+    return grown
 
 
 def accept_tree_greedy(tree: TokenTree, choices: Sequence[int]) -> tuple[list[int], int]:

@@ -10,11 +10,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import tilewright as tw
 from tilewright.compiler.diagnostics import OptionError
+from tilewright.frontends.kv_rows import KVRows
 from tilewright.frontends.speculate import Retrieval, Speculator
 from tilewright.runtime.draft_length import DraftLength
-from tilewright.runtime.token_tree import TokenTree, accept_tree_sampled, grow
+from tilewright.runtime.token_tree import TokenTree, accept_tree_sampled, grow, grow_together
 
-PROMPTS = [[5, 9, 3, 5, 9], [7], [11, 30, 11, 30]]
+PROMPTS = [[5, 9, 3, 5, 9], [7], [11, 30, 11, 30], [1, 2, 3, 4, 5, 6, 7, 8, 9]]
 
 
 class Always(DraftLength):
@@ -22,10 +23,10 @@ class Always(DraftLength):
         return max(n for n in self.lengths if n <= limit)
 
 
-def _model(seed: int = 0, noise: float = 0.0, layers: int = 2) -> Any:
+def _model(seed: int = 0, noise: float = 0.0, layers: int = 2, vocabulary: int = 48) -> Any:
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=48, hidden_size=32, intermediate_size=48, num_hidden_layers=layers,
+        vocab_size=vocabulary, hidden_size=32, intermediate_size=48, num_hidden_layers=layers,
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=400,
         bos_token_id=1, eos_token_id=2, initializer_range=0.3,
     )  # fmt: skip
@@ -43,6 +44,24 @@ def _drafts() -> dict[str, Any]:
         "foreign": _model(seed=5, layers=1),
         "retrieval": Retrieval([[5, 9, 3, 5, 9, 7, 1], [9, 3, 5, 9, 8]], shortest=1),
     }
+
+
+def _draft(name: str, target: Any) -> Any:
+    """A draft by name; two more share the target's cache: the target itself, and a lossy pipeline of it."""
+    if name == "shared":
+        return target
+    if name == "lossy":
+        options = {"pipeline": "drop-layers{layers=1,max_share=1}", "lower": "eager", "kernels": False}
+        return torch.compile(target, backend="tilewright", options=options, dynamic=False)
+    return _drafts()[name]
+
+
+def _target(name: str) -> Any:
+    """Compiled code rounds as float32."""
+    return _model().float() if name == "lossy" else _model()
+
+
+KINDS = ["alike", "itself", "foreign", "retrieval", "shared", "lossy"]
 
 
 def _speculator(target: Any, draft: Any, tree: int = 9, **given: Any) -> Speculator:
@@ -65,7 +84,7 @@ def _plain(model: Any, prompt: list[int], count: int, stop: tuple[int, ...] = (2
 def test_greedy_is_token_identical_and_the_cache_equals_a_fresh_prefill(name: str) -> None:
     target = _model()
     made = _speculator(target, _drafts()[name])
-    for prompt in PROMPTS[1:]:
+    for prompt in PROMPTS[1:3]:
         want = _plain(target, prompt, 14, ())
         assert made.generate([prompt], 14, stop_tokens=()) == [want]
         kv = made._caches["target"]
@@ -79,6 +98,49 @@ def test_greedy_is_token_identical_and_the_cache_equals_a_fresh_prefill(name: st
         assert made.statistics.drafted > 0
         if name == "itself":
             assert made.statistics.tokens_per_call > 2.5
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_ragged_batch_is_token_identical_and_its_cache_equals_a_fresh_prefill(name: str) -> None:
+    target = _target(name)
+    made = _speculator(target, _draft(name, target))
+    want = [_plain(target, prompt, 14, ()) for prompt in PROMPTS]
+    assert made.generate(PROMPTS, 14, stop_tokens=()) == want
+    assert made.statistics.drafted > 0
+    if name in ("itself", "shared"):
+        assert made.statistics.tokens_per_call > 2.5 * len(PROMPTS)
+    kv = made._caches["target"]
+    for b, row in enumerate(want):
+        fresh = target(torch.tensor([row]), use_cache=True).past_key_values
+        places = kv.used[b].nonzero().flatten()
+        assert len(places) == kv.held[b] >= len(row) - 1
+        for layer, other in zip(kv.cache.layers, fresh.layers, strict=True):
+            torch.testing.assert_close(layer.keys[b][:, places], other.keys[0][:, : len(places)])
+            torch.testing.assert_close(layer.values[b][:, places], other.values[0][:, : len(places)])
+
+
+@pytest.mark.parametrize("name", ["itself", *[pytest.param(n, marks=pytest.mark.slow) for n in KINDS]])
+def test_a_stop_token_inside_an_accepted_path_ends_its_row_alone(name: str) -> None:
+    target = _target(name)
+    made = _speculator(target, _draft(name, target), 12)
+    rows = [_plain(target, prompt, 12, ()) for prompt in PROMPTS]
+    stops = tuple(row[len(prompt) + 3] for row, prompt in zip(rows, PROMPTS, strict=True))
+    for stop in (stops[:1], stops[1:2], stops):
+        want = [_plain(target, prompt, 12, stop) for prompt in PROMPTS]
+        assert made.generate(PROMPTS, 12, stop_tokens=stop) == want
+    assert len({len(row) - len(p) for row, p in zip(want, PROMPTS, strict=True)}) > 1
+    for count in (1, 2, 3):
+        want = [_plain(target, prompt, count, ()) for prompt in PROMPTS]
+        assert made.generate(PROMPTS, count, stop_tokens=()) == want
+
+
+@pytest.mark.parametrize("name", ["foreign", pytest.param("shared", marks=pytest.mark.slow)])
+def test_holes_may_be_closed_before_every_call(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    target, closed = _model(), []
+    monkeypatch.setattr(KVRows, "reserve", lambda kv, _: closed.append(kv.length and kv._close_holes()))
+    made = _speculator(target, _draft(name, target), 6)
+    assert made.generate(PROMPTS, 12, stop_tokens=()) == [_plain(target, p, 12, ()) for p in PROMPTS]
+    assert len(closed) > made.statistics.target_calls
 
 
 @pytest.mark.parametrize("place", [3, pytest.param(5, marks=pytest.mark.slow)])
@@ -123,9 +185,8 @@ def test_sampled_paths_have_the_targets_distribution(branches: int, certain: boo
 
     counts, rounds, kept = torch.zeros(4, 4, dtype=torch.float64), 2000, 0
     for _ in range(rounds):
-        tree = grow(
-            lambda t, n: q[row(t, n)].clone(), 5, 2, branches, sample=not certain, generator=generator
-        )
+        growth = grow(5, 2, branches, sample=not certain, generator=generator)
+        tree = grow_together({0: growth}, lambda asked: {b: q[row(*a)].clone() for b, a in asked.items()})[0]
         targets = torch.stack([p[row(tree, n)] for n in range(-1, len(tree.tokens))])
         path, last = accept_tree_sampled(tree, targets, generator)
         words = [*[tree.tokens[n] for n in path], last][:2]
@@ -138,15 +199,43 @@ def test_sampled_paths_have_the_targets_distribution(branches: int, certain: boo
     assert float(((counts - want).square() / want).sum()) < 37.7  # 15 degrees, p = 0.001
 
 
+@pytest.mark.parametrize("name", ["foreign", pytest.param("lossy", marks=pytest.mark.slow)])
+def test_sampled_texts_of_a_ragged_batch_have_the_targets_distribution(name: str) -> None:
+    """The tokens of a tree's round, through models, caches and masks, against the exact probabilities, on a
+    vocabulary of 4."""
+    target = _model(vocabulary=4) if name == "foreign" else _model(vocabulary=4).float()
+    draft = _model(seed=5, vocabulary=4) if name == "foreign" else _draft(name, target)
+    made = _speculator(target, draft, 5, branches=2)
+    prompts, copies, calls, temperature = [[3], [1, 0, 2, 2]], 24, 12, 1.5
+    counts = torch.zeros(2, 4, 4, dtype=torch.float64)
+    tried = kept = 0
+    for seed in range(calls):
+        texts = made.generate(prompts * copies, 3, temperature=temperature, seed=seed, stop_tokens=())
+        tried, kept = tried + made.statistics.drafting_rounds, kept + made.statistics.accepted
+        for b, text in enumerate(texts):
+            counts[(b % 2, *text[-2:])] += 1
+    assert 0.1 < kept / (tried * 2 * copies) < 0.95
+    for prompt, found in zip(prompts, counts, strict=True):
+        want = _chances(target, prompt, temperature).sum(0) * copies * calls
+        assert float(((found - want).square() / want).sum()) < 37.7  # 15 degrees, p = 0.001
+
+
+@torch.no_grad()
+def _chances(model: Any, prompt: list[int], temperature: float) -> torch.Tensor:
+    """[4, 4, 4], float64: how likely the next three tokens are."""
+    words = torch.cartesian_prod(*[torch.arange(4)] * 3)
+    ids = torch.cat((torch.tensor(prompt).expand(64, -1), words), 1)
+    shares = (model(ids).logits[:, -4:-1].double() / temperature).softmax(-1)
+    return shares.gather(2, words[..., None]).prod(1).view(4, 4, 4)
+
+
 def test_sampling_through_the_models_keeps_alike_texts() -> None:
     """A draft equal to the target is always accepted at its first child."""
     made = _speculator(_model(), _model(), 4, branches=1)
-    made.generate([PROMPTS[0]], 20, temperature=0.9, seed=3, stop_tokens=())
+    made.generate(PROMPTS, 20, temperature=0.9, seed=3, stop_tokens=())
     assert made.statistics.accepted == made.statistics.drafted > 0
 
 
 def test_bad_input_is_one_clear_error() -> None:
     with pytest.raises(OptionError, match="tree = 65"):
         tw.speculate(_model(), tree=65)
-    with pytest.raises(OptionError, match="one row at a time"):
-        tw.speculate(_model(), tree=4).generate([[1], [2]], 4)
