@@ -29,10 +29,18 @@ class Fill:
     """Placeholders and buffers of the whole program."""
 
 
+GATES = (
+    ops.step_reuse_begin,
+    ops.step_reuse_end,
+    ops.step_reuse_end_beside,
+    ops.early_exit_begin,
+    ops.early_exit_end,
+)
+
+
 def is_gate(node: fx.Node) -> bool:
     """True for calls that stand around stretches which may not run."""
-    gates = (ops.step_reuse_begin, ops.step_reuse_end, ops.early_exit_begin, ops.early_exit_end)
-    return node.target in gates
+    return node.target in GATES
 
 
 def split_exits(program: Program) -> list[Program]:

@@ -125,7 +125,7 @@ def _direct(piece: Piece) -> Compiled:
     if call.target in _ITSELF and _may_alias(call):
         op = _ITSELF[call.target]
     constants = tuple(a for a in call.args if not isinstance(a, fx.Node))
-    if constants:  # gates: their number comes last
+    if constants:  # gates: their numbers come last
         return lambda *given: (op(*given, *constants),)
     if piece.outputs == (call,):
         return lambda *given: (op(*given),)
@@ -138,7 +138,11 @@ def _direct(piece: Piece) -> Compiled:
     return run
 
 
-_ITSELF = {ops.step_reuse_begin: step_reuse.enter, ops.step_reuse_end: step_reuse.leave}
+_ITSELF = {
+    ops.step_reuse_begin: step_reuse.enter,
+    ops.step_reuse_end: step_reuse.leave,
+    ops.step_reuse_end_beside: step_reuse.leave_beside,
+}
 """Ops of gates without the dispatcher and the copy that an op's result has to be."""
 
 
@@ -230,7 +234,16 @@ def _steps(
     ]
 
 
-_ENDS = {ops.step_reuse_begin: ops.step_reuse_end, ops.early_exit_begin: ops.early_exit_end}
+_ENDS = {
+    ops.step_reuse_begin: {ops.step_reuse_end: -1, ops.step_reuse_end_beside: -2},
+    ops.early_exit_begin: {ops.early_exit_end: -1},
+}
+"""The ends of a stretch, several in a row where streams are coupled, and where each holds its number."""
+
+
+def _is_end(node: fx.Node, begin: Any, number: int) -> bool:
+    places = _ENDS[begin]
+    return node.target in places and bool(node.args[places[node.target]] == number)
 
 
 def _gate(
@@ -248,13 +261,14 @@ def _gate(
     if exits and node not in fills:
         return None
     number = cast(int, node.args[3 if exits else 2])
-    wanted = (_ENDS[node.target], number)
-    end = next(k for k, p in enumerate(pieces) if (p.nodes[0].target, p.nodes[0].args[-1]) == wanted)
+    ends = [k for k, piece in enumerate(pieces) if _is_end(piece.nodes[0], node.target, number)]
+    end = ends[0]
     inner = {n for piece in pieces[at + 1 : end] for n in piece.outputs}
-    later = dict.fromkeys(n for piece in pieces[end + 1 :] for n in piece.inputs if n in inner)
+    later = dict.fromkeys(n for piece in pieces[ends[-1] + 1 :] for n in piece.inputs if n in inner)
     if later and not exits:
         raise VerifyError(f"{next(iter(later))} is computed inside reuse gate {number} and read behind it")
-    unread = [slots[n] for n in (*later, *pieces[end].inputs) if n in inner or not exits]
+    read = [n for k in ends for n in pieces[k].inputs]
+    unread = [slots[n] for n in (*later, *read) if n in inner]
     if not exits:
         return _Gate(end, number, later=tuple(unread))
     _, *held = [n for n in pieces[at].inputs if n is not node.args[1]]

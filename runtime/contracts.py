@@ -104,6 +104,12 @@ class ReuseAccess(Protocol):
     def keep(self, gate: int, residual: Any, measured: Any) -> None:
         """Take in a computed residual, and what the next decisions may measure."""
 
+    def residual_beside(self, gate: int, stream: int, entry: Any) -> Any:
+        """The residual of another stream of the stretch, to be added to `entry`."""
+
+    def keep_beside(self, gate: int, stream: int, residual: Any) -> None:
+        """Take in the computed residual of another stream of the stretch."""
+
 
 REUSE: ContextVar[ReuseAccess | None] = ContextVar("tilewright_reuse", default=None)
 """Of the call that is running; None: every step is computed."""

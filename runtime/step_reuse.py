@@ -28,6 +28,8 @@ class Lane:
     """What one gate of one request and branch remembers."""
 
     residual: Tensor | None = None
+    beside: dict[int, Tensor] = field(default_factory=dict)
+    """Residuals of the other streams of coupled blocks, by number from 1."""
     measured: Tensor | None = None
     """Of the last computed step."""
     probe: Tensor | None = None
@@ -242,7 +244,9 @@ class StepReuse:
         """What all running requests hold."""
         with self._lock:
             lanes = [lane for r in self._requests.values() for lane in r.lanes.values()]
-        tensors: Sequence[Any] = [t for lane in lanes for t in (lane.residual, lane.measured, lane.probe)]
+        tensors: Sequence[Any] = [
+            t for lane in lanes for t in (lane.residual, lane.measured, lane.probe, *lane.beside.values())
+        ]
         return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
     def _running(self, request: str) -> _Request:
@@ -307,6 +311,21 @@ class _Access:
             lane.probe = probe
         else:
             lane.measured = measured.detach().clone()
+
+    def residual_beside(self, gate: int, stream: int, entry: Tensor) -> Tensor:
+        kept = self._lanes[gate].beside.get(stream)
+        if kept is None or kept.shape != entry.shape:
+            shown = None if kept is None else list(kept.shape)
+            raise StepReuseError(
+                f"gate {gate}, stream {stream} of {list(entry.shape)} with a kept residual of {shown}: a "
+                "request keeps its sizes"
+            )
+        return kept
+
+    def keep_beside(self, gate: int, stream: int, residual: Tensor) -> None:
+        if not self._again:
+            lane = self._lanes[gate]
+            lane.beside = {**lane.beside, stream: residual.detach()}
 
     def commit(self) -> None:
         """Write what this call changed."""

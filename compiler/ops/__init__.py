@@ -33,6 +33,7 @@ early_exit_end = _early_exit.early_exit_end.overload
 early_exit_select = _early_exit.early_exit_select.overload
 step_reuse_begin = _step_reuse.step_reuse_begin.overload
 step_reuse_end = _step_reuse.step_reuse_end.overload
+step_reuse_end_beside = _step_reuse.step_reuse_end_beside.overload
 step_state_get = _step_state.step_state_get.overload
 step_state_put = _step_state.step_state_put.overload
 linear = _linear.linear.overload
@@ -92,6 +93,7 @@ __all__ = [
     "semantic_op",
     "step_reuse_begin",
     "step_reuse_end",
+    "step_reuse_end_beside",
     "step_state_get",
     "step_state_put",
     "token_attention",

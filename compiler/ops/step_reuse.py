@@ -3,6 +3,9 @@
 `begin` stands before the stretch and asks `runtime.contracts.REUSE`; `end` stands behind it and either adds
 the kept residual to the stretch's entry or keeps a new one. Whether what lies between is left out when its
 result is not wanted is for lowering to say: the meaning does not depend on it.
+
+A stretch of coupled streams has one gate, at the stream that leads; `end_beside` stands behind it on each of
+the others, and goes by what was decided for the leading one.
 """
 
 from __future__ import annotations
@@ -34,6 +37,18 @@ def leave(exit: Tensor, entry: Tensor, measured: Tensor, gate: int) -> Tensor:
     return exit
 
 
+def leave_beside(exit: Tensor, entry: Tensor, gate: int, stream: int) -> Tensor:
+    """As `leave`, for another stream of the stretch."""
+    access = REUSE.get()
+    if access is None:
+        return exit
+    if access.reuses(gate):
+        kept: Tensor = access.residual_beside(gate, stream, entry)
+        return entry + kept
+    access.keep_beside(gate, stream, exit - entry)
+    return exit
+
+
 @define(
     "step_reuse_begin(Tensor entry, Tensor probe, int gate) -> Tensor",
     flops=lambda *_, out: 0,
@@ -52,4 +67,15 @@ def step_reuse_begin(entry: Tensor, probe: Tensor, gate: int) -> Tensor:
 def step_reuse_end(exit: Tensor, entry: Tensor, measured: Tensor, gate: int) -> Tensor:
     """A copy of `exit`, or `entry` plus the kept residual where that was decided."""
     found = leave(exit, entry, measured, gate)
+    return found.clone() if found is exit else found
+
+
+@define(
+    "step_reuse_end_beside(Tensor exit, Tensor entry, int gate, int stream) -> Tensor",
+    flops=lambda *_, out: out.numel(),
+    fake=lambda exit, entry, gate, stream: torch.empty_like(exit),
+)
+def step_reuse_end_beside(exit: Tensor, entry: Tensor, gate: int, stream: int) -> Tensor:
+    """`step_reuse_end` of stream number 1 or more of a stretch of coupled streams; runs before it."""
+    found = leave_beside(exit, entry, gate, stream)
     return found.clone() if found is exit else found

@@ -4,6 +4,10 @@ paper: arXiv:2411.02397 (AdaCache), arXiv:2411.19108 (TeaCache), first-block cac
 change the stream by a residual that differs little from step to step. A gate in front of a stretch of blocks
 asks the policy of the running request (`runtime.step_reuse`); where it says so, the kept residual is added
 and compiled pieces of the stretch do not run. Outside of a request, and at threshold 0, all is computed.
+
+Coupled streams (image and text) go together: one gate keeps the residual of each. Where a model goes on with
+other streams (joint blocks behind coupled ones), every run of like blocks has a gate; what `modulated` and
+`first-block` look at is the same for all of them, so that one decision leaves out all or nothing.
 """
 
 from __future__ import annotations
@@ -15,10 +19,18 @@ import torch
 from torch import fx
 
 from tilewright.compiler import Exactness, Example, GraphPass, PassLog, Program, Stage, graph_pass, ops
-from tilewright.compiler.blocks import BlockStructure, find_blocks
+from tilewright.compiler.blocks import Block, BlockStructure, find_blocks
 from tilewright.compiler.graph import insert_like
 from tilewright.passes.skip._drop_examples import reuse_examples
-from tilewright.passes.skip._stretch import Stretch, close_stretch, modulated_input, refusal_of
+from tilewright.passes.skip._stretch import (
+    behind,
+    close_stretch,
+    modulated_input,
+    put_ends,
+    refusal_of,
+    runs_of,
+    stretch_of,
+)
 
 
 @graph_pass(
@@ -55,48 +67,65 @@ class ReuseStepResidual(GraphPass):
             log.note("there is a gate already")
             return
         structure = find_blocks(program.graph, program.inputs)
-        found = self._stretch(structure, log)
-        if found is not None and log.take(found.exit):
-            self._gate(program.graph, structure, found, log)
+        runs = self._runs(structure, log)
+        if runs:
+            self._gates(program.graph, structure, runs, log)
         log.finish(("residual block",))
 
-    def _stretch(self, structure: BlockStructure, log: PassLog) -> Stretch | None:
+    def _runs(self, structure: BlockStructure, log: PassLog) -> list[tuple[tuple[Block, ...], ...]]:
         if structure.refusal:
             log.note(f"no layers: {structure.refusal}")
-            return None
+            return []
         layers = structure.layers
-        last = layers[-1].blocks[0].exit
         if self.head + self.tail >= len(layers):
-            log.refused(last, f"head and tail leave no block of {len(layers)} to reuse")
-            return None
+            reason = f"head and tail leave no block of {len(layers)} to reuse"
+            log.refused(layers[-1].blocks[0].exit, reason)
+            return []
         middle = layers[self.head : len(layers) - self.tail]
         reason = refusal_of(middle)
         if reason:
             log.refused(middle[0].blocks[0].exit, reason)
-            return None
-        return Stretch(middle[0].blocks[0].entry, middle[-1].blocks[0].exit, tuple(middle))
+            return []
+        return runs_of(middle)
 
-    def _gate(self, graph: fx.Graph, structure: BlockStructure, found: Stretch, log: PassLog) -> None:
-        first, voting = found.layers[0].blocks[0], found.layers[len(found.layers) // 2].blocks[0]
-        entry, exit_, probe, measured = found.entry, found.exit, found.entry, found.entry
-        sub, before = torch.ops.aten.sub.Tensor, entry.next
-        while before.op != "call_function":
-            before = before.next
-        if self.metric == "first-block":
-            probe = insert_like(graph, before, sub, (entry, structure.layers[0].blocks[0].entry), entry)
-        elif self.metric == "modulated":
-            probe = modulated_input(graph, first)
-            before = probe.next if probe is not entry else before
-        else:
-            at = next((i for i, s in enumerate(voting.segments) if "self-attention" in s.kinds), 0)
-            points = structure.streams[voting.stream].points[voting.span[0] + at :]
-            measured = insert_like(graph, points[1].next, sub, (points[1], points[0]), points[1])
-        begin = insert_like(graph, before, ops.step_reuse_begin, (entry, probe, 0), entry)
-        args = (exit_, begin, begin if measured is entry else measured, 0)
-        end = insert_like(graph, max(exit_, measured).next, ops.step_reuse_end, args, exit_)
-        close_stretch(graph, found, probe, measured, begin, end)
-        log.applied(exit_, rule=self.metric, inserted=[begin, end])
-        log.note(f"{len(found.layers)} of {len(structure.layers)} blocks may reuse their residual")
+    def _gates(
+        self,
+        graph: fx.Graph,
+        structure: BlockStructure,
+        runs: list[tuple[tuple[Block, ...], ...]],
+        log: PassLog,
+    ) -> None:
+        probe, moved, reusable = self._probe(graph, structure, runs[0][0][0]), dict[fx.Node, fx.Node](), 0
+        for number, run in enumerate(runs):
+            found = stretch_of(run, moved)
+            if not log.take(found.exits[0]):
+                continue
+            entry, sub = found.entries[0], torch.ops.aten.sub.Tensor
+            seen = probe or entry
+            measured = entry
+            if self.metric == "residual":
+                voting = run[len(run) // 2][0]
+                at = next((i for i, s in enumerate(voting.segments) if "self-attention" in s.kinds), 0)
+                start, end = structure.streams[voting.stream].points[voting.span[0] + at :][:2]
+                measured = insert_like(graph, end.next, sub, (end, moved.get(start, start)), end)
+            args = (entry, seen, number)
+            begin = insert_like(graph, behind(max(entry, seen)), ops.step_reuse_begin, args, entry)
+            ends = put_ends(graph, found, begin, begin if measured is entry else measured, number)
+            close_stretch(graph, found, seen, measured, begin, ends)
+            moved.update(zip(found.exits, (ends[-1], *ends[:-1]), strict=True))
+            log.applied(found.exits[0], rule=self.metric, inserted=[begin, *ends])
+            reusable += len(run)
+        log.note(f"{reusable} of {len(structure.layers)} blocks may reuse their residual")
+
+    def _probe(self, graph: fx.Graph, structure: BlockStructure, first: Block) -> fx.Node | None:
+        """What all gates decide by; None for the entry of each."""
+        if self.metric == "modulated":
+            return modulated_input(graph, first)
+        if self.metric == "residual":
+            return None
+        start = next(b.entry for b in structure.layers[0].blocks if b.stream == first.stream)
+        args = (first.entry, start)
+        return insert_like(graph, behind(first.entry), torch.ops.aten.sub.Tensor, args, first.entry)
 
     def reference(self, program: Program) -> None:
         """Outside of a request every step is computed: the program as it is."""
