@@ -12,6 +12,7 @@ A scale and an offset of the storage dtype are rounded first and the codes are c
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -33,6 +34,8 @@ ACTIVATION_MAX_4 = 7
 """Of 4-bit activations."""
 SMALLEST_SCALED = 2e-36
 """Activations whose largest magnitude is below this count as zero: their inverse scale would overflow."""
+WHOLE_ZERO_BITS = 4
+"""Codes of more bits would leave too few for a scale whose multiples are exact in float16."""
 WHOLE_ROW = 0
 """The group size that means one group per row."""
 
@@ -203,6 +206,50 @@ def half_quadratic(quantizer: Quantizer, x: Tensor, rounds: int = 20) -> Quantiz
         best, best_error = quantizer.encode(x, scale, offset), torch.minimum(error_now, best_error)
         beta *= 1.01
     return best
+
+
+def whole_zero(quantizer: Quantizer, x: Tensor, ranges: int = 5) -> Quantized:
+    """Float-zero grids of values [..., K] with offsets of whole numbers of steps: x ~ s (code - z), z a code.
+
+    Runtimes with integer zero points multiply them at full speed. Per group, the range is narrowed and
+    widened in `ranges` steps, s fitted to the codes by least squares, and what has the least squared error is
+    kept. s is rounded to so few bits that s z is exact in the storage dtype.
+    """
+    if quantizer.kind != "float-zero" or quantizer.bits > WHOLE_ZERO_BITS:
+        raise OptionError(
+            f"kind = {quantizer.kind!r}, bits = {quantizer.bits}: whole zero points are offsets of "
+            f"float-zero grids of at most {WHOLE_ZERO_BITS} bits"
+        )
+    size, levels = quantizer.group or x.shape[-1], quantizer.levels
+    columns = x.shape[-1]
+    blocks = F.pad(x.float(), (0, -columns % size)).unflatten(-1, (-1, size))  # zeros are on every grid
+    low, high = blocks.amin(-1).clamp(max=0.0), blocks.amax(-1).clamp(min=0.0)
+    best: tuple[Tensor, Tensor, Tensor] | None = None  # error, scale, zero
+    for share in torch.linspace(0.84, 1.08, ranges).tolist():
+        step = ((high - low) * (share / levels)).clamp(min=torch.finfo(quantizer.storage).tiny)
+        for zero in (torch.floor(-low / step), torch.ceil(-low / step)):
+            zero = zero.clamp(0, levels)
+            codes = torch.round(blocks / step[..., None])
+            codes = codes.clamp(-zero[..., None], (levels - zero)[..., None])
+            fitted = (blocks * codes).sum(-1) / codes.square().sum(-1).clamp(min=1.0)
+            scale = _exact_multiples(torch.where(fitted > 0, fitted, step), quantizer)
+            error = (blocks - codes * scale[..., None]).square().sum(-1)
+            if best is None:
+                best = error, scale, zero
+            else:
+                better = error < best[0]
+                pairs = zip((error, scale, zero), best, strict=True)
+                best = tuple(torch.where(better, new, old) for new, old in pairs)  # type: ignore[assignment]
+    assert best is not None, "one range at least is tried"
+    return quantizer.encode(x, best[1], -best[1] * best[2])
+
+
+def _exact_multiples(scale: Tensor, quantizer: Quantizer) -> Tensor:
+    """Scales of the storage dtype rounded so that their products with every code are of it as well."""
+    digits = 1 - int(math.log2(torch.finfo(quantizer.storage).eps)) - quantizer.bits
+    share, exponent = torch.frexp(scale.to(quantizer.storage).float())
+    found = torch.ldexp(torch.round(share * 2.0**digits) / 2.0**digits, exponent)
+    return torch.where(found > 0, found, 1.0)
 
 
 def _mean_error(x: Tensor, found: Quantized) -> Tensor:

@@ -53,6 +53,10 @@ class OnnxGraph:
         self.functions: dict[str, FunctionProto] = {}
         self.tables: dict[Any, Any] = {}
         """What converters have worked out once for several nodes, by their own keys."""
+        self.sizes: dict[str, tuple[int, ...]] = {}
+        """Shapes of values that no graph node has, where they are known."""
+        self.normed_sums: set[str] = set()
+        """Sums of two values of one shape, of 2 or 3 axes, that are first read by their norm."""
         self.held_steps: dict[fx.Node, Any] = {}
         """Attentions that are written together with the rows that go into their buffers."""
         self._constants: dict[Any, str] = {}

@@ -7,7 +7,7 @@ pages and stops at the position; in the form without our kernels, onnxruntime's 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -22,10 +22,14 @@ from tilewright.compiler.ops.paged import PAGE_SIZES
 from tilewright.compiler.program import Program
 from tilewright.compiler.regions import inline
 from tilewright.compiler.rewrite import trace, traced_outputs
-from tilewright.compiler.schema import arguments
+from tilewright.compiler.schema import arguments, target_name
 from tilewright.frontends.export.onnx_graph import MICROSOFT, OnnxGraph, dtype_of, shape_of
+from tilewright.frontends.export.onnx_rope import rope_halves
 
 ORIGIN = "onnx-held"
+_VIEWS = ("aten::view", "aten::reshape", "aten::unsqueeze", "aten::squeeze")
+_ROTARY_MULTIPLE = 16
+"""Head sizes that GroupQueryAttention turns."""
 
 
 def attend_to_held(program: Program, position: str) -> list[str]:
@@ -83,8 +87,14 @@ def _at_every_position(
     program: Program, node: fx.Node, capacity: int, at: fx.Node, fits: Callable[[Tensor, int], bool]
 ) -> bool:
     """True when `node` depends on the position alone, and fits(its value, p) at each p < capacity."""
+    values = _by_position(program, node, capacity, at)
+    return values is not None and all(fits(found, p) for p, found in enumerate(values))
+
+
+def _by_position(program: Program, node: fx.Node, capacity: int, at: fx.Node) -> Iterator[Tensor] | None:
+    """The value of `node` at each position p < capacity, None where it depends on more than that."""
     if node.op != "call_function":
-        return False
+        return None
     nodes, seen = [node], {node}
     for reader in nodes:
         new = [n for n in reader.all_input_nodes if n not in seen]
@@ -97,9 +107,9 @@ def _at_every_position(
         elif found.op == "get_attr":
             known[found] = program.module.get_buffer(str(found.target))
         elif found.op != "call_function":
-            return False
+            return None
     order = [n for n in program.graph.nodes if n in seen and n.op == "call_function"]
-    return all(fits(_computed(order, {**known, at: torch.full((1, 1), p)}), p) for p in range(capacity))
+    return (_computed(order, {**known, at: torch.full((1, 1), p)}) for p in range(capacity))
 
 
 def _computed(order: list[fx.Node], env: dict[fx.Node, Any]) -> Tensor:
@@ -158,20 +168,59 @@ def _is_row(program: Program, positions: Any, capacity: int, at: fx.Node) -> boo
     return _at_every_position(program, positions, capacity, at, lambda found, p: found.tolist() == [p])
 
 
+def _rotated(x: Any) -> fx.Node | None:
+    """The rotary embedding that a value is, seen through views, where GroupQueryAttention has the same."""
+    while isinstance(x, fx.Node) and target_name(x.target) in _VIEWS:
+        x = x.args[0]
+    if not isinstance(x, fx.Node) or x.target is not ops.rope or rope_halves(arguments(x)) is None:
+        return None
+    _, _, lines, size = shape_of(x)
+    return x if lines == 1 and size % _ROTARY_MULTIPLE == 0 and dtype_of(x) == torch.float32 else None
+
+
+def _tables(g: OnnxGraph, cos: fx.Node, sin: fx.Node, capacity: int, at: fx.Node) -> list[str] | None:
+    """Both tables [capacity, half a head] as weights, None where they depend on more than the position."""
+    key = ("rotary tables", cos, sin, capacity)
+    if key not in g.tables:
+        names = []
+        for label, node in (("cos", cos), ("sin", sin)):
+            values = _by_position(g.program, node, capacity, at)
+            if values is not None:
+                half = int(shape_of(node)[3]) // 2
+                rows = torch.cat([found.reshape(1, -1)[:, :half] for found in values])
+                names.append(g.weight(rows.contiguous(), f"rotary.{label}"))
+        g.tables[key] = names if len(names) == 2 else None
+    found: list[str] | None = g.tables[key]
+    return found
+
+
 def grouped_query(g: OnnxGraph, node: fx.Node, step: HeldStep) -> str:
-    """com.microsoft::GroupQueryAttention: it writes the rows and attends to what is held."""
+    """com.microsoft::GroupQueryAttention: it writes the rows, turns them and the queries where a rotary
+    embedding of the position does, and attends to what is held."""
     a, (_, queries, rows, size) = arguments(node), shape_of(node.args[0])
-    heads = int(shape_of(step.k)[1])
+    heads, capacity = (int(n) for n in shape_of(step.k)[1:3])
+    given: list[Any] = [a["q"], step.k.args[1], step.v.args[1]]
+    tables = list[str]()
+    turned = [_rotated(x) for x in given[:2]]
+    if turned[0] is not None and turned[1] is not None:
+        inner = [arguments(x) for x in turned if x is not None]
+        if all(inner[0][name] is inner[1][name] for name in ("cos", "sin")):
+            tables = _tables(g, inner[0]["cos"], inner[0]["sin"], capacity, step.at) or []
+        if tables:
+            given[:2] = [row["x"] for row in inner]
     flat = g.constant([1, 1, -1], torch.int64)
-    new = [g.node("Reshape", [g.name(x), flat]) for x in (a["q"], step.k.args[1], step.v.args[1])]
+    new = [g.node("Reshape", [g.name(x), flat]) for x in given]
     past = [g.name(x.args[0]) for x in (step.k, step.v)]
     one = g.constant([1], torch.int64)
     last = g.cast(g.shared("held", "Reshape", [g.name(step.at), one]), torch.int64, torch.int32)
     total = g.shared("held", "Add", [last, g.constant([1], torch.int32)])
     total = g.shared("total", "Squeeze", [total])
     out = g.fresh()
-    inputs = [*new, *past, last, total]
+    g.sizes[out] = (1, 1, queries * rows * size)
+    inputs = [*new, *past, last, total, *tables]
     sizes = {"num_heads": queries * rows, "kv_num_heads": heads}
+    if tables:
+        sizes["do_rotary"] = 1
     scale = size**-0.5 if a["scale"] is None else a["scale"]
     made = [out, g.name(step.k), g.name(step.v)]
     g.nodes.append(

@@ -82,17 +82,43 @@ def _grouped(g: OnnxGraph, x: fx.Node, weight: Quantized, form: WeightFormat, la
     scales = g.weight(weight.scale.float().flatten(), f"{label}.scales")
     inputs = [given, g.weight(stored, f"{label}.codes"), scales]
     sizes: dict[str, Any] = {"K": columns, "N": rows, "bits": bits, "block_size": form.group}
-    found = g.node("MatMulNBits", inputs, domain=MICROSOFT, accuracy_level=level, **sizes)
     rest = weight.offset.float() + middle * weight.scale.float()
-    if not rest.any():
+    zeros = _whole_zeros(weight, shift, bits) if rest.any() else None
+    if zeros is not None:
+        inputs.append(g.weight(zeros, f"{label}.zeros"))
+    found = g.node("MatMulNBits", inputs, domain=MICROSOFT, accuracy_level=level, **sizes)
+    if zeros is not None or not rest.any():
         return found
     if columns % form.group:
         raise Unsupported(f"an offset grid over {columns} columns, which are no whole groups of {form.group}")
-    shape = g.constant([0] * (rank_of(x) - 1) + [count, form.group], torch.int64)
-    groups = g.shared("groups", "Reshape", [given, shape])
-    sums = g.shared("sums", "ReduceSum", [groups, g.constant([-1], torch.int64)], keepdims=0)
-    added = g.node("MatMul", [sums, g.weight(rest.t().contiguous(), f"{label}.rest")])
+    sums, share = _group_sums(g, x, form.group, count)
+    added = g.node("MatMul", [sums, g.weight((rest.t() / share).contiguous(), f"{label}.rest")])
     return g.node("Add", [found, added])
+
+
+def _whole_zeros(weight: Quantized, shift: int, bits: int) -> Tensor | None:
+    """The zero points of `bits` each, as MatMulNBits packs them, where every offset is a whole number of
+    steps that is a code; None elsewhere. `shift` is what the stored codes have been moved by."""
+    scale, offset = weight.scale.float(), weight.offset.float()
+    zeros = torch.round(-offset / scale)
+    if not torch.equal(zeros * scale, -offset) or zeros.min() + shift < 0 or zeros.max() + shift >= 1 << bits:
+        return None
+    stored = (zeros + shift).to(torch.uint8)
+    if bits == 8:
+        return stored
+    stored = F.pad(stored, (0, stored.shape[1] % 2))
+    return stored[:, 0::2] | stored[:, 1::2] << 4
+
+
+def _group_sums(g: OnnxGraph, x: fx.Node, group: int, count: int) -> tuple[str, float]:
+    """(the sums of each group of columns times a factor, that factor); one node where x has 3 axes."""
+    given = g.name(x)
+    if rank_of(x) == 3:
+        pooled = g.shared("sums", "AveragePool", [given], kernel_shape=[group], strides=[group])
+        return pooled, 1.0 / group
+    shape = g.constant([0] * (rank_of(x) - 1) + [count, group], torch.int64)
+    groups = g.shared("groups", "Reshape", [given, shape])
+    return g.shared("sums", "ReduceSum", [groups, g.constant([-1], torch.int64)], keepdims=0), 1.0
 
 
 def _per_row(g: OnnxGraph, x: fx.Node, weight: Quantized, form: WeightFormat, label: str) -> str:

@@ -35,8 +35,14 @@ def fold_reshapes(g: OnnxGraph, kept: Collection[str]) -> None:
         else:
             inputs = [source[made], g.constant(list(target), torch.int64)]
             nodes.append(helper.make_node("Reshape", inputs, [made], name=made))
+    g.nodes[:] = nodes
+    drop_unread(g, kept)
+
+
+def drop_unread(g: OnnxGraph, kept: Collection[str]) -> None:
+    """Take out the nodes whose results nobody reads; kept: the results of the model."""
     read, live = set(kept), list[NodeProto]()
-    for node in reversed(nodes):
+    for node in reversed(g.nodes):
         if read.intersection(node.output):
             read.update(node.input)
             live.append(node)
@@ -44,7 +50,8 @@ def fold_reshapes(g: OnnxGraph, kept: Collection[str]) -> None:
 
 
 def _shapes(g: OnnxGraph) -> Iterator[tuple[str, Shape]]:
-    """Values of the program's own nodes whose sizes are known."""
+    """Values whose sizes are known."""
+    yield from g.sizes.items()
     for node, names in g.values.items():
         value: Any = node.meta.get("val")
         pairs = zip(names, value, strict=False) if isinstance(names, list) else [(names, value)]

@@ -11,6 +11,7 @@ from tilewright.compiler.schema import arguments, target_name
 from tilewright.frontends.export.onnx_graph import OnnxGraph, Unsupported, dtype_of, rank_of, shape_of
 from tilewright.frontends.export.onnx_held import grouped_query
 from tilewright.frontends.export.onnx_pointwise import Arguments, Converter
+from tilewright.frontends.export.onnx_rope import rope_halves, same_size
 
 
 def fits(node: fx.Node) -> bool:
@@ -23,7 +24,7 @@ def fits(node: fx.Node) -> bool:
     if name in ("tilewright::rms_norm", "tilewright::add_rms_norm"):
         return dtype_of(a["x"]) == torch.float32
     if name == "tilewright::rope":
-        return _rope_halves(a) is not None
+        return rope_halves(a) is not None
     return name in SEMANTIC
 
 
@@ -49,15 +50,11 @@ def _whole_mask(g: OnnxGraph, q: fx.Node, k: fx.Node, mask: fx.Node) -> str:
         axes = g.constant(list(range(4 - len(known))), torch.int64)
         name = g.shared("mask", "Unsqueeze", [name, axes])
     lines, columns = shape_of(q)[2], shape_of(k)[2]
-    if _same(known[-2], lines) and _same(known[-1], columns):
+    if same_size(known[-2], lines) and same_size(known[-1], columns):
         return name
     ends = [_size_name(g, node, 2) for node in (q, k)]
     shape = g.node("Concat", [g.constant([1, 1], torch.int64), *ends], axis=0)
     return g.shared("whole mask", "Expand", [name, shape])
-
-
-def _same(a: Any, b: Any) -> bool:
-    return str(a) == str(b)
 
 
 def _size_name(g: OnnxGraph, node: fx.Node, axis: int) -> str:
@@ -108,6 +105,9 @@ def _rms_norm(g: OnnxGraph, node: fx.Node, a: Arguments) -> str:
 
 def _add_rms_norm(g: OnnxGraph, node: fx.Node, a: Arguments) -> list[str]:
     total = g.node("Add", [g.name(a["residual"]), g.name(a["x"])])
+    shapes = [[str(n) for n in shape_of(a[name])] for name in ("residual", "x")]
+    if shapes[0] == shapes[1] and rank_of(node.args[0]) in (2, 3):
+        g.normed_sums.add(total)
     return [_rms(g, total, a), total]
 
 
@@ -130,38 +130,8 @@ def _gated_mlp(g: OnnxGraph, node: fx.Node, a: Arguments) -> str:
     return g.node("Mul", [gate, g.name(a["up"])])
 
 
-_THROUGH = ("aten::unsqueeze", "aten::cos", "aten::sin", "aten::to", "aten::mul", "aten::clone")
-
-
-def _is_doubled(node: Any) -> bool:
-    """True when the last axis provably holds the same half twice: elementwise work on `cat((f, f), -1)`."""
-    while isinstance(node, fx.Node):
-        a, name = arguments(node), target_name(node.target)
-        if name == "aten::cat":
-            parts = a["tensors"]
-            return len(parts) == 2 and parts[0] is parts[1] and a["dim"] % rank_of(node) == rank_of(node) - 1
-        if name not in _THROUGH or (name == "aten::unsqueeze" and a["dim"] in (-1, rank_of(node) - 1)):
-            return False
-        if name == "aten::mul" and isinstance(a["other"], fx.Node):
-            return False
-        node = a["self"]
-    return False
-
-
-def _rope_halves(a: Arguments) -> int | None:
-    """Half the head size when RotaryEmbedding means this: x [B, H, S, D], tables [B, 1, S, D] doubled."""
-    x, cos, sin = shape_of(a["x"]), shape_of(a["cos"]), shape_of(a["sin"])
-    if a["interleaved"] or not len(x) == len(cos) == len(sin) == 4 or dtype_of(a["x"]) != dtype_of(a["cos"]):
-        return None
-    for table, node in ((cos, a["cos"]), (sin, a["sin"])):
-        sizes = _same(table[0], x[0]) and _same(table[1], 1) and _same(table[2], x[2])
-        if not (sizes and _same(table[3], x[3]) and _is_doubled(node)):
-            return None
-    return int(x[3]) // 2
-
-
 def _rope(g: OnnxGraph, node: fx.Node, a: Arguments) -> str:
-    half, tables = _rope_halves(a), []
+    half, tables = rope_halves(a), []
     for table in (a["cos"], a["sin"]):
         ends = [g.constant([n], torch.int64) for n in (0, half, 3)]
         first = g.shared("half", "Slice", [g.name(table), *ends])

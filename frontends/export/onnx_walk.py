@@ -18,6 +18,7 @@ from tilewright.compiler.ops import semantic_op
 from tilewright.compiler.program import InputKind, Program
 from tilewright.compiler.schema import arguments, target_name
 from tilewright.frontends.export.captured import axis_text
+from tilewright.frontends.export.onnx_contributed import fold_contributed
 from tilewright.frontends.export.onnx_custom import CustomOperators
 from tilewright.frontends.export.onnx_graph import (
     IR_VERSION,
@@ -79,7 +80,9 @@ def to_onnx(
     inputs, given = _inputs(g, input_names, axes)
     _walk(g, custom)
     results = _results(g, list(output_names))
-    fold_reshapes(g, {value for _, _, value in results})
+    kept = {value for _, _, value in results}
+    fold_reshapes(g, kept)
+    fold_contributed(g, kept)
     ins = [_value_info(name, dtype, shape) for name, dtype, shape in inputs]
     outs, renamed = [], dict[str, str]()
     for name, node, value in results:

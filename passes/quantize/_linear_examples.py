@@ -34,6 +34,10 @@ def examples() -> Iterator[tuple[dict, Example]]:
         {"weight": "int2", "group": 32, "mode": "float-zero", "rounding": "hqq"},
         Example(two, (x, w, b, v), count=2),
     )
+    yield (
+        {"weight": "int4", "group": 32, "mode": "float-zero", "rounding": "whole-zero"},
+        Example(two, (x, w, b, v), count=2),
+    )
     for weight, group, activation in (("int8", 0, "int8-token"), ("int4", 32, "int8-group")):
         options = {"weight": weight, "group": group, "activation": activation}
         yield options, Example(two, (x, w, b, v), count=2)

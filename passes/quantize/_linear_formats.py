@@ -29,6 +29,8 @@ def option_problem(options: QuantizeLinear) -> tuple[str, str] | None:
         return "activation", "the weight has no groups: give group, or take int8-token"
     if options.rounding == "hqq" and options.mode != "float-zero":
         return "rounding", "half-quadratic rounding needs mode=float-zero"
+    if options.rounding == "whole-zero" and (options.mode != "float-zero" or _BITS[options.weight] > 4):
+        return "rounding", "whole zero points need mode=float-zero and 4 bits or fewer"
     if (options.rounding == "gptq" or options.activation == "int8-static") != bool(options.calibration):
         return "calibration", "a calibration file goes with rounding=gptq or int8-static"
     return None

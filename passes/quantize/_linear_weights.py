@@ -19,6 +19,7 @@ from tilewright.compiler.quantizers import (
     Quantized,
     half_quadratic,
     weight_problem,
+    whole_zero,
 )
 from tilewright.compiler.schema import arguments
 from tilewright.compiler.weight_format import BLOCK_ROWS, WeightFormat
@@ -104,6 +105,8 @@ def round_weight(
     if rounding == "gptq":
         assert hessian is not None, "the pass checks that gptq has a calibration"
         return gptq(quantizer, weight, hessian)
+    if rounding == "whole-zero":
+        return whole_zero(quantizer, weight)
     return half_quadratic(quantizer, weight) if rounding == "hqq" else quantizer.quantize(weight)
 
 
@@ -113,7 +116,7 @@ def pack_weight(
     """The packed uint8 matrix of a weight [N, K] of any floating dtype."""
     if isinstance(form, FloatFormat):
         return form.pack_weight(weight)
-    if rounding != "rtn":  # the others look at a matrix as a whole
+    if rounding not in ("rtn", "whole-zero"):  # the others look at a matrix as a whole
         return form.pack(round_weight(weight.float(), form, rounding, hessian))
     rows = max(1, _PIECE // (BLOCK_ROWS * weight.shape[1])) * BLOCK_ROWS
     parts = [form.pack(round_weight(part.float(), form, rounding)) for part in weight.split(rows)]

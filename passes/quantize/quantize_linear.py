@@ -57,8 +57,9 @@ class QuantizeLinear(GraphPass):
     activation: Literal["none", "int8-token", "int8-group", "int4-token", "int8-static", "fp8-token"] = "none"
     """Activations with one scale per token, per token and group of columns, or one for all, calibrated; fp8
     ones (e4m3) with fp8 weights only."""
-    rounding: Literal["rtn", "hqq", "gptq"] = "rtn"
-    """To the nearest code, with half-quadratic offsets (float-zero only), or by GPTQ."""
+    rounding: Literal["rtn", "hqq", "gptq", "whole-zero"] = "rtn"
+    """To the nearest code, with half-quadratic offsets (float-zero only), by GPTQ, or with offsets that are
+    whole numbers of steps, fitted to the weight (float-zero, at most 4 bits): integer zero points."""
     calibration: str = ""
     """GPTQ, static: a file of statistics (GPTQ: with Hessians), taken behind the same weight passes."""
     head: bool = False

@@ -13,6 +13,7 @@ from tilewright.compiler.quantizers import (
     quantize_activation,
     split,
     weight_problem,
+    whole_zero,
 )
 
 KINDS = ("symmetric", "asymmetric", "float-zero")
@@ -142,3 +143,26 @@ def test_impossible_settings() -> None:
     ):
         with pytest.raises(OptionError, match=said.replace(".", r"\.")):
             Quantizer(**options)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_whole_zeros_are_codes_and_exact_in_the_storage(bits: int) -> None:
+    x = torch.randn(9, 45) * 0.03 + torch.randn(9, 1) * 0.05
+    x[0, :16] = 0.0
+    quantizer = Quantizer(bits, "float-zero", 16, storage=torch.float16)
+    found = whole_zero(quantizer, x)
+    zeros = torch.round(-found.offset / found.scale)
+    assert torch.equal(zeros * found.scale, -found.offset)
+    assert 0 <= int(zeros.min()) <= int(zeros.max()) < 2**bits
+    for part in (found.scale, found.offset):
+        assert torch.equal(part.half().float(), part)
+    assert float(found.dequantize()[0, :16].abs().max()) == 0.0
+    plain = Quantizer(bits, "asymmetric", 16).quantize(x)
+    errors = [(split(q.dequantize() - x, 16)[..., :13] ** 2).sum() for q in (found, plain)]
+    assert float(errors[0]) < float(errors[1])
+
+
+def test_whole_zeros_are_of_small_float_zero_codes() -> None:
+    for kind, bits in (("symmetric", 4), ("float-zero", 8)):
+        with pytest.raises(OptionError, match="whole zero points are offsets"):
+            whole_zero(Quantizer(bits, kind, 32), torch.randn(3, 32))

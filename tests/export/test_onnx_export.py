@@ -97,6 +97,24 @@ def test_quantized_weights_use_the_block_operator(tmp_path: Path) -> None:
     assert manifest["entries"][1]["exactness"] == "approximate"
 
 
+@pytest.mark.parametrize("axes", [2, 3])
+@pytest.mark.parametrize("rounding", ["rtn", "whole-zero"])
+def test_offsets_of_grids(tmp_path: Path, rounding: str, axes: int) -> None:
+    """Whole ones are zero points; others one product with the sums of groups, which three axes pool."""
+    torch.manual_seed(3)
+    module = nn.Sequential(nn.Linear(96, 40), nn.ReLU()).eval()
+    with torch.no_grad():
+        module[0].weight += 0.05
+    options = f"weight=int4,group=32,mode=float-zero,rounding={rounding}"
+    x = torch.randn(2, 5, 96)[(0,) * (3 - axes)]
+    manifest = tw.export(module, (x,), f"quantize-linear{{{options}}}", tmp_path / "out", "onnx")
+    (entry,) = manifest["entries"]
+    sums = {"AveragePool": 1} if axes == 3 else {"Reshape": 1, "ReduceSum": 1}
+    rest = {} if rounding == "whole-zero" else {"MatMul": 1, "Add": 2, **sums}
+    assert entry["operators"] == {"com.microsoft::MatMulNBits": 1, "Add": 1, "Relu": 1} | rest
+    assert entry["parity"]["example"]["program"] < 1e-5
+
+
 def test_small_floats_are_refused_by_name(tmp_path: Path) -> None:
     module = nn.Sequential(nn.Linear(32, 16), nn.ReLU()).eval()
     with pytest.raises(ExportError, match="a weight of nvfp4"):

@@ -10,6 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralFo
 
 import tilewright as tw
 from tilewright.compiler.diagnostics import OptionError
+from tilewright.compiler.weight_format import WeightFormat
 from tilewright.frontends.example_calls import causal_lm_examples
 from tilewright.frontends.export.onnx_file import session
 from tilewright.frontends.loaded_model import LoadedModel
@@ -62,7 +63,7 @@ def follow(folder: Path, manifest: dict[str, Any], model: LoadedModel, start: in
             want = model.module(input_ids=tokens[:, : at + 1]).logits[:, -1:]
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
     binding.bind_cpu_input("position_ids", np.array([[held_tokens(decode)]]))
-    with pytest.raises(RuntimeError, match=r"invalid ind|allocated shapes match"):
+    with pytest.raises(RuntimeError, match=r"invalid ind|allocated shapes match|cos_cache"):
         opened.run_with_iobinding(binding)
     assert (buffers["past.0.key"].numpy()[:, :, start + steps :] == 1e4).all(), "one row a step"
 
@@ -87,6 +88,26 @@ def test_steps_over_shared_buffers(tmp_path: Path, operators: str) -> None:
     name = "paged_attention" if operators == "custom" else "com.microsoft::GroupQueryAttention"
     assert sum(n for found, n in decode["operators"].items() if name in found) == 2
     assert decode["operators"].get("ScatterND", 0) == (4 if operators == "custom" else 0)
+    follow(tmp_path / "out", manifest, model, start=41, steps=7)
+
+
+@pytest.mark.slow
+def test_steps_of_one_product_for_all_three(tmp_path: Path) -> None:
+    """Quantized, queries, keys and values are one value, which onnxruntime splits and turns itself."""
+    model = small()
+    form = WeightFormat(8, 32)
+    with torch.no_grad():
+        for layer in model.module.modules():
+            if isinstance(layer, torch.nn.Linear):  # on the grid already: quantizing changes nothing
+                layer.weight.copy_(form.round_weight(layer.weight))
+    pipeline = "gqa-unrepeat,quantize-linear{group=32},fuse-add-rmsnorm,fuse-projections"
+    manifest = tw.export(model, pipeline=pipeline, path=tmp_path / "out", capacity=48)
+    counts = manifest["entries"][1]["operators"]
+    assert counts["com.microsoft::GroupQueryAttention"] == 2
+    assert counts["com.microsoft::SkipSimplifiedLayerNormalization"] == 4
+    assert counts["com.microsoft::MatMulNBits"] == 8
+    assert counts["Split"] == 2, "of gate and up"
+    assert not {"RotaryEmbedding", "Reshape", "Add", "Cos"} & {n for n, count in counts.items() if count > 2}
     follow(tmp_path / "out", manifest, model, start=41, steps=7)
 
 

@@ -196,6 +196,8 @@ def test_options_are_checked_before_any_model_is_seen() -> None:
         ("quantize-linear{weight=fp8-e4m4}", "fp8-e4m3"),
         ("quantize-linear{activation=int8-group}", "the weight has no groups"),
         ("quantize-linear{rounding=hqq}", "needs mode=float-zero"),
+        ("quantize-linear{weight=int4,rounding=whole-zero}", "whole zero points need mode=float-zero"),
+        ("quantize-linear{mode=float-zero,rounding=whole-zero}", "4 bits or fewer"),
         ("quantize-linear{rounding=gptq}", "a calibration file goes with rounding=gptq"),
         ("quantize-linear{calibration=a.st}", "a calibration file goes with rounding=gptq"),
     ):
