@@ -55,6 +55,9 @@ class LayerStatistics:
     """[K] float32: largest magnitude of each channel."""
     upper: Tensor = field(default_factory=lambda: torch.zeros(0))
     """[K] float32: running estimate of a high quantile of each channel's magnitude."""
+    typical: float = 0.0
+    """Mean over the samples of the median over tokens of a token's largest magnitude; 0 in files without."""
+    samples: int = 0
     hessian: Tensor | None = None
     """[K, K] float64: sum of x^T x, where wanted."""
     means: Tensor | None = None
@@ -73,6 +76,8 @@ class LayerStatistics:
                 "an activation is not finite", remedy="calibrate on a model that runs without NaN"
             )
         size = rows.abs()
+        self.samples += 1
+        self.typical += (float(size.amax(1).median()) - self.typical) / self.samples
         high = size.kthvalue(max(1, math.ceil(quantile * size.shape[0])), dim=0).values
         if self.tokens == 0:
             self.absmax, self.upper = size.amax(0), high
@@ -137,7 +142,8 @@ class Statistics:
         tensors: dict[str, Tensor] = {}
         rows = []
         for name, layer in self.layers.items():
-            rows.append({"path": name, "basis": layer.basis, "tokens": layer.tokens})
+            row = {"path": name, "basis": layer.basis, "tokens": layer.tokens}
+            rows.append(row | {"typical": layer.typical, "samples": layer.samples})
             for kind in ("absmax", "upper", *_OPTIONAL):
                 value = getattr(layer, kind)
                 if value is not None:
@@ -177,7 +183,13 @@ def _parsed(data: Any, names: Any, tensor: Callable[[str], Tensor]) -> Statistic
     for i, row in enumerate(data["layers"]):
         more = {kind: tensor(f"{i}.{kind}") for kind in _OPTIONAL if f"{i}.{kind}" in present}
         layer = LayerStatistics(
-            str(row["basis"]), int(row["tokens"]), tensor(f"{i}.absmax"), tensor(f"{i}.upper"), **more
+            str(row["basis"]),
+            int(row["tokens"]),
+            tensor(f"{i}.absmax"),
+            tensor(f"{i}.upper"),
+            float(row.get("typical", 0.0)),
+            int(row.get("samples", 0)),
+            **more,
         )
         if layer.absmax.dim() != 1 or layer.upper.shape != layer.absmax.shape:
             raise ValueError(f"layer {i} has shapes {list(layer.absmax.shape)}, {list(layer.upper.shape)}")

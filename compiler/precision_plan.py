@@ -107,10 +107,18 @@ class PrecisionPlan:
         for name, choice in layers.items():
             if choice != KEEP:
                 try:
-                    parse_format(str(choice))
+                    _plannable(str(choice))
                 except OptionError as error:
                     raise LoadError(f"layer {name!r}: {error.message}", where=where) from error
         return cls(str(data.get("fingerprint", "")), str(data.get("budget", "")), dict(layers))
+
+
+def _plannable(text: str) -> AnyFormat:
+    """The format of a text; OptionError for one that a text alone does not make."""
+    form = parse_format(text)
+    if form.activation == "int8-static":
+        raise OptionError(f"format {text!r}: the step of static activations is no part of a plan")
+    return form
 
 
 def measure(
@@ -122,7 +130,7 @@ def measure(
     embedding. Raises OptionError for an unknown format, FactError for statistics without Hessians or of
     another model.
     """
-    parsed = [parse_format(text) for text in formats]
+    parsed = [_plannable(text) for text in formats]
     statistics.check(program)
     found: dict[str, LayerChoices] = {}
     for node in program.graph.nodes:

@@ -24,7 +24,7 @@ from tilewright.compiler.diagnostics import OptionError
 
 Kind = Literal["symmetric", "asymmetric", "float-zero"]
 KINDS: tuple[str, ...] = get_args(Kind)
-Activation = Literal["none", "int8-token", "int8-group", "int4-token"]
+Activation = Literal["none", "int8-token", "int8-group", "int4-token", "int8-static"]
 ACTIVATIONS: tuple[str, ...] = get_args(Activation)
 IDENTITY_BITS = 16
 """From this many bits on a quantizer is the identity and no node is made for it."""
@@ -284,8 +284,26 @@ def quantize_activation(x: Tensor, activation: Activation, group: int) -> tuple[
     return codes, largest * (1.0 / most) + poison
 
 
+def quantize_static(x: Tensor, step: float) -> tuple[Tensor, Tensor]:
+    """(codes, scale) of activations [..., K] on one grid for all: whole float32 numbers in -127..127
+    [..., K], float32 [..., 1].
+
+    code = round(x * (1 / step)), half to even, cut at -127 and 127. A row that holds a NaN or an infinity has
+    a NaN scale, as it has where scales are taken from the row.
+    """
+    narrow = torch.tensor(step, dtype=torch.float32, device=x.device)
+    codes = torch.round(x.float() * (1.0 / narrow)).clamp(-ACTIVATION_MAX, ACTIVATION_MAX)
+    return codes, narrow + x.float().abs().amax(-1, keepdim=True) * 0.0
+
+
+def fake_static(x: Tensor, step: float) -> Tensor:
+    """Activations [..., K] after quantizing on the grid of a step and back, float32."""
+    codes, scale = quantize_static(x, step)
+    return codes * scale
+
+
 def fake_activation(x: Tensor, activation: Activation, group: int) -> Tensor:
-    """Activations [..., K] after quantizing and back, float32."""
+    """Activations [..., K] after quantizing with scales of their own and back, float32."""
     codes, scale = quantize_activation(x, activation, group)
     size = group if activation == "int8-group" else WHOLE_ROW
     return codes * spread(scale, x.shape[-1], size)

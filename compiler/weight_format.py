@@ -10,6 +10,8 @@ int3 as int2 and a further vector with the third bit of vector j in bit j. 8-bit
 
 `rows` (GPU): a row of the matrix is a weight row: its codes in column order, low bits first, then its scales,
 then its offsets. int3 has the low two bits of all columns, then the third bits.
+
+With `int8-static` activations the matrix has one more row, which starts with their step in float32.
 """
 
 from __future__ import annotations
@@ -101,6 +103,11 @@ class WeightFormat:
         return self.mode == "float-zero"
 
     @property
+    def has_step(self) -> bool:
+        """The packed matrix holds the step of the activations."""
+        return self.activation == "int8-static"
+
+    @property
     def middle(self) -> int:
         """The code of zero in the symmetric mode."""
         return 1 << (self.bits - 1)
@@ -121,12 +128,14 @@ class WeightFormat:
         """Shape of the packed uint8 matrix of a weight [rows, columns]."""
         per_row: int = CHUNK * self.bits // 8 * sum(self.chunks(columns))
         per_row += groups(columns, self.group) * self.scale_dtype.itemsize * (2 if self.has_offset else 1)
+        last = 1 if self.has_step else 0
         if self.packing == "rows":
-            return rows, -(-per_row // 4) * 4
-        return -(-rows // BLOCK_ROWS), BLOCK_ROWS * per_row
+            return rows + last, -(-per_row // 4) * 4
+        return -(-rows // BLOCK_ROWS) + last, BLOCK_ROWS * per_row
 
     def pack(self, weight: Quantized) -> Tensor:
-        """Pack codes [N, K] with scale and offset [N, G] of this format's grid -> uint8 of `shape(N, K)`."""
+        """Pack codes [N, K] with scale and offset [N, G] of this format's grid -> uint8 of `shape(N, K)`, but
+        for the row of the step, which `with_step` adds."""
         rows, columns = weight.codes.shape
         if weight.group != self.group:
             raise OptionError(f"group = {weight.group}: the format has {self.group}")
@@ -153,6 +162,20 @@ class WeightFormat:
             parts.append(torch.cat(fields, 2).flatten(1))
             at, index = at + width, index + count
         return torch.cat(parts, 1).contiguous()
+
+    def with_step(self, packed: Tensor, step: float) -> Tensor:
+        """What `pack` made, and the step of the activations behind it. OptionError for an impossible step."""
+        if not self.has_step:
+            raise OptionError(f"{self.activation} activations have no step")
+        if not 0.0 < step < float("inf"):
+            raise OptionError(f"step = {step!r}: expected a finite number above 0")
+        last = packed.new_zeros(1, packed.shape[1])
+        last[0, :4] = torch.tensor([step], dtype=torch.float32).view(torch.uint8).to(packed.device)
+        return torch.cat((packed, last))
+
+    def step_of(self, packed: Tensor) -> float:
+        """The step of the activations that a packed weight holds."""
+        return float(packed[-1, :4].clone().view(torch.float32))
 
     def unpack(self, packed: Tensor, rows: int, columns: int) -> Quantized:
         """The inverse of `pack`."""
@@ -181,7 +204,7 @@ class WeightFormat:
         return self.unpack(packed, rows, columns).dequantize()
 
     def pack_weight(self, weight: Tensor) -> Tensor:
-        """A weight [N, K] of any floating dtype, rounded to nearest and packed."""
+        """A weight [N, K] of any floating dtype, rounded to nearest and packed, without a step."""
         return self.pack(self.quantizer().quantize(weight.float()))
 
     def round_weight(self, weight: Tensor) -> Tensor:
@@ -216,7 +239,7 @@ class WeightFormat:
     def _unpack_rows(self, packed: Tensor, rows: int, columns: int) -> Quantized:
         wide, at, codes = sum(self.chunks(columns)) * CHUNK, 0, None
         for bits, shift in [(2, 0), (1, 2)] if self.bits == 3 else [(self.bits, 0)]:
-            part = packed[:, at : at + wide * bits // 8]
+            part = packed[:rows, at : at + wide * bits // 8]
             shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
             plane = ((part.unsqueeze(-1) >> shifts) & (2**bits - 1)).flatten(1) << shift
             codes = plane if codes is None else codes | plane
@@ -224,7 +247,7 @@ class WeightFormat:
         count, size = groups(columns, self.group), self.scale_dtype.itemsize
         found = []
         for _ in range(2 if self.has_offset else 1):
-            part = packed[:, at : at + count * size].contiguous()
+            part = packed[:rows, at : at + count * size].contiguous()
             found.append(part.view(self.scale_dtype).float())
             at += count * size
         assert codes is not None, "there is at least one plane"

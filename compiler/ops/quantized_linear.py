@@ -13,6 +13,8 @@ from torch import Tensor
 
 from tilewright.compiler.float_format import parse_format, rounded_activation
 from tilewright.compiler.ops.registry import define
+from tilewright.compiler.quantizers import fake_static
+from tilewright.compiler.weight_format import WeightFormat
 
 
 def _fake(x: Tensor, packed: Tensor, bias: Tensor | None, rows: int, format: str) -> Tensor:
@@ -35,12 +37,16 @@ def quantized_linear(x: Tensor, packed: Tensor, bias: Tensor | None, rows: int, 
     FloatFormat) says, bias [rows].
 
     With quantized activations x is replaced by scale * integer (or small float) first; their products are
-    then exact, and what is left to rounding is the sum over groups in float32.
+    then exact, and what is left to rounding is the sum over groups in float32. The scale of static ones lies
+    in `packed`.
     """
     form = parse_format(format)
     wide = torch.promote_types(x.dtype, torch.float32)
     weight = form.dequantize(packed, rows, x.shape[-1]).to(wide)
-    given = (x if form.activation == "none" else rounded_activation(x, format)).to(wide)
+    if isinstance(form, WeightFormat) and form.has_step:
+        given = fake_static(x, form.step_of(packed)).to(wide)
+    else:
+        given = (x if form.activation == "none" else rounded_activation(x, format)).to(wide)
     return F.linear(given, weight, None if bias is None else bias.to(wide)).to(x.dtype)
 
 
@@ -54,7 +60,8 @@ def quantized_linear_multi(
 ) -> list[Tensor]:
     """Several quantized linear layers of one format that read one input: x [..., K] -> [..., rows[i]] each.
 
-    A kernel quantizes the activations once and reads all weights in one parallel region.
+    A kernel quantizes the activations once and reads all weights in one parallel region, so weights for
+    static activations have one step.
     """
     return [
         quantized_linear.definition(x, weight, bias, count, format)

@@ -49,7 +49,8 @@ def _several(
     offset = torch.cat([p.offset for p in parts])
     codes, scale = torch.cat([p.codes for p in parts]), torch.cat([p.scale for p in parts])
     weight, label = Quantized(codes, scale, offset, form.group), g.program.path_of(packed[0])
-    found = (_grouped if form.group else _per_row)(g, x, weight, form, label)
+    step = form.step_of(g.tensor(packed[0])) if form.has_step else None
+    found = (_grouped if form.group else _per_row)(g, x, weight, form, label, step)
     if any(bias is not None for bias in biases):
         shifts = [torch.zeros(n) if b is None else _held(g, b) for b, n in zip(biases, rows, strict=True)]
         found = g.node("Add", [found, g.weight(torch.cat(shifts), f"{label}.bias")])
@@ -64,9 +65,13 @@ def _held(g: OnnxGraph, bias: fx.Node) -> Tensor:
     return g.tensor(bias).float()
 
 
-def _grouped(g: OnnxGraph, x: fx.Node, weight: Quantized, form: WeightFormat, label: str) -> str:
-    """com.microsoft::MatMulNBits, 4 bits for narrower codes too."""
+def _grouped(
+    g: OnnxGraph, x: fx.Node, weight: Quantized, form: WeightFormat, label: str, step: float | None
+) -> str:
+    """com.microsoft::MatMulNBits, 4 bits for narrower codes too; static activations are rounded before it."""
     columns, given = int(shape_of(x)[-1]), g.name(x)
+    if step is not None:
+        given = g.shared("grid", "Mul", [_static(g, given, step), g.constant(step, torch.float32)])
     bits, middle = (8 if form.bits == 8 else 4), form.middle
     shift = (1 << (bits - 1)) - middle
     rows, count = weight.scale.shape
@@ -78,7 +83,8 @@ def _grouped(g: OnnxGraph, x: fx.Node, weight: Quantized, form: WeightFormat, la
         stored = stored[..., 0::2] | stored[..., 1::2] << 4
     if form.activation == "int4-token":
         raise Unsupported("activations in 4 bits")
-    level = _FLOAT_ACTIVATIONS if form.activation == "none" else _INT8_ACTIVATIONS
+    as_they_are = form.activation in ("none", "int8-static")
+    level = _FLOAT_ACTIVATIONS if as_they_are else _INT8_ACTIVATIONS
     scales = g.weight(weight.scale.float().flatten(), f"{label}.scales")
     inputs = [given, g.weight(stored, f"{label}.codes"), scales]
     sizes: dict[str, Any] = {"K": columns, "N": rows, "bits": bits, "block_size": form.group}
@@ -121,8 +127,19 @@ def _group_sums(g: OnnxGraph, x: fx.Node, group: int, count: int) -> tuple[str, 
     return g.shared("sums", "ReduceSum", [groups, g.constant([-1], torch.int64)], keepdims=0), 1.0
 
 
-def _per_row(g: OnnxGraph, x: fx.Node, weight: Quantized, form: WeightFormat, label: str) -> str:
-    """A scale per row: MatMulInteger on int8 activations with a scale per token, else DequantizeLinear.
+def _static(g: OnnxGraph, x: str, step: float) -> str:
+    """Whole float32 numbers in -127..127: activations in steps of `step`, as `quantize_static` has them."""
+    inverse = g.constant(float(1.0 / torch.tensor(step)), torch.float32)
+    low, high = (g.constant(sign * 127.0, torch.float32) for sign in (-1, 1))
+    rounded = g.shared("whole", "Round", [g.shared("whole", "Mul", [x, inverse])])
+    return g.shared("whole", "Clip", [rounded, low, high])
+
+
+def _per_row(
+    g: OnnxGraph, x: fx.Node, weight: Quantized, form: WeightFormat, label: str, step: float | None
+) -> str:
+    """A scale per row: MatMulInteger on int8 activations with a scale per token or one for all, else
+    DequantizeLinear.
 
     Both sides signed: with unsigned activations and signed weights the AVX2 kernels saturate.
     """
@@ -136,9 +153,13 @@ def _per_row(g: OnnxGraph, x: fx.Node, weight: Quantized, form: WeightFormat, la
         raise Unsupported("activations in 4 bits")
     if form.activation == "none":
         return g.node("MatMul", [g.name(x), g.node("DequantizeLinear", [stored, scales], axis=1)])
-    codes, step = _tokens(g, g.name(x))
+    if step is not None:
+        codes = g.cast(_static(g, g.name(x), step), torch.float32, torch.int8)
+        steps = g.constant(step, torch.float32)
+    else:
+        codes, steps = _tokens(g, g.name(x))
     whole = g.cast(g.node("MatMulInteger", [codes, stored]), torch.int32, torch.float32)
-    return g.node("Mul", [whole, g.node("Mul", [step, scales])])
+    return g.node("Mul", [whole, g.node("Mul", [steps, scales])])
 
 
 def _tokens(g: OnnxGraph, x: str) -> tuple[str, str]:

@@ -71,9 +71,11 @@ class _Fresh:
 
 
 def _cuts_activations(program: fx.GraphModule) -> bool:
-    """True when a quantized linear layer takes activations of 8 bits, whole numbers or small floats."""
+    """True when a quantized linear layer takes activations of 8 or 4 bits, whole numbers or small floats."""
     nodes = [n for n in program.graph.nodes if "quantized_linear" in str(n.target)]
-    return any(re.search(r"\.(?:int8-(?:group|token)|fp8-token)\.", str(n.args[-1])) for n in nodes)
+    return any(
+        re.search(r"\.(?:int8-(?:group|token|static)|int4-token|fp8-token)\.", str(n.args[-1])) for n in nodes
+    )
 
 
 def _tensors(values: Any) -> list[Tensor]:

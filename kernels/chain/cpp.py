@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from tilewright.compiler.float_format import AnyFormat, parse_format
+from tilewright.compiler.weight_format import WeightFormat
 from tilewright.kernels.chain import parts
 from tilewright.kernels.chain.formats import format_text, row_floats
 from tilewright.kernels.chain.plan import Plan, Stage
@@ -48,7 +49,7 @@ class _Emitter:
     """Floats per share for the partial results of attention."""
     scores: int = 0
     formats: dict[AnyFormat, int] = field(default_factory=dict)
-    prepared: set[tuple[int, str]] = field(default_factory=set)
+    prepared: set[str] = field(default_factory=set)
     """Activations that were made ready for a format."""
     merging: bool = False
     """Threads may still be reading partial results."""
@@ -109,12 +110,15 @@ class _Emitter:
         self.read(stage, None)
         x, weight, bias = map(self.at, stage.reads)
         space, chunks = f"f{self.formats.setdefault(form, len(self.formats))}", -(-int(columns) // 32)
-        row = f"row{stage.reads[0]}_{space}"
-        if (stage.reads[0], space) not in self.prepared:
-            self.prepared.add((stage.reads[0], space))
+        static = isinstance(form, WeightFormat) and form.has_step
+        # A prepared row serves every weight of a format; static ones each hold a step.
+        row = f"row{stage.reads[0]}_{space}" + (f"_{stage.reads[1]}" if static else "")
+        if row not in self.prepared:
+            self.prepared.add(row)
+            step = f", {space}::step_of({weight}, {rows}, {chunks})" if static else ""
             floats = row_floats(form, int(columns)) + _ALIGN
             self.lines.append(f"const {space}::Row {row} = {space}::row_at(mine + {self.mine}, {chunks});")
-            self.lines.append(f"{space}::prepare_row({x}, {columns}, {row});")
+            self.lines.append(f"{space}::prepare_row({x}, {columns}, {row}{step});")
             self.mine += -(-floats // _ALIGN) * _ALIGN
         y = self.place(stage.writes[0], own=False)
         low, high = f"share.low({rows})", f"share.high({rows})"

@@ -16,11 +16,11 @@ inline Row row_at(float* at, int64_t K32) {{
   return row;
 }}
 
-inline void prepare_row(const float* x, int64_t K, const Row& row) {{
+inline void prepare_row(const float* x, int64_t K, const Row& row{given}) {{
   const int64_t K32 = (K + 31) / 32;
   std::memcpy(row.x, x, K * sizeof(float));
   std::memset(row.x + K, 0, (K32 * 32 - K) * sizeof(float));
-  prepare(row, K32);
+  prepare(row, K32{step});
 }}"""
 
 _MULTIPLY_BLOCKS = """// Rows [low, high) of a packed weight, low a multiple of 8, times a prepared row.
@@ -89,12 +89,17 @@ def format_text(form: AnyFormat, space: str) -> str:
     """Row, row_at, prepare_row and multiply of one weight format, in a namespace of its own."""
     if isinstance(form, FloatFormat):
         rest = _CUT_ROW if form.activation != "none" else ""
-        body: tuple[str, ...] = (cpp_float.arithmetic(form), _PREPARE.format(rest=rest), _MULTIPLY_ROWS)
+        body: tuple[str, ...] = (
+            cpp_float.arithmetic(form),
+            _PREPARE.format(rest=rest, given="", step=""),
+            _MULTIPLY_ROWS,
+        )
     else:
         shape = Shape(
             form.bits, form.group, form.has_offset, ACTIVATION_WORD[form.activation], form.grid == "wide"
         )
         rest = _INTEGER_ROW if shape.is_integer else _FLOAT_ROW
         parts = (geometry(shape), activations(shape), dot(shape))
-        body = (*parts, _PREPARE.format(rest=rest), _MULTIPLY_BLOCKS)
+        given, step = (", float step", ", step") if shape.is_static else ("", "")
+        body = (*parts, _PREPARE.format(rest=rest, given=given, step=step), _MULTIPLY_BLOCKS)
     return "\n\n".join((f"namespace {space} {{", *body, f"}}  // namespace {space}"))

@@ -229,17 +229,24 @@ def _arguments(key: KernelKey) -> list[str]:
     return [*lines, "  const Weight weights[] = {", *rows, "  };"]
 
 
-def run(key: KernelKey, *, prepares: bool) -> str:
-    """The kernel op; many rows of x are made ready where a format asks for it."""
+def run(key: KernelKey, *, prepares: bool, static: bool = False) -> str:
+    """The kernel op; many rows of x are made ready where a format asks for it, static: with the step that the
+    weights hold."""
     config = config_of(key)
     outputs = "\n".join(f"  stack[{i}] = y{i}.release();" for i in range(config["count"]))
-    prepare = "\n      prepare(rows[m], K32);" if prepares else ""
-    checks = "\n".join(_arguments(key))
+    first = "step_of(weights->data, weights->rows, K32)"
+    step = f", {first}" if static else ""
+    prepare = f"\n      prepare(rows[m], K32{step});" if prepares else ""
+    lines = _arguments(key)
+    for i in range(1, config["count"] if static else 0):
+        one = f"step_of(weights[{i}].data, weights[{i}].rows, K32) == {first}"
+        lines.append(require(one, "weights that share activations must hold one step"))
+    checks = "\n".join(lines)
     return f"""// One row: every thread reads its share of all weights.
 inline void one_row(const Weight* weights, int64_t total, const T* x, int64_t K, int64_t K32) {{
   const Row* row = scratch(1, K32);
   widen_row(x, K, row->x);
-  prepare(*row, K32);
+  prepare(*row, K32{step});
   const int64_t threads = total * block_bytes(K32) < {SERIAL_BYTES} ? 1 : thread_count();
   parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {{
     walk(weights, total * begin / threads, total * end / threads, *row, K32);
@@ -291,9 +298,15 @@ def generate(key: KernelKey, op: str) -> str:
 constexpr int kCount = {config["count"]};  // weights
 constexpr int64_t kAhead = {AHEAD_BYTES};  // bytes"""
     grids = "row" if shape.group == 0 else f"{shape.group} columns"
-    activation = {"none": "as they are", "token": "int8 per row", "group": f"int8 per {shape.group} columns"}
+    activation = {
+        "none": "as they are",
+        "token": "int8 per row",
+        "token4": "int4 per row",
+        "group": f"int8 per {shape.group} columns",
+        "static": "int8 of one calibrated step",
+    }
     body = (head, geometry(shape), activations(shape), dot(shape), panel(shape), store(key), _walk())
-    parts = (*body, _many(), _rows(shape), run(key, prepares=shape.is_integer))
+    parts = (*body, _many(), _rows(shape), run(key, prepares=shape.is_integer, static=shape.is_static))
     return cpp_file(
         title=f"x W^T, W int{shape.bits}, a scale per {grids}; activations {activation[shape.activation]}.",
         note="Eight weight rows lie side by side; integer products are exact.",

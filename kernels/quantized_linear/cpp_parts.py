@@ -28,7 +28,7 @@ class Shape:
     group: int
     offset: bool
     activation: str
-    """`none`, `token` or `group`."""
+    """`none`, `token`, `token4`, `group` or `static`."""
     wide: bool
     """Scales of groups are float32, not float16."""
 
@@ -41,6 +41,21 @@ class Shape:
     def middle(self) -> int:
         """The code of zero, 0 with an offset."""
         return 0 if self.offset else 1 << (self.bits - 1)
+
+    @property
+    def by_token(self) -> bool:
+        """Every row of x has a scale of its own."""
+        return self.activation in ("token", "token4")
+
+    @property
+    def is_static(self) -> bool:
+        """The packed weight holds the step of the activations."""
+        return self.activation == "static"
+
+    @property
+    def largest(self) -> int:
+        """The largest code of an activation."""
+        return 7 if self.activation == "token4" else 127
 
     @property
     def is_integer(self) -> bool:
@@ -76,9 +91,19 @@ inline int64_t groups_of(int64_t K32) {{ return {count}; }}
 inline int64_t chunks_of(int64_t first, int64_t K32) {{ return {chunks}; }}
 inline int64_t block_bytes(int64_t K32) {{ return K32 * kChunkBytes + groups_of(K32) * kTailBytes; }}
 inline int64_t packed_width(int64_t K32) {{ return block_bytes(K32); }}
-inline int64_t packed_rows(int64_t rows) {{ return (rows + 7) / 8; }}
-
+inline int64_t packed_rows(int64_t rows) {{ return (rows + 7) / 8{" + 1" * shape.is_static}; }}
+{_STEP * shape.is_static}
 {_codes(shape.bits)}"""
+
+
+_STEP = """
+// The step of the activations, behind the blocks of a packed weight.
+inline float step_of(const uint8_t* data, int64_t rows, int64_t K32) {
+  float step;
+  std::memcpy(&step, data + (rows + 7) / 8 * block_bytes(K32), sizeof step);
+  return step;
+}
+"""
 
 
 def _codes(bits: int) -> str:
@@ -150,6 +175,16 @@ inline float range(const float* x, int64_t chunks, float* inverse) {{
 """
 
 
+_CUT = """// 0 for a row of numbers; a NaN where there is a NaN or an infinity.
+inline float poison(const float* x, int64_t chunks) {
+  Vec bad = vset(0.0f);
+  for (int64_t i = 0; i < chunks * 4; ++i) bad = vfma(vload(x + i * 8), vset(0.0f), bad);
+  return vsum(bad);
+}
+
+inline Vec cut(Vec a) { return _mm256_min_ps(vmax(vset(-127.0f), a), vset(127.0f)); }
+"""
+
 _QUANTIZED_ROW = """// A row of x, padded with zeros to whole chunks, its codes and what every group adds.
 struct Row {
   float* x;        // [32 * K32]
@@ -162,7 +197,7 @@ struct Row {
 RANGE
 inline int32_t quantize_chunk(const float* x, int8_t* q, float inverse) {  // returns the sum
   Int part[4];
-  for (int u = 0; u < 4; ++u) part[u] = _mm256_cvtps_epi32(vmul(vload(x + u * 8), vset(inverse)));
+  for (int u = 0; u < 4; ++u) part[u] = _mm256_cvtps_epi32(SCALED);
   Int sum = _mm256_add_epi32(_mm256_add_epi32(part[0], part[1]), _mm256_add_epi32(part[2], part[3]));
   Int bytes = _mm256_packs_epi16(_mm256_packs_epi32(part[0], part[1]), _mm256_packs_epi32(part[2], part[3]));
   bytes = _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
@@ -172,10 +207,8 @@ inline int32_t quantize_chunk(const float* x, int8_t* q, float inverse) {  // re
   return _mm_cvtsi128_si32(_mm_add_epi32(half, _mm_shuffle_epi32(half, 0xB1)));
 }
 
-inline void prepare(const Row& row, int64_t K32) {
-  float inverse;
-  ONCE
-  for (int64_t g = 0, c = 0; g < groups_of(K32); ++g) {
+inline void prepare(const Row& row, int64_t K32GIVEN) {
+ONCE  for (int64_t g = 0, c = 0; g < groups_of(K32); ++g) {
     row.scale[g] = SCALE;
     int32_t total = 0;
     for (int64_t last = c + chunks_of(c, K32); c < last; ++c)
@@ -193,8 +226,14 @@ def activations(shape: Shape) -> str:
     shift = "-128 * total" if shape.bits == 8 else f"{shape.middle} * total"
     if shape.bits == 8 and not shape.offset:
         shift = "0"  # stored as signed
-    by_group = shape.activation == "group"
-    scale = "range(row.x + c * 32, chunks_of(c, K32), &inverse)" if by_group else "scale"
-    once = "" if by_group else "const float scale = range(row.x, K32, &inverse);"
-    text = _QUANTIZED_ROW.replace("RANGE", range_text(127)).replace("  ONCE\n", f"  {once}\n" if once else "")
+    scale, scaled, given = "scale", "vmul(vload(x + u * 8), vset(inverse))", ""
+    if shape.is_static:
+        once = "  const float inverse = 1.0f / step, scale = step + poison(row.x, K32);\n"
+        scaled, given = f"cut({scaled})", ", float step"
+    elif shape.by_token:
+        once = "  float inverse;\n  const float scale = range(row.x, K32, &inverse);\n"
+    else:
+        once, scale = "  float inverse;\n", "range(row.x + c * 32, chunks_of(c, K32), &inverse)"
+    text = _QUANTIZED_ROW.replace("RANGE", _CUT if shape.is_static else range_text(shape.largest))
+    text = text.replace("ONCE", once).replace("SCALED", scaled).replace("GIVEN", given)
     return text.replace("SCALE", scale).replace("SHIFT", shift)

@@ -25,7 +25,13 @@ from tilewright.runtime.contracts import KernelKey, Refusal, Target
 DTYPES = ("float32", "bfloat16", "float16")
 MAX_WEIGHTS = 8
 PACKING = {"cpu": "blocks8", "cuda": "rows", "hip": "rows"}
-ACTIVATION_WORD = {"none": "none", "int8-token": "token", "int8-group": "group"}
+ACTIVATION_WORD = {
+    "none": "none",
+    "int8-token": "token",
+    "int8-group": "group",
+    "int4-token": "token4",
+    "int8-static": "static",
+}
 FLOAT_WORD = {"fp8-e4m3": "e4m3", "fp8-e5m2": "e5m2", "nvfp4": "nvfp4"}
 LEGALITY = (
     "x and biases have one dtype: float32, bfloat16 or float16 (accumulated in int32 and float32)",
@@ -34,6 +40,7 @@ LEGALITY = (
     "each bias is absent or [rows]",
     f"quantized_linear_multi: 2 to {MAX_WEIGHTS} weights of one format",
     "an x that is not contiguous is copied inside the op",
+    "quantized_linear_multi: weights for static activations hold one step",
 )
 
 
@@ -62,8 +69,6 @@ def _format_refusal(form: AnyFormat, target: Target) -> str | None:
         return None
     if form.packing != PACKING[target.kind]:
         return f"the weights are packed as {form.packing}, {target} wants {PACKING[target.kind]}"
-    if form.activation not in ACTIVATION_WORD:
-        return f"{form.activation} activations have no kernel: the definition rounds them"
     if target.kind != "cpu" and form.activation == "int8-group" and form.group > triton.LONGEST_GROUP:
         return f"activation groups of {form.group}; on a GPU at most {triton.LONGEST_GROUP}"
     return None
@@ -224,6 +229,9 @@ def _gpu_formats() -> list[AnyFormat]:
         WeightFormat(4, 32, "float-zero", "none", "rows"),
         WeightFormat(4, 32, "symmetric", "int8-group", "rows"),
         WeightFormat(8, 0, "symmetric", "int8-token", "rows"),
+        WeightFormat(4, 0, "symmetric", "int4-token", "rows"),
+        WeightFormat(8, 0, "symmetric", "int8-static", "rows"),
+        WeightFormat(4, 32, "float-zero", "int8-static", "rows"),
         FloatFormat("fp8-e4m3"),
         FloatFormat("fp8-e4m3", activation="fp8-token"),
         FloatFormat("fp8-e5m2", 64),

@@ -38,8 +38,10 @@ def block_k(key: KernelKey) -> int:
 
 def parameters(key: KernelKey) -> list[tuple[str, str]]:
     """(name, Triton type) of the kernel's run-time arguments, in order."""
-    grid = "*fp16" if shape_of(key).short_grids else "*fp32"
-    return arguments(key, "*u8", [("grid", grid)], ["groups"] if shape_of(key).offset else [])
+    shape = shape_of(key)
+    views = [("grid", "*fp16" if shape.short_grids else "*fp32")]
+    views += [("step", "*fp32")] if shape.is_static else []
+    return arguments(key, "*u8", views, ["groups"] if shape.offset else [])
 
 
 def arguments(
@@ -87,16 +89,12 @@ def _codes(shape: Shape, i: int) -> list[str]:
     return [*lines, f"w = tl.where((k < end)[:, None], w - {centre}, 0)"]
 
 
-def _scale_of_rows(indent: str, columns: str) -> list[str]:
-    """inverse and s of the rows of `columns` [BLOCK_M, ...], from their largest magnitudes."""
+def _scale_of(largest: int) -> list[str]:
+    """inverse and s [BLOCK_M, 1] of rows, from their largest magnitudes and their poison."""
+    inverse = f"tl.math.div_rn({largest}.0, tl.maximum(most, 2e-36))"
     return [
-        f"{indent}{line}"
-        for line in (
-            f"poison = tl.sum({columns} * 0.0, axis=1)",
-            f"most = tl.max(tl.abs({columns}), axis=1)",
-            "inverse = tl.where(most > 2e-36, tl.math.div_rn(127.0, tl.maximum(most, 2e-36)), 0.0)",
-            "s = most * (1.0 / 127.0) + poison",
-        )
+        f"inverse = tl.where(most > 2e-36, {inverse}, 0.0)[:, None]",
+        f"s = (most * (1.0 / {largest}.0) + poison)[:, None]",
     ]
 
 
@@ -118,7 +116,13 @@ def _steps(key: KernelKey, i: int) -> list[str]:
     group = shape.group
     by_group = shape.activation == "group"
     lines = ["total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)"]
-    if shape.activation == "token":
+    if shape.is_static:
+        lines += [
+            "poison = tl.zeros((BLOCK_M,), dtype=tl.float32)",
+            f"s = tl.load(step{i} + tl.cast(N{i}, tl.int64) * (row_bytes // 4))",
+            "inverse = tl.math.div_rn(1.0, s)",
+        ]
+    if shape.by_token:
         lines += [
             "most = tl.zeros((BLOCK_M,), dtype=tl.float32)",
             "poison = tl.zeros((BLOCK_M,), dtype=tl.float32)",
@@ -128,24 +132,28 @@ def _steps(key: KernelKey, i: int) -> list[str]:
             f"    {_load_x(key)}",
             "    most = tl.maximum(most, tl.max(tl.abs(a), axis=1))",
             "    poison += tl.sum(a * 0.0, axis=1)",
-            "inverse = tl.where(most > 2e-36, tl.math.div_rn(127.0, tl.maximum(most, 2e-36)), 0.0)",
-            "s = most * (1.0 / 127.0) + poison",
+            *_scale_of(shape.largest),
         ]
     step = f"{group}" if by_group else "BLOCK_K"
     end = f"tl.minimum(K, start + {group})" if by_group else "K"
     body = [f"end = {end}", "k = start + tl.arange(0, BLOCK_K)", _load_x(key), *_codes(shape, i)]
     if shape.is_integer:
-        body += _scale_of_rows("", "a") if by_group else []
+        if by_group:
+            body += ["poison = tl.sum(a * 0.0, axis=1)", "most = tl.max(tl.abs(a), axis=1)"]
+            body += _scale_of(shape.largest)
+        body.append("scaled = a * inverse")
+        if shape.is_static:
+            body.append("poison += tl.sum(a * 0.0, axis=1)")
+            body.append("scaled = tl.minimum(tl.maximum(scaled, -127.0), 127.0)")
         body += [
-            "scaled = a * inverse[:, None]",
             "q = (scaled + 12582912.0) - 12582912.0",  # to the nearest whole number, half to even
-            "part = tl.dot(q.to(tl.int8), w.to(tl.int8), out_dtype=tl.int32).to(tl.float32) * s[:, None]",
-            *(["mass = tl.sum(q, axis=1) * s"] if shape.offset else []),
+            "part = tl.dot(q.to(tl.int8), w.to(tl.int8), out_dtype=tl.int32).to(tl.float32) * s",
+            *(["mass = tl.sum(q, axis=1)[:, None] * s"] if shape.offset else []),
         ]
     else:
         body += [
             f'part = tl.dot(a, w.to({TL[key.dtype]}), input_precision="ieee", out_dtype=tl.float32)',
-            *(["mass = tl.sum(a.to(tl.float32), axis=1)"] if shape.offset else []),
+            *(["mass = tl.sum(a.to(tl.float32), axis=1)[:, None]"] if shape.offset else []),
         ]
     where = "0" if group == 0 else f"start // {group}"
     codes_bytes, size = f"K32 * {4 * shape.bits}", 2 if shape.short_grids else 4
@@ -158,8 +166,9 @@ def _steps(key: KernelKey, i: int) -> list[str]:
         body.append(f"low = tl.load({place} + groups, mask=real, other=0.0).to(tl.float32)")
         if shape.bits == 8:
             body.append("low += 128.0 * scale")
-        body.append("total += mass[:, None] * low[None, :]")
-    return [*lines, f"for start in range(0, K, {step}):", *[f"    {line}" for line in body]]
+        body.append("total += mass * low[None, :]")
+    lines += [f"for start in range(0, K, {step}):", *[f"    {line}" for line in body]]
+    return [*lines, "total += poison[:, None]"] if shape.is_static else lines
 
 
 Steps = Callable[[KernelKey, int], list[str]]
@@ -209,9 +218,13 @@ def generate(key: KernelKey, op: str) -> str:
 def launcher(key: KernelKey, kernel: Any) -> Callable[..., Any]:
     """The op's implementation: allocates every output, launches one grid over the rows of all weights."""
     shape = shape_of(key)
-    grid = torch.float16 if shape.short_grids else torch.float32
+    types = [torch.float16 if shape.short_grids else torch.float32]
+    types += [torch.float32] if shape.is_static else []
     return launch(
-        key, kernel, lambda packed: [packed, packed.view(grid)], shape.group if shape.offset else None
+        key,
+        kernel,
+        lambda packed: [packed, *[packed.view(dtype) for dtype in types]],
+        shape.group if shape.offset else None,
     )
 
 

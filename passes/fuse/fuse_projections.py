@@ -24,6 +24,7 @@ from tilewright.compiler import (
     graph_pass,
     ops,
 )
+from tilewright.compiler.float_format import parse_format
 from tilewright.compiler.graph import insert_like
 from tilewright.compiler.schema import arguments
 from tilewright.compiler.weight_format import WeightFormat
@@ -49,6 +50,7 @@ class FuseProjections(GraphPass):
                 form = str(arguments(node).get("format", ""))  # of quantized weights: one per group
                 groups.setdefault((node.args[0], form), []).append(node)
         for members in groups.values():
+            members = self._of_one_step(program, members, log)
             ready = [n for n in members if self._is_ready(n, members[0], position, log)]
             if len(members) < 2:
                 text = arguments(members[0]).get("format")
@@ -67,6 +69,20 @@ class FuseProjections(GraphPass):
                 log.refused(node, f"its {name} {source.name} is computed after {first.name}", blame=source)
                 return False
         return True
+
+    @staticmethod
+    def _of_one_step(program: Program, members: list[fx.Node], log: PassLog) -> list[fx.Node]:
+        """The members but those whose static activations have another step than the first one's."""
+        given = [arguments(n) for n in members]
+        form = parse_format(given[0]["format"]) if "format" in given[0] else None
+        if not isinstance(form, WeightFormat) or not form.has_step:
+            return members
+        packed = [program.tensor_of(g["packed"]) if program.is_constant(g["packed"]) else None for g in given]
+        known = [None if p is None else form.step_of(p) for p in packed]
+        kept = [n for n, step in zip(members, known, strict=True) if step == known[0] and step is not None]
+        for node in set(members) - set(kept):
+            log.refused(node, "the step of its activations is not that of the first layer that reads them")
+        return kept or members[:1]
 
     @staticmethod
     def _fuse(program: Program, members: list[fx.Node], log: PassLog) -> None:

@@ -17,6 +17,11 @@ _BITS = {"int8": 8, "int4": 4, "int3": 3, "int2": 2}
 
 def option_problem(options: QuantizeLinear) -> tuple[str, str] | None:
     """(option, what is expected of it) for the first option that does not fit the others, or None."""
+    if options.dynamic_above != 0.0:
+        if options.activation != "int8-static":
+            return "dynamic_above", "it goes with activation=int8-static"
+        if not 1.0 <= options.dynamic_above < float("inf"):
+            return "dynamic_above", "expected 1 or more, or 0 for no layer"
     if options.weight in FLOAT_NAMES:
         return _float_problem(options)
     if options.group < 0 or options.group % CHUNK:
@@ -59,11 +64,10 @@ def _float_problem(options: QuantizeLinear) -> tuple[str, str] | None:
 
 def chosen_format(options: QuantizeLinear, weight: torch.Tensor) -> AnyFormat:
     """The format of a weight, packed for the device it is on."""
-    activation = "none" if options.activation == "int8-static" else options.activation
     if options.weight == "nvfp4":
         return FloatFormat("nvfp4", NVFP4_GROUP)
     if options.weight in FLOAT_NAMES:
-        return FloatFormat(options.weight, options.group, options.per_tensor, activation)
+        return FloatFormat(options.weight, options.group, options.per_tensor, options.activation)
     packing = "blocks8" if weight.device.type == "cpu" else "rows"
     bits = _BITS[options.weight]
-    return WeightFormat(bits, options.group, options.mode, activation, packing)  # type: ignore[arg-type]
+    return WeightFormat(bits, options.group, options.mode, options.activation, packing)  # type: ignore[arg-type]

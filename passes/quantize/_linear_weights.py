@@ -8,15 +8,11 @@ import torch
 from torch import fx
 
 from tilewright.compiler import Program, ops
-from tilewright.compiler.calibration import Statistics, weight_path
-from tilewright.compiler.diagnostics import FactError
 from tilewright.compiler.float_format import AnyFormat, FloatFormat, rounded_activation
 from tilewright.compiler.gptq import gptq
-from tilewright.compiler.graph import insert_like
 from tilewright.compiler.quantizers import (
-    ACTIVATION_MAX,
-    SMALLEST_SCALED,
     Quantized,
+    fake_static,
     half_quadratic,
     weight_problem,
     whole_zero,
@@ -70,33 +66,6 @@ def format_problem(weight: torch.Tensor, form: AnyFormat) -> str | None:
     return problem
 
 
-def hessian_of(statistics: Statistics | None, program: Program, linear: fx.Node) -> torch.Tensor | None:
-    """The second moments [K, K] of what a layer reads, None without statistics; FactError when they have
-    none."""
-    if statistics is None:
-        return None
-    found = statistics.layer(program, linear)
-    if found.hessian is None:
-        path = weight_path(program, linear)
-        raise FactError(f"the calibration has no Hessian of {path}", remedy="calibrate with hessian=True")
-    return found.hessian
-
-
-def insert_static(program: Program, linear: fx.Node, statistics: Statistics | None) -> fx.Node:
-    """A layer's input on the grid of 8 bits that its calibration spans: clamp(round(x / s), -127, 127) s.
-
-    Ordinary ops in the dtype of x: the products that follow are of floats that lie on the grid.
-    """
-    assert statistics is not None, "the pass checks that static activations have a calibration"
-    x, aten = arguments(linear)["x"], torch.ops.aten
-    step = max(float(statistics.layer(program, linear).absmax.max()) / ACTIVATION_MAX, SMALLEST_SCALED)
-    code = insert_like(program.graph, linear, aten.div.Scalar, (x, step), linear)
-    code = insert_like(program.graph, linear, aten.round.default, (code,), linear)
-    limits = (-float(ACTIVATION_MAX), float(ACTIVATION_MAX))
-    code = insert_like(program.graph, linear, aten.clamp.default, (code, *limits), linear)
-    return insert_like(program.graph, linear, aten.mul.Scalar, (code, step), linear)
-
-
 def round_weight(
     weight: torch.Tensor, form: WeightFormat, rounding: str, hessian: torch.Tensor | None = None
 ) -> Quantized:
@@ -111,9 +80,17 @@ def round_weight(
 
 
 def pack_weight(
-    weight: torch.Tensor, *, form: AnyFormat, rounding: str, hessian: torch.Tensor | None = None
+    weight: torch.Tensor,
+    *,
+    form: AnyFormat,
+    rounding: str,
+    hessian: torch.Tensor | None = None,
+    step: float | None = None,
 ) -> torch.Tensor:
-    """The packed uint8 matrix of a weight [N, K] of any floating dtype."""
+    """The packed uint8 matrix of a weight [N, K] of any floating dtype; step: of static activations."""
+    if step is not None:
+        assert isinstance(form, WeightFormat), "small floats have no static activations"
+        return form.with_step(pack_weight(weight, form=form, rounding=rounding, hessian=hessian), step)
     if isinstance(form, FloatFormat):
         return form.pack_weight(weight)
     if rounding not in ("rtn", "whole-zero"):  # the others look at a matrix as a whole
@@ -123,18 +100,30 @@ def pack_weight(
     return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
-def use_rounded(program: Program, linear: fx.Node, form: AnyFormat, rounding: str) -> None:
+def use_rounded(
+    program: Program,
+    linear: fx.Node,
+    form: AnyFormat,
+    rounding: str,
+    hessian: torch.Tensor | None = None,
+    step: float | None = None,
+) -> None:
     """Let a linear layer read its weight as rounded, and its input quantized and back: the obvious way."""
     given = arguments(linear)
-    x, rounded = given["x"], partial(_dequantized, form=form, rounding=rounding)
+    x, rounded = given["x"], partial(_dequantized, form=form, rounding=rounding, hessian=hessian)
     weight = program.derive("rounded", [given["weight"]], rounded)
     if form.activation != "none":
         with program.graph.inserting_before(linear):
-            x = program.graph.call_function(rounded_activation, (x, form.text))
+            if step is not None:
+                x = program.graph.call_function(fake_static, (x, step))
+            else:
+                x = program.graph.call_function(rounded_activation, (x, form.text))
     linear.args, linear.kwargs = (x, weight, given["bias"]), {}
 
 
-def _dequantized(weight: torch.Tensor, *, form: AnyFormat, rounding: str) -> torch.Tensor:
+def _dequantized(
+    weight: torch.Tensor, *, form: AnyFormat, rounding: str, hessian: torch.Tensor | None
+) -> torch.Tensor:
     if isinstance(form, FloatFormat):
         return form.round_weight(weight)
-    return round_weight(weight.float(), form, rounding).dequantize()
+    return round_weight(weight.float(), form, rounding, hessian).dequantize()

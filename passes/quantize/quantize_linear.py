@@ -19,12 +19,11 @@ from tilewright.compiler.calibration import Statistics
 from tilewright.compiler.graph import insert_like
 from tilewright.compiler.schema import arguments
 from tilewright.compiler.weight_format import Mode
+from tilewright.passes.quantize._linear_calibrated import settled
 from tilewright.passes.quantize._linear_examples import examples
 from tilewright.passes.quantize._linear_formats import chosen_format, option_problem
 from tilewright.passes.quantize._linear_weights import (
     format_problem,
-    hessian_of,
-    insert_static,
     is_head,
     pack_weight,
     use_rounded,
@@ -62,6 +61,9 @@ class QuantizeLinear(GraphPass):
     whole numbers of steps, fitted to the weight (float-zero, at most 4 bits): integer zero points."""
     calibration: str = ""
     """GPTQ, static: a file of statistics (GPTQ: with Hessians), taken behind the same weight passes."""
+    dynamic_above: float = 0.0
+    """Static: a scale per token in layers whose calibrated range is so many times that of a usual token: few
+    tokens set it. 0: nowhere."""
     head: bool = False
     """Also the layer that makes the program's output, or whose weight is the embedding's."""
 
@@ -103,15 +105,12 @@ class QuantizeLinear(GraphPass):
 
     def _quantize(self, program: Program, node: fx.Node, statistics: Statistics | None, log: PassLog) -> None:
         given = arguments(node)
-        tensor = program.tensor_of(given["weight"])
-        form = chosen_format(self, tensor)
+        form, calibrated = settled(self, program, node, statistics)
         name = f"{given['weight'].name} as {form.text}"
-        hessian = hessian_of(statistics, program, node) if self.rounding == "gptq" else None
-        static = self.activation == "int8-static"
-        x = insert_static(program, node, statistics) if static else given["x"]
-        pack = partial(pack_weight, form=form, rounding=self.rounding, hessian=hessian)
+        pack = partial(pack_weight, form=form, rounding=self.rounding, **calibrated)
         packed = program.derive(name, [given["weight"]], pack)
-        args = (x, packed, given["bias"], tensor.shape[0], form.text)
+        rows = program.tensor_of(given["weight"]).shape[0]
+        args = (given["x"], packed, given["bias"], rows, form.text)
         new = insert_like(program.graph, node, ops.quantized_linear, args, node)
         new.meta["rewritten_by"] = (*node.meta.get("rewritten_by", ()), self.name)
         log.claim_slots([node], {new: new})
@@ -121,13 +120,11 @@ class QuantizeLinear(GraphPass):
 
     def reference(self, program: Program) -> None:
         """The same layers with dequantized weights, under activations quantized and back."""
-        static = Statistics.load(Path(self.calibration)) if self.activation == "int8-static" else None
+        statistics = Statistics.load(Path(self.calibration)) if self.calibration else None
         for node in [n for n in program.graph.nodes if n.target is ops.linear]:
             if self._problem(program, node, {}) is None:
-                if static is not None:
-                    node.replace_input_with(arguments(node)["x"], insert_static(program, node, static))
-                form = chosen_format(self, program.tensor_of(arguments(node)["weight"]))
-                use_rounded(program, node, form, self.rounding)
+                form, calibrated = settled(self, program, node, statistics)
+                use_rounded(program, node, form, self.rounding, **calibrated)
 
     def exact_limit(self) -> QuantizeLinear:
         return QuantizeLinear(weight="int16")

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tilewright.compiler.ops import all_ops
-from tilewright.compiler.quantizers import quantize_activation
+from tilewright.compiler.quantizers import ACTIVATIONS, quantize_activation
 from tilewright.compiler.weight_format import BITS, WeightFormat
 from tilewright.kernels.load import build_kernel
 from tilewright.kernels.table import FAMILIES, host_target, select
@@ -22,10 +22,16 @@ pytestmark = pytest.mark.skipif(TARGET.arch == "generic", reason="kernels need A
 W4A8 = WeightFormat(4, 32, "symmetric", "int8-group")
 W8A8 = WeightFormat(8, 0, "symmetric", "int8-token")
 W4 = WeightFormat(4, 32, "float-zero")
+W8A4 = WeightFormat(8, 0, "symmetric", "int4-token")
+STATIC = WeightFormat(8, 0, "symmetric", "int8-static")
 QUICK = [
     W4A8,
     W8A8,
     W4,
+    W8A4,
+    WeightFormat(4, 32, "float-zero", "int4-token"),
+    STATIC,
+    WeightFormat(4, 64, "float-zero", "int8-static"),
     WeightFormat(4, 64, "float-zero", "int8-token"),
     WeightFormat(8, 32, "float-zero", "int8-group"),
     WeightFormat(8, 0),
@@ -36,7 +42,7 @@ QUICK = [
 EVERY = [
     WeightFormat(bits, group, mode, activation)
     for bits, group, mode, activation in itertools.product(
-        BITS, (0, 32, 96), ("symmetric", "float-zero"), ("none", "int8-token", "int8-group")
+        BITS, (0, 32, 96), ("symmetric", "float-zero"), ACTIVATIONS
     )
     if group or activation != "int8-group"
 ] + [WeightFormat(8, 64, "symmetric", "int8-token", grid="wide")]
@@ -59,11 +65,27 @@ def relative(got: torch.Tensor, want: torch.Tensor) -> float:
     return float((got.double() - want.double()).norm() / want.double().norm())
 
 
+def packed_of(form: WeightFormat, weight: torch.Tensor, step: float = 0.02) -> torch.Tensor:
+    """The packed weight; with static activations of a step that cuts what lies beyond 2.54."""
+    packed = form.pack_weight(weight)
+    return form.with_step(packed, step) if form.has_step else packed
+
+
+def on_grid(x: torch.Tensor, packed: torch.Tensor, form: WeightFormat) -> tuple[torch.Tensor, torch.Tensor]:
+    """(codes, scale) of activations; a scale per row, per group, or the step in `packed`."""
+    if not form.has_step:
+        return quantize_activation(x, form.activation, form.group)
+    step = packed[-1, :4].clone().view(torch.float32)
+    codes = (x * (1 / step)).round()
+    codes[codes > 127], codes[codes < -127] = 127, -127
+    return codes, step.expand(x.shape[0], 1)
+
+
 def exact_integers(x: torch.Tensor, packed: torch.Tensor, rows: int, form: WeightFormat) -> torch.Tensor:
     """x W^T with integer products and sums in int64, scales and the sum over groups in float64."""
     columns = x.shape[-1]
     weight = form.unpack(packed, rows, columns)
-    codes, scale = quantize_activation(x, form.activation, form.group)
+    codes, scale = on_grid(x, packed, form)
     width = form.group or columns
     total = torch.zeros(x.shape[0], rows, dtype=torch.float64)
     for g, at in enumerate(range(0, columns, width)):
@@ -74,9 +96,9 @@ def exact_integers(x: torch.Tensor, packed: torch.Tensor, rows: int, form: Weigh
     return total
 
 
-def check(form: WeightFormat, sizes: Any = SIZES, tokens: Any = (1, 2, 3, 8, 37)) -> None:
+def check(form: WeightFormat, sizes: Any = SIZES, tokens: Any = (*range(1, 9), 37)) -> None:
     for rows, columns in sizes:
-        packed = form.pack(form.quantizer().quantize(torch.randn(rows, columns)))
+        packed = packed_of(form, torch.randn(rows, columns))
         bias = torch.randn(rows)
         for count in tokens:
             x = torch.randn(count, columns)
@@ -103,9 +125,9 @@ def test_every_format(form: WeightFormat) -> None:
     check(form)
 
 
-@pytest.mark.parametrize("form", [W4A8, W8A8, W4], ids=lambda form: form.text)
+@pytest.mark.parametrize("form", [W4A8, W8A8, W4, W8A4, STATIC], ids=lambda form: form.text)
 def test_prefill_of_512_rows(form: WeightFormat) -> None:
-    check(form, sizes=((72, 160),), tokens=(512,))
+    check(form, sizes=((72, 160), (37, 101)), tokens=(512,))
 
 
 def test_more_rows_than_are_made_ready_together() -> None:
@@ -132,13 +154,16 @@ def saturating(rows: int, columns: int) -> dict[str, tuple[torch.Tensor, torch.T
         WeightFormat(8, 32, "float-zero", "int8-group"),
         W4A8,
         WeightFormat(4, 64, "float-zero", "int8-token"),
+        W8A4,
+        STATIC,
+        WeightFormat(4, 64, "float-zero", "int8-static"),
     ],
     ids=lambda form: form.text,
 )
 def test_saturation(form: WeightFormat, case: str) -> None:
     """The error is that of exact integer arithmetic: rounding of float32 alone."""
     weight, x = saturating(24, 576)[case]
-    packed = form.pack(form.quantizer().quantize(weight))
+    packed = packed_of(form, weight, step=float(x.abs().max()) / 127)
     for rows_of_x in (x[:1], x):
         args = (rows_of_x, packed, None, 24, form.text)
         got = kernel("quantized_linear", args)(*args)
@@ -151,12 +176,12 @@ def test_saturation(form: WeightFormat, case: str) -> None:
 def test_all_codes_at_their_ends() -> None:
     """Largest codes against largest activations of either sign, the worst sums of eight products."""
     for form, code in itertools.product(
-        (W4A8, W8A8, WeightFormat(8, 32, "float-zero", "int8-group")), (0, 255)
+        (W4A8, W8A8, WeightFormat(8, 32, "float-zero", "int8-group"), STATIC, W8A4), (0, 255)
     ):
-        code = min(code, (1 << form.bits) - 1) or (1 if form is W8A8 else 0)
+        code = min(code, (1 << form.bits) - 1) or (1 if form.quantizer().narrow else 0)
         weight = form.quantizer().quantize(torch.randn(8, 64))
         weight = dataclasses.replace(weight, codes=torch.full((8, 64), code, dtype=torch.uint8))
-        packed = form.pack(weight)
+        packed = form.with_step(form.pack(weight), 1 / 127) if form.has_step else form.pack(weight)
         for sign in (1.0, -1.0):
             x = torch.full((1, 64), sign)
             args = (x, packed, None, 8, form.text)
@@ -187,17 +212,34 @@ def test_several_weights_share_the_activations() -> None:
             assert relative(mine, want) < 1e-6
 
 
-def test_nothing_but_numbers_comes_out_of_nothing_but_numbers() -> None:
-    packed = W4A8.pack(W4A8.quantizer().quantize(torch.randn(8, 64)))
+@pytest.mark.parametrize("form", [W4A8, W8A4, STATIC], ids=lambda form: form.text)
+def test_nothing_but_numbers_comes_out_of_nothing_but_numbers(form: WeightFormat) -> None:
+    packed = packed_of(form, torch.randn(8, 64))
     x = torch.zeros(3, 64)
     x[1, 40], x[2, 3] = float("nan"), float("inf")
     for given in (x, x[1:2], x[2:]):
-        got = kernel("quantized_linear", (given, packed, None, 8, W4A8.text))(
-            given, packed, None, 8, W4A8.text
-        )
-        want = all_ops()["quantized_linear"].definition(given, packed, None, 8, W4A8.text)
+        args = (given, packed, None, 8, form.text)
+        got, want = kernel("quantized_linear", args)(*args), all_ops()["quantized_linear"].definition(*args)
         assert torch.equal(got.isnan(), want.isnan())
         assert torch.equal(got.nan_to_num(5), want.nan_to_num(5))
+        bad = ~given.isfinite().all(1)
+        assert torch.equal(got.isnan().all(1), bad), "such rows are NaN, whole, and no others"
+        assert not bool(got[~bad].isnan().any())
+
+
+def test_weights_that_share_static_activations_hold_one_step() -> None:
+    x, rows = torch.randn(3, 70), [13, 24]
+    packed = [packed_of(STATIC, torch.randn(n, 70)) for n in rows]
+    args = (x, packed, [None, None], rows, STATIC.text)
+    for mine, want in zip(
+        kernel("quantized_linear_multi", args)(*args),
+        all_ops()["quantized_linear_multi"].definition(*args),
+        strict=True,
+    ):
+        assert relative(mine, want) < 1e-6
+    other = (x, [packed[0], packed_of(STATIC, torch.randn(24, 70), step=0.03)], *args[2:])
+    with pytest.raises(RuntimeError, match="must hold one step"):
+        kernel("quantized_linear_multi", other)(*other)
 
 
 def test_refusals_name_values() -> None:
@@ -234,6 +276,9 @@ MUTANTS = {
         "grids + 16",
     ),
     "streams": (W4A8, 1, "first + 2 * each", "first + 1 * each"),
+    "the cut of static activations": (STATIC, 1, "cut(vmul(", "(vmul("),
+    "the place of the step": (STATIC, 4, "(rows + 7) / 8 * block", "(rows - 1) / 8 * block"),
+    "the range of 4 bits": (W8A4, 1, "? 7.0f / most", "? 6.0f / most"),
 }
 
 
@@ -248,8 +293,8 @@ def test_the_oracle_rejects_the_mutant(name: str) -> None:
         return text.replace(old, new)
 
     wrong = dataclasses.replace(family, op=mutant, generate={"cpu": generate})
-    packed = form.pack(form.quantizer().quantize(torch.randn(67, 130) + 0.3))
-    x = torch.randn(tokens, 130)
+    packed = packed_of(form, torch.randn(67, 130) + 0.3)
+    x = 2 * torch.randn(tokens, 130)
     args = (x, packed, None, 67, form.text)
     key = select("quantized_linear", TARGET, args)
     assert isinstance(key, KernelKey)
