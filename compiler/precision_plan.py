@@ -27,6 +27,9 @@ from tilewright.compiler.schema import arguments
 FORMAT = "tilewright-precision-1"
 KEEP = "keep"
 """The choice that leaves a layer as it is."""
+MARGIN = 0.1
+"""Share of an error budget that is kept for data unlike the calibration's: on other pieces of one text, 512
+tokens each, errors of SmolLM2's first layer were up to 4 % above those measured, above at all in 9 of 20."""
 _MAX_BYTES = 16 << 20
 
 

@@ -30,6 +30,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--max-error", type=float, metavar="E", help="largest mean share of output energy")
     parser.add_argument(
+        "--margin",
+        type=float,
+        metavar="S",
+        help="share of --max-error that is kept for data unlike the samples (default 0.1)",
+    )
+    parser.add_argument(
         "--max-share", type=float, metavar="S", help="largest size of the layers over their present size"
     )
     parser.add_argument("--out", metavar="FILE", help="the TOML file to write (default: only show the plan)")
@@ -39,7 +45,7 @@ def run(args: argparse.Namespace) -> Result:
     from tilewright.compiler.calibration import Statistics
     from tilewright.compiler.float_format import parse_format
     from tilewright.compiler.pipeline import Pipeline
-    from tilewright.compiler.precision_plan import choose, plan_of
+    from tilewright.compiler.precision_plan import MARGIN, choose, plan_of
     from tilewright.frontends.calibration import layer_choices
 
     _check(args)
@@ -57,8 +63,9 @@ def run(args: argparse.Namespace) -> Result:
         budget = f"max_share {args.max_share:g}"
         decisions = choose(layers, max_bytes=int(args.max_share * before))
     else:
-        budget = f"max_error {args.max_error:g}"
-        decisions = choose(layers, max_error=args.max_error)
+        margin = MARGIN if args.margin is None else args.margin
+        budget = f"max_error {args.max_error:g} with a margin of {margin:g}"
+        decisions = choose(layers, max_error=(1.0 - margin) * args.max_error)
     after, error = sum(d.choice.bytes for d in decisions), sum(d.choice.error for d in decisions)
     plan = plan_of(decisions, fingerprint=statistics.fingerprint, budget=budget)
     if args.out is not None:
@@ -88,5 +95,7 @@ def _check(args: argparse.Namespace) -> None:
         raise OptionError(f"--max-share = {args.max_share:g}: expected more than 0, at most 1")
     if args.max_error is not None and not args.max_error >= 0.0:
         raise OptionError(f"--max-error = {args.max_error:g}: expected 0 or more")
+    if args.margin is not None and (args.max_error is None or not 0.0 <= args.margin < 1.0):
+        raise OptionError(f"--margin = {args.margin:g}: expected 0 or more, below 1, and --max-error")
     if args.out is not None and not Path(args.out).parent.is_dir():
         raise OptionError(f"--out = {args.out}: there is no folder {Path(args.out).parent}")

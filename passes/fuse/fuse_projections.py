@@ -127,6 +127,16 @@ class FuseProjections(GraphPass):
             )
 
         yield {}, Example(quantized, (x, *packed))
+        static = WeightFormat(8, 0, "symmetric", "int8-static")
+        steps = [static.with_step(static.pack_weight(torch.randn(n, 12)), n / 1000) for n in (12, 4)]
+
+        def two_steps(x, p, q):
+            return (
+                ops.quantized_linear(x, p, None, 12, static.text),
+                ops.quantized_linear(x, q, None, 4, static.text),
+            )
+
+        yield {}, Example(two_steps, (x, *steps), refusal="the step of its activations is not")
         late = Example(
             lambda x, w: (lambda a: (a, ops.linear(x, w * a.mean())))(ops.linear(x, w)), (x, weights[0])
         )

@@ -41,7 +41,8 @@ def test_a_plan_by_error_shows_every_layer_and_writes_nothing(statistics, tmp_pa
     command = ["plan", "tiny-llama", "--statistics", statistics, "--max-error"]
     assert main([*command, "1e-4", "--json"]) == OK
     data = json.loads(capsys.readouterr().out)
-    assert data["mean_error"] <= 1e-4
+    assert data["mean_error"] <= 0.9e-4
+    assert data["budget"] == "max_error 0.0001 with a margin of 0.1"
     assert main([*command, "0"]) == OK
     text = capsys.readouterr().out
     assert text.count(": keep (") == len(data["layers"]) > 10
@@ -55,6 +56,8 @@ def test_bad_requests(statistics, tmp_path, capsys):
         ([], "either --max-error or --max-share"),
         (["--max-share", "1.5"], "--max-share = 1.5"),
         (["--max-error", "nan"], "--max-error = nan"),
+        (["--max-error", "0.1", "--margin", "1"], "--margin = 1"),
+        (["--max-share", "0.5", "--margin", "0.1"], "and --max-error"),
         (["--max-share", "0.5", "--format", "int9"], "int9"),
         (["--max-share", "0.5", "--out", str(tmp_path / "no" / "file")], "there is no folder"),
     ):

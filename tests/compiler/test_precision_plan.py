@@ -146,6 +146,8 @@ def test_statistics_without_hessians_are_refused():
         measure(program, found, FORMATS)
     with pytest.raises(OptionError, match="weight format"):
         measure(program, found, ("int7",))
+    with pytest.raises(OptionError, match="the step of static activations is no part of a plan"):
+        measure(program, found, ("int8.0.symmetric.int8-static.blocks8",))
 
 
 @pytest.mark.parametrize(
@@ -155,6 +157,10 @@ def test_statistics_without_hessians_are_refused():
         ("a = 1\n", "is no precision plan"),
         ('format = "tilewright-precision-1"\nlayers = 3\n', "is no precision plan"),
         ('format = "tilewright-precision-1"\n[layers]\n"a" = "int9.0.x"\n', "layer 'a'"),
+        (
+            'format = "tilewright-precision-1"\n[layers]\n"a" = "int8.0.symmetric.int8-static.rows"\n',
+            "no part of a plan",
+        ),
     ],
 )
 def test_files_that_are_no_plans(tmp_path, text, reason):

@@ -13,6 +13,7 @@ import tilewright as tw
 from tilewright.compiler.diagnostics import ExportError, OptionError, ParityError
 from tilewright.compiler.parity import relative_rms
 from tilewright.frontends import weight_offload
+from tilewright.frontends.calibration import calibrate
 from tilewright.frontends.cli import main
 from tilewright.frontends.export import parity
 from tilewright.frontends.export.artifact import faults
@@ -113,6 +114,26 @@ def test_offsets_of_grids(tmp_path: Path, rounding: str, axes: int) -> None:
     rest = {} if rounding == "whole-zero" else {"MatMul": 1, "Add": 2, **sums}
     assert entry["operators"] == {"com.microsoft::MatMulNBits": 1, "Add": 1, "Relu": 1} | rest
     assert entry["parity"]["example"]["program"] < 1e-5
+
+
+@pytest.mark.parametrize("group", [0, 32])
+def test_static_activations_keep_their_step(tmp_path: Path, group: int) -> None:
+    """On the calibrated grid, cut at its ends: what the call has seen four times larger."""
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 32), nn.ReLU()).eval()
+    x = torch.randn(5, 64)
+    calibrate(module, [((x,), {})]).save(tmp_path / "s.safetensors")
+    scheme = f"quantize-linear{{group={group},activation=int8-static,calibration={tmp_path}/s.safetensors}}"
+    tw.export(module, (x,), scheme, tmp_path / "out", "onnx")
+    torch._dynamo.reset()
+    options = {"pipeline": scheme, "lower": "eager"}
+    compiled = torch.compile(module, backend="tilewright", options=options)
+    with torch.no_grad():
+        want, plain = compiled(4 * x), module(4 * x)
+    (name,) = [i.name for i in session(tmp_path / "out" / "call.onnx").get_inputs()]
+    (got,) = session(tmp_path / "out" / "call.onnx").run(None, {name: (4 * x).numpy()})
+    assert (torch.from_numpy(got) - want).norm() < 1e-3 * want.norm()
+    assert (want - plain).norm() > 0.1 * plain.norm(), "nothing was cut"
 
 
 def test_small_floats_are_refused_by_name(tmp_path: Path) -> None:
