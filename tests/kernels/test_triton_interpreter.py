@@ -110,6 +110,23 @@ def test_quantized_linear(form: WeightFormat, dtype: torch.dtype) -> None:
         check("quantized_linear_multi", x, packed, [None, randn(40, dtype=dtype)], list(rows), form.text)
 
 
+@pytest.mark.parametrize("activation", ["int8-token", "int4-token", "int8-static"])
+def test_a_row_that_holds_no_number_is_no_number(activation: Any) -> None:
+    form = WeightFormat(8, 0, "symmetric", activation, "rows")
+    packed = form.pack_weight(torch.randn(13, 70))
+    packed = form.with_step(packed, 0.03) if form.has_step else packed
+    x = randn(18, 70)
+    x[3, 69], x[17, 0], x[5, 40] = float("nan"), float("inf"), -float("inf")
+    key = FAMILIES["quantized_linear"].configure(
+        [to_meta(v) for v in (x, packed, None, 13, form.text)], TARGET
+    )
+    assert isinstance(key, KernelKey), str(key)
+    run = build_kernel(FAMILIES["quantized_linear"], key).op
+    got = run(*FAMILIES["quantized_linear"].rewrite_args(key, (x, packed, None, 13, form.text)))
+    assert got.isnan().any(1).nonzero().flatten().tolist() == [3, 5, 17]
+    assert got.isnan().all(1).nonzero().flatten().tolist() == [3, 5, 17]
+
+
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 @pytest.mark.parametrize("dtype", list(BOUNDS))
 @pytest.mark.parametrize(

@@ -7,10 +7,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import torch
 
 from tilewright.compiler.pipeline import Pipeline
+from tilewright.compiler.weight_format import WeightFormat
 from tilewright.tools import quality_table
-from tilewright.tools.quality_table import ROWS, Measured, Row, main
+from tilewright.tools.quality_table import ROWS, Measured, Row, main, off_grid
 
 
 def measured(row: Row, delta: float) -> Measured:
@@ -53,3 +55,23 @@ def test_a_row_without_a_goal_is_judged_by_its_band_alone() -> None:
     assert measured(row, 0.7).good
     assert "goal" not in measured(row, 0.7).line()
     assert not measured(row, 0.1).good, "a static range of one token that costs nothing is no static range"
+
+
+def test_weights_off_the_grid_are_near_it_and_not_on_it() -> None:
+    """Rounding them to the grid of Q4_1 changes them, where it changed nothing before; a tied head stays."""
+    torch.manual_seed(0)
+    form = WeightFormat(4, 32, "float-zero")
+    module = torch.nn.ModuleDict({"table": torch.nn.Embedding(7, 96), "head": torch.nn.Linear(96, 7)})
+    module["head"].weight = module["table"].weight
+    module["layer"] = torch.nn.Linear(96, 40)
+    layer, tied = module["layer"], module["table"].weight.detach().clone()
+    layer.weight.data = form.round_weight(layer.weight)
+    before = layer.weight.detach().clone()
+    assert float((form.round_weight(before) - before).norm()) < 1e-3 * float(before.norm())
+    off_grid(module)
+    assert torch.equal(module["head"].weight, tied)
+    moved = (layer.weight - before).detach().unflatten(1, (3, 32))
+    step = (before.unflatten(1, (3, 32)).amax(-1) - before.unflatten(1, (3, 32)).amin(-1)) / 15
+    assert bool((moved.abs() <= 0.5001 * step[..., None]).all())
+    assert float(moved.abs().mean() / step.mean()) == pytest.approx(0.25, rel=0.05)
+    assert float((form.round_weight(layer.weight) - layer.weight).norm()) > 0.02 * float(before.norm())
