@@ -35,8 +35,9 @@ def rounded(weight: Tensor) -> tuple[Tensor, Tensor]:
 class PeerGraph:
     """The model while it is written: nodes and weights in order."""
 
-    def __init__(self, module: Any, capacity: int) -> None:
+    def __init__(self, module: Any, capacity: int, *, last_only: bool = False) -> None:
         self.module, self.config, self.capacity = module, module.config, capacity
+        self.last_only = last_only
         self.nodes: list[Any] = []
         self.weights: list[Any] = []
         self.inputs = [
@@ -44,7 +45,7 @@ class PeerGraph:
             helper.make_tensor_value_info("last", TensorProto.INT32, [1]),
             helper.make_tensor_value_info("total", TensorProto.INT32, []),
         ]
-        vocabulary = [1, "S", self.config.vocab_size]
+        vocabulary = [1, 1 if last_only else "S", self.config.vocab_size]
         self.outputs = [helper.make_tensor_value_info("logits", TensorProto.FLOAT, vocabulary)]
 
     def weight(self, name: str, value: Tensor) -> str:
@@ -120,7 +121,12 @@ class PeerGraph:
             x = self.norm(x, attended, layer.post_attention_layernorm.weight, f"middle.{i}")
             more = self.mlp(i, layer, f"middle.{i}")
         self.norm(x, more, model.norm.weight, "out")
-        self.linear("out", self.module.lm_head.weight, "logits")
+        read = "out"
+        if self.last_only:
+            read, ends = "out.last", {"from": -1, "to": np.iinfo(np.int64).max, "axis": 1}
+            names = [self.weight(f"last.{name}", torch.tensor([at])) for name, at in ends.items()]
+            self.node("Slice", ["out", *names], [read], domain="")
+        self.linear(read, self.module.lm_head.weight, "logits")
         graph = helper.make_graph(self.nodes, "peer", self.inputs, self.outputs, initializer=self.weights)
         imports = [helper.make_opsetid("", 17), helper.make_opsetid(MICROSOFT, 1)]
         onnx.save(helper.make_model(graph, opset_imports=imports, ir_version=8), str(path))
@@ -135,10 +141,13 @@ def feed_of(tokens: np.ndarray[Any, Any], start: int) -> dict[str, Any]:
 class Peer:
     """The graph in onnxruntime, its keys and values in buffers that it reads and writes."""
 
-    def __init__(self, module: Any, folder: Path, capacity: int, threads: int) -> None:
+    def __init__(
+        self, module: Any, folder: Path, capacity: int, threads: int, *, last_only: bool = False
+    ) -> None:
+        """`last_only`: a call computes the logits of its last token and no others."""
         import onnxruntime
 
-        graph = PeerGraph(module, capacity)
+        graph = PeerGraph(module, capacity, last_only=last_only)
         graph.write(folder / "peer.onnx")
         self.session = session(folder / "peer.onnx", threads=threads)
         self.binding = self.session.io_binding()
