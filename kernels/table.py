@@ -169,9 +169,12 @@ def too_small(op_name: str, metas: Sequence[Any], target: Target) -> Refusal | N
 
 @functools.lru_cache(maxsize=1)
 def host_target() -> Target:
-    """The CPU this process runs on: cpu:avx512, cpu:avx2, or cpu:generic, for which there are no kernels."""
+    """The CPU this process runs on: cpu:avx512 (which has VNNI), cpu:avx2, or cpu:generic, for which there
+    are no kernels."""
     level = torch.backends.cpu.get_cpu_capability()
-    return Target("cpu", {"AVX512": "avx512", "AVX2": "avx2"}.get(level, "generic"))
+    if level == "AVX512":
+        return Target("cpu", "avx512" if torch.cpu.get_capabilities()["avx512_vnni"] else "avx2")
+    return Target("cpu", "avx2" if level == "AVX2" else "generic")
 
 
 def list_kernels() -> list[dict[str, str]]:

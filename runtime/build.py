@@ -17,7 +17,7 @@ from tilewright.runtime.store import ArtifactStore
 SOURCE, LIBRARY = "kernel.cpp", "kernel.so"
 ARCH_FLAGS = {
     "avx2": ("-mavx2", "-mfma", "-mf16c"),
-    "avx512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"),
+    "avx512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mfma", "-mf16c"),
 }
 """Instruction-set flags by target arch: the only flags that vary."""
 COMMON_FLAGS = (

@@ -297,8 +297,8 @@ def source(plan: Plan, arch: str) -> tuple[str, str]:
 
 def _text(plan: Plan, arch: str, op: str) -> str:
     kinds = {s.kind for s in plan.stages}
-    if "quantized_linear" in kinds:
-        arch = "avx2"  # the packed form is made for vectors of 8
+    # The packed form is made for vectors of 8.
+    lanes = "avx2" if "quantized_linear" in kinds else arch
     emitter = _Emitter(plan)
     body = emitter.body()
     acts = sorted({str(s.numbers[0]) for s in plan.stages if s.kind in ("unary", "gated")})
@@ -306,15 +306,15 @@ def _text(plan: Plan, arch: str, op: str) -> str:
     helpers = [parts.TEAM]
     if kinds & {"linear", "attention", "quantized_linear"}:
         helpers.append(f"using T = float;\nconstexpr int64_t kAhead = {AHEAD_BYTES};  // bytes")
-        helpers.append(dot_text("float32", arch))
+        helpers.append(dot_text("float32", lanes))
     helpers += [f"inline Vec act_{a}(Vec g) {{ return {ACTIVATION[a][0]}; }}" for a in acts]
-    helpers += [format_text(form, f"f{number}") for form, number in emitter.formats.items()]
+    helpers += [format_text(form, f"f{number}", arch) for form, number in emitter.formats.items()]
     helpers += [text for kind, text in _HELPERS.items() if kind in kinds]
     return _FILE.format(
         count=len(plan.stages),
         arch=arch,
         header=HEADER,
-        vector=vector_text(arch, needs),
+        vector=vector_text(lanes, needs),
         helpers="\n\n".join(helpers),
         run=_run(plan, emitter, body),
         space=NAMESPACE,

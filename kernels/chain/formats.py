@@ -85,7 +85,7 @@ def row_floats(form: AnyFormat, columns: int) -> int:
     return chunks * 40 + 3 * len(form.chunks(columns))
 
 
-def format_text(form: AnyFormat, space: str) -> str:
+def format_text(form: AnyFormat, space: str, arch: str) -> str:
     """Row, row_at, prepare_row and multiply of one weight format, in a namespace of its own."""
     if isinstance(form, FloatFormat):
         rest = _CUT_ROW if form.activation != "none" else ""
@@ -95,9 +95,8 @@ def format_text(form: AnyFormat, space: str) -> str:
             _MULTIPLY_ROWS,
         )
     else:
-        shape = Shape(
-            form.bits, form.group, form.has_offset, ACTIVATION_WORD[form.activation], form.grid == "wide"
-        )
+        activation, wide = ACTIVATION_WORD[form.activation], form.grid == "wide"
+        shape = Shape(form.bits, form.group, form.has_offset, activation, wide, vnni=arch == "avx512")
         rest = _INTEGER_ROW if shape.is_integer else _FLOAT_ROW
         parts = (geometry(shape), activations(shape), dot(shape))
         given, step = (", float step", ", step") if shape.is_static else ("", "")

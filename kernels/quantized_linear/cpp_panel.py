@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from tilewright.kernels.quantized_linear import cpp_vnni
 from tilewright.kernels.quantized_linear.cpp_dot import each, unsigned
 from tilewright.kernels.quantized_linear.cpp_parts import Shape
 
@@ -12,7 +13,8 @@ INTEGER_TILE, FLOAT_TILE = 3, 6
 def panel(shape: Shape) -> str:
     """unpack_block, and tile: R rows of x times a panel."""
     if shape.is_integer:
-        return f"{_integer_layout(shape)}\n\n{_integer_tile(shape)}"
+        product = cpp_vnni.tile(shape) if shape.vnni else _integer_tile(shape)
+        return f"{_integer_layout(shape)}\n\n{product}"
     return f"{_float_layout(shape)}\n\n{FLOAT_TILE_TEXT}"
 
 
@@ -63,8 +65,9 @@ inline void unpack_block(const uint8_t* p, int64_t K32, float* to, int half) {{
 
 def _integer_layout(shape: Shape) -> str:
     keep = "\n    vstore(grids + 16, grid(tail + kGridBytes));" if shape.offset else ""
-    store = "      _mm256_storeu_si256(reinterpret_cast<Int*>(to + {j} * 64), codes<{j}>(p));"
-    return f"""constexpr int kTile = {INTEGER_TILE};
+    codes = unsigned(shape, "codes<{j}>(p)") if shape.vnni else "codes<{j}>(p)"
+    store = f"      _mm256_storeu_si256(reinterpret_cast<Int*>(to + {{j}} * 64), {codes});"
+    return f"""constexpr int kTile = {cpp_vnni.TILE if shape.vnni else INTEGER_TILE};
 constexpr int64_t kGridFloats = {32 if shape.offset else 16};  // 16 scales{", 16 offsets" * shape.offset}
 using Weights = uint8_t;
 // A panel of 16 rows: per group its scales{" and offsets" * shape.offset}, then its codes, a byte each.

@@ -31,6 +31,8 @@ class Shape:
     """`none`, `token`, `token4`, `group` or `static`."""
     wide: bool
     """Scales of groups are float32, not float16."""
+    vnni: bool = False
+    """Integer products by AVX-512 VNNI, which takes all codes as unsigned."""
 
     @property
     def short_grids(self) -> bool:
@@ -65,7 +67,8 @@ class Shape:
 def shape_of(key: KernelKey) -> Shape:
     """The specialising options of a key."""
     config = config_of(key)
-    return Shape(config["bits"], config["group"], config["offset"], config["activation"], config["wide"])
+    bits, group, offset, activation = (config[name] for name in ("bits", "group", "offset", "activation"))
+    return Shape(bits, group, offset, activation, config["wide"], key.target.arch == "avx512")
 
 
 def geometry(shape: Shape) -> str:
@@ -223,9 +226,9 @@ def activations(shape: Shape) -> str:
     """One row of x made ready: padded to whole chunks, quantized, with what each group adds."""
     if not shape.is_integer:
         return _PLAIN_ROW
-    shift = "-128 * total" if shape.bits == 8 else f"{shape.middle} * total"
-    if shape.bits == 8 and not shape.offset:
-        shift = "0"  # stored as signed
+    signed = shape.bits == 8 and not shape.vnni
+    middle = shape.middle - (128 if signed else 0)
+    shift = f"{middle} * total" if middle else "0"
     scale, scaled, given = "scale", "vmul(vload(x + u * 8), vset(inverse))", ""
     if shape.is_static:
         once = "  const float inverse = 1.0f / step, scale = step + poison(row.x, K32);\n"
@@ -236,4 +239,3 @@ def activations(shape: Shape) -> str:
         once, scale = "  float inverse;\n", "range(row.x + c * 32, chunks_of(c, K32), &inverse)"
     text = _QUANTIZED_ROW.replace("RANGE", _CUT if shape.is_static else range_text(shape.largest))
     text = text.replace("ONCE", once).replace("SCALED", scaled).replace("GIVEN", given)
-    return text.replace("SCALE", scale).replace("SHIFT", shift)
