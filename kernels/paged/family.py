@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -78,12 +78,15 @@ def check_sizes(sizes: dict[str, Any]) -> Refusal | None:
     return None
 
 
+def fitting(target: Target, sizes: Iterable[int]) -> Target:
+    """The target, or that of AVX2 where its vectors divide sizes that those of AVX-512 do not."""
+    return Target("cpu", "avx2") if any(n % LANES.get(target.arch, 1) for n in sizes) else target
+
+
 def sized_key(op: str, target: Target, dtype: str, **options: int | bool | str) -> KernelKey:
     """`make_key` for the widest vectors of the target that divide the head sizes."""
     sizes = [int(options[name]) for name in ("head", "value") if name in options]
-    if any(size % LANES.get(target.arch, 1) for size in sizes):
-        target = Target("cpu", "avx2")
-    return make_key(op, target, dtype, **options)
+    return make_key(op, fitting(target, sizes), dtype, **options)
 
 
 def _configure(op: str, names: Sequence[str]) -> Callable[[Sequence[Any], Target], KernelKey | Refusal]:

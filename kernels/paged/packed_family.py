@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,10 +17,9 @@ from tilewright.kernels.common.family import (
     check_target,
     config_of,
     dtype_name,
-    make_key,
 )
 from tilewright.kernels.paged import cpp, cpp_append, triton, triton_packed
-from tilewright.kernels.paged.family import DTYPES, check_sizes
+from tilewright.kernels.paged.family import DTYPES, check_sizes, fitting, sized_key
 from tilewright.kernels.paged.signature import append_names, append_schema, attention_names, attention_schema
 from tilewright.runtime.contracts import KernelKey, Refusal, Target
 
@@ -31,8 +30,8 @@ APPEND_NAMES = ("k_pages", "v_pages", "page_table", "starts", "k", "v", "bits", 
 LEGALITY = (
     "new rows are float32, bfloat16 or float16",
     f"pages hold {', '.join(map(str, PAGE_SIZES))} tokens; the last axis of the pool is contiguous",
-    "D and E are known, multiples of 8 (16 on AVX-512) and at most 128",
-    "half a group at 4 bits, a group at 8, is a multiple of 8 (16 on AVX-512) channels on a CPU",
+    "D and E are known, multiples of 8 and at most 128",
+    "half a group at 4 bits, a group at 8, is a multiple of 8 channels on a CPU",
     "tables are int32, lengths int64",
     "on a GPU indices are not checked, and what a code stands for is rounded to the dtype of q",
 )
@@ -54,9 +53,15 @@ def _configure(
             return options
         if "first" in given:
             options["first"] = given["first"] is not None
-        return make_key(op, target, dtype, **options)
+        runs = _runs(options, int(given["bits"]), int(given["group"]))
+        return sized_key(op, fitting(target, runs), dtype, **options)
 
     return configure
+
+
+def _runs(sizes: Mapping[str, Any], bits: int, group: int) -> list[int]:
+    """Bytes of codes of a group of keys and of values: what vectors of channels have to divide."""
+    return [(group or sizes[name]) * bits // 8 for name in ("head", "value")]
 
 
 def _pool_options(given: dict[str, Any], rows: str, target: Target) -> dict[str, int | bool | str] | Refusal:
@@ -70,17 +75,16 @@ def _pool_options(given: dict[str, Any], rows: str, target: Target) -> dict[str,
             return Refusal(f"rows of k_pages have {k.shape[3]} bytes, which {sizes['head']} channels do not")
     except ValueError as error:
         return Refusal(str(error))
-    refused = check_sizes(sizes, target)
+    refused = check_sizes(sizes)
     if refused is not None:
         return refused
     if sizes["page"] not in PAGE_SIZES:
         return Refusal(f"pages of {sizes['page']} tokens; the kernels take {', '.join(map(str, PAGE_SIZES))}")
     if any(pool.stride(3) != 1 or any(step % 4 for step in pool.stride()[:3]) for pool in (k, v)):
         return Refusal("rows of k_pages or v_pages are not contiguous or start at no multiple of 4 bytes")
-    for name in ("head", "value"):
-        run = (group or sizes[name]) * bits // 8
-        if target.kind == "cpu" and run % LANES[target.arch]:
-            return Refusal(f"groups of {group or sizes[name]} at {bits} bits do not fill vectors of {target}")
+    if target.kind == "cpu" and any(run % LANES["avx2"] for run in _runs(sizes, bits, group)):
+        shares = group or f"{sizes['head']} and {sizes['value']}"
+        return Refusal(f"groups of {shares} at {bits} bits do not fill vectors of 8 channels")
     return {**{name: int(size) for name, size in sizes.items()}, "bits": bits, "group": group}
 
 

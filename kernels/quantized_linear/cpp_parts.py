@@ -239,3 +239,4 @@ def activations(shape: Shape) -> str:
         once, scale = "  float inverse;\n", "range(row.x + c * 32, chunks_of(c, K32), &inverse)"
     text = _QUANTIZED_ROW.replace("RANGE", _CUT if shape.is_static else range_text(shape.largest))
     text = text.replace("ONCE", once).replace("SCALED", scaled).replace("GIVEN", given)
+    return text.replace("SCALE", scale).replace("SHIFT", shift)
