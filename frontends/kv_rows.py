@@ -95,10 +95,16 @@ class RowModel:
     """A model that is fed tokens row by row."""
 
     def __init__(
-        self, whole: Callable[..., Any], step: Callable[..., Any], kv: KVRows, device: torch.device
+        self,
+        whole: Callable[..., Any],
+        step: Callable[..., Any],
+        kv: KVRows,
+        device: torch.device,
+        cache: str,
     ) -> None:
         """whole: the model as it is, for prompts of any length. step: the same or a compiled one, for few
-        tokens at a time."""
+        tokens at a time. cache: what both call their cache."""
+        self._given: dict[str, Any] = {cache: kv.cache, "use_cache": True}
         self.kv = kv
         self._whole, self._step, self._device = whole, step, device
 
@@ -113,7 +119,7 @@ class RowModel:
             raise OptionError(f"{kv.length} + {width} tokens do not fit a cache of {kv.capacity}")
         tokens = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows])
         positions = torch.tensor(kv.held)[:, None] + torch.arange(width)
-        given: dict[str, Any] = {}
+        given = dict(self._given)
         if kv.batch > 1:  # padding may see itself: it comes behind everything that counts
             mask = kv.used.clone()
             mask[:, kv.length : kv.length + width] = True
@@ -124,8 +130,6 @@ class RowModel:
             logits: Tensor = (self._whole if prompt else self._step)(
                 input_ids=tokens.to(self._device),
                 position_ids=positions.to(self._device),
-                past_key_values=kv.cache,
-                use_cache=True,
                 **given,
             ).logits
         start = kv.length
@@ -159,8 +163,7 @@ class RowModel:
                 input_ids=torch.tensor(tokens, device=self._device),
                 position_ids=torch.tensor(places, device=self._device),
                 attention_mask=mask.to(self._device),
-                past_key_values=kv.cache,
-                use_cache=True,
+                **self._given,
             ).logits
         kv.length += width
         kv.used[:, start : kv.length] = True

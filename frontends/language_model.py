@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from tilewright.compiler.diagnostics import OptionError
+from tilewright.frontends.cache_argument import cache_name
 from tilewright.frontends.compile import CompileOptions
 from tilewright.frontends.kv_rows import KVRows, RowModel
 
@@ -70,7 +71,7 @@ class LanguageModel:
         """The model over a cache."""
         whole = getattr(self.module.forward, "_torchdynamo_orig_callable", self.module)
         device = next(self.module.parameters()).device
-        return RowModel(cast(Callable[..., Any], whole), self.step, kv, device)
+        return RowModel(cast(Callable[..., Any], whole), self.step, kv, device, cache_name(self.module))
 
     def check_room(self, tokens: int) -> None:
         """OptionError when the model has no positions for so many tokens."""
