@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Protocol
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import ClassVar, Protocol
 
-import torch
 from torch import Tensor
 
 from tilewright.runtime.contracts import REUSE, STATE
+from tilewright.runtime.step_probe import Kept
 
 
 class StepReuseError(Exception):
@@ -30,47 +29,34 @@ class Lane:
     residual: Tensor | None = None
     beside: dict[int, Tensor] = field(default_factory=dict)
     """Residuals of the other streams of coupled blocks, by number from 1."""
-    measured: Tensor | None = None
-    """Of the last computed step."""
-    probe: Tensor | None = None
+    seen: Kept | None = None
+    """What its policy keeps."""
     computed: int = -1
     """The last step that was computed; -1 for none."""
     rate: int = 1
     drift: float = 0.0
     motion: float | None = None
 
+    def copy(self) -> Lane:
+        """Another lane that remembers the same."""
+        found = object.__new__(Lane)
+        found.__dict__.update(self.__dict__)  # an eighth of what `replace` takes
+        return found
+
 
 class Policy(Protocol):
     """Decides from what a lane remembers; may change the lane."""
 
     keeps: ClassVar[str]
-    """What a lane remembers besides the residual: `probe` or `measured`."""
+    """What a lane remembers besides the residual, as `seen`: the `probe`, or what was `measured` behind the
+    stretch at the last computed step."""
 
-    def reuse(self, lane: Lane, step: int, steps: int, probe: Tensor) -> bool:
-        """Whether this step reuses the residual; a lane without one is never asked."""
+    def reuse(self, lane: Lane, step: int, steps: int, seen: Kept | None) -> bool:
+        """Whether this step reuses the residual; a lane without one is never asked. seen: the probe of this
+        step, None for a policy that keeps what is measured."""
 
-    def computed(self, lane: Lane, step: int, steps: int, probe: Tensor, measured: Tensor) -> None:
-        """A step was computed; `lane` is still that of the step before."""
-
-
-def relative_change(new: Tensor, old: Tensor) -> float:
-    """L1 norm of the difference over that of `old`, of the sample of the batch where it is greatest."""
-    pairs = zip(_sizes(new - old), _sizes(old), strict=True)
-    shares = [change / size if size > 0.0 else math.inf for change, size in pairs]
-    return max(math.inf if math.isnan(share) else share for share in shares)
-
-
-_FEW = 1 << 16
-"""Elements up to which a sum in float32 is off by less than 2e-5 of itself."""
-
-
-def _sizes(x: Tensor) -> list[float]:
-    """L1 norm of each sample. In few calls: at decode's sizes one costs more than what it computes."""
-    if x.shape[0] == 1 and x.numel() <= _FEW:
-        short = None if x.dtype in (torch.float32, torch.float64) else torch.float32
-        return [float(torch.linalg.vector_norm(x, 1, dtype=short))]
-    sums: list[float] = torch.linalg.vector_norm(x, 1, tuple(range(1, x.dim())), dtype=torch.float64).tolist()
-    return sums
+    def computed(self, lane: Lane, step: int, steps: int, seen: Kept) -> None:
+        """A step was computed, and `seen` will be kept; `lane` is still that of the step before."""
 
 
 @dataclass(frozen=True)
@@ -97,16 +83,16 @@ class Codebook:
         if any(r < 1 for r in rates) or rates != sorted(rates, reverse=True):
             raise StepReuseError(f"codebook {self.rates}: expected falling rates of at least 1")
 
-    def reuse(self, lane: Lane, step: int, steps: int, probe: Tensor) -> bool:
+    def reuse(self, lane: Lane, step: int, steps: int, seen: Kept | None) -> bool:
         return step < min(lane.computed + lane.rate, steps - 2)
 
-    def computed(self, lane: Lane, step: int, steps: int, probe: Tensor, measured: Tensor) -> None:
-        if lane.measured is None:
+    def computed(self, lane: Lane, step: int, steps: int, seen: Kept) -> None:
+        if lane.seen is None:
             return
         gap = step - lane.computed
-        change = relative_change(measured, lane.measured) / gap
+        change = seen.change(lane.seen) / gap
         if self.frames > 1 and self.window[0] * steps <= step < self.window[1] * steps:
-            motion = (_motion(measured, self.frames) / self.norm) ** self.power
+            motion = (_motion(seen.tensor, self.frames) / self.norm) ** self.power
             before = motion if lane.motion is None else lane.motion
             change *= motion + abs(self.gradient * (motion - before) / gap)
             lane.motion = motion
@@ -135,17 +121,17 @@ class Accumulated:
     def __post_init__(self) -> None:
         _check_threshold(self.threshold)
 
-    def reuse(self, lane: Lane, step: int, steps: int, probe: Tensor) -> bool:
-        if step >= steps - 1 or lane.probe is None:
+    def reuse(self, lane: Lane, step: int, steps: int, seen: Kept | None) -> bool:
+        if step >= steps - 1 or seen is None or lane.seen is None:
             return False
-        change, scaled = relative_change(probe, lane.probe), 0.0
+        change, scaled = seen.change(lane.seen), 0.0
         for c in self.coefficients:
             scaled = scaled * change + c
         lane.drift += max(0.0, scaled)
-        lane.probe = probe
+        lane.seen = seen
         return lane.drift < self.threshold
 
-    def computed(self, lane: Lane, step: int, steps: int, probe: Tensor, measured: Tensor) -> None:
+    def computed(self, lane: Lane, step: int, steps: int, seen: Kept) -> None:
         lane.drift = 0.0
 
 
@@ -162,12 +148,12 @@ class FirstBlock:
     def __post_init__(self) -> None:
         _check_threshold(self.threshold)
 
-    def reuse(self, lane: Lane, step: int, steps: int, probe: Tensor) -> bool:
-        if step < self.warmup or lane.probe is None or (self.longest and step - lane.computed > self.longest):
+    def reuse(self, lane: Lane, step: int, steps: int, seen: Kept | None) -> bool:
+        if step < self.warmup or (self.longest and step - lane.computed > self.longest):
             return False
-        return relative_change(probe, lane.probe) < self.threshold
+        return seen is not None and lane.seen is not None and seen.change(lane.seen) < self.threshold
 
-    def computed(self, lane: Lane, step: int, steps: int, probe: Tensor, measured: Tensor) -> None:
+    def computed(self, lane: Lane, step: int, steps: int, seen: Kept) -> None:
         """The probe of a computed step is kept for every policy."""
 
 
@@ -176,15 +162,27 @@ def _check_threshold(value: float) -> None:
         raise StepReuseError(f"threshold = {value}: expected 0 (never reuse) or more")
 
 
-@dataclass
-class _Request:
-    steps: int
-    lanes: dict[tuple[str, int], Lane] = field(default_factory=dict)
-    latest: dict[str, int] = field(default_factory=dict)
-    """Branch -> the step of its latest call."""
-    active: set[str] = field(default_factory=set)
+@dataclass(slots=True)
+class _Branch:
+    """What a request remembers of one branch of guidance."""
+
+    lanes: dict[int, Lane] = field(default_factory=dict)
+    latest: int = -1
+    """The step of its latest call."""
+    busy: threading.Lock = field(default_factory=threading.Lock)
+    """Held by the call that runs: there is one at a time."""
     computed: int = 0
     reused: int = 0
+
+
+@dataclass(slots=True)
+class _Request:
+    steps: int
+    branches: dict[str, _Branch] = field(default_factory=dict)
+
+    def counts(self) -> tuple[int, int]:
+        branches = list(self.branches.values())
+        return sum(b.computed for b in branches), sum(b.reused for b in branches)
 
 
 class StepReuse:
@@ -205,98 +203,122 @@ class StepReuse:
     def end(self, request: str) -> tuple[int, int]:
         """Drop all a request holds; (gates computed, gates reused)."""
         with self._lock:
-            held = self._running(request)
+            held = self.running(request)
             del self._requests[request]
-            return held.computed, held.reused
+            return held.counts()
 
     def counts(self, request: str) -> tuple[int, int]:
         """(gates computed, gates reused) of a request so far."""
-        with self._lock:
-            held = self._running(request)
-            return held.computed, held.reused
+        return self.running(request).counts()
 
-    @contextmanager
-    def call(self, request: str, branch: str, step: int) -> Iterator[None]:
+    def call(self, request: str, branch: str, step: int) -> AbstractContextManager[None]:
         """Programs that run inside decide for this request, branch and step (from 0)."""
-        with self._lock:
-            held = self._running(request)
-            latest = held.latest.get(branch, -1)
-            if not 0 <= step < held.steps or step < latest:
-                raise StepReuseError(
-                    f"request {request!r}, branch {branch!r}: step {step} of {held.steps} after step {latest}"
-                )
-            if branch in held.active:
-                raise StepReuseError(f"request {request!r}, branch {branch!r} is in a call already")
-            held.active.add(branch)
-        access = _Access(self.policy, held, branch, step, again=step == latest)
-        token = REUSE.set(access)
-        try:
-            yield
-            with self._lock:
-                access.commit()
-                held.latest[branch] = step
-        finally:
-            REUSE.reset(token)
-            with self._lock:
-                held.active.discard(branch)
+        return _Access(self, request, branch, step)
 
     def bytes(self) -> int:
         """What all running requests hold."""
         with self._lock:
-            lanes = [lane for r in self._requests.values() for lane in r.lanes.values()]
-        tensors: Sequence[Any] = [
-            t for lane in lanes for t in (lane.residual, lane.measured, lane.probe, *lane.beside.values())
-        ]
-        return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+            branches = [b for r in self._requests.values() for b in list(r.branches.values())]
+        lanes = [lane for branch in branches for lane in list(branch.lanes.values())]
+        tensors = [t for lane in lanes for t in (lane.residual, *lane.beside.values()) if t is not None]
+        kept = sum(lane.seen.bytes() for lane in lanes if lane.seen is not None)
+        return kept + sum(t.numel() * t.element_size() for t in tensors)
 
-    def _running(self, request: str) -> _Request:
-        if request not in self._requests:
+    def running(self, request: str) -> _Request:
+        """A request between its begin and its end; StepReuseError for any other."""
+        found = self._requests.get(request)
+        if found is None:
             raise StepReuseError(f"request {request!r} has not begun, or has ended")
-        return self._requests[request]
+        return found
+
+
+@dataclass(slots=True)
+class _Gate:
+    """A gate in one call."""
+
+    lane: Lane
+    seen: Kept | None
+    reuses: bool
 
 
 class _Access:
-    """One call; changes are made on copies of the lanes until `commit`."""
+    """One call, from enter to exit; changes are made on copies of the lanes and written by a good exit."""
 
-    def __init__(self, policy: Policy, held: _Request, branch: str, step: int, again: bool) -> None:
-        self._policy, self._held, self._branch, self._step = policy, held, branch, step
-        self._again = again
+    __slots__ = (
+        "_again", "_branch", "_gates", "_inside", "_owner", "_place", "_policy", "_probes", "_step", "_steps",
+        "_token",
+    )  # fmt: skip
+
+    def __init__(self, owner: StepReuse, request: str, branch: str, step: int) -> None:
+        self._owner, self._place, self._step = owner, (request, branch), step
+
+    def __enter__(self) -> None:
+        (request, name), step, owner = self._place, self._step, self._owner
+        held = owner.running(request)
+        branch = held.branches.get(name)
+        if branch is None:
+            branch = held.branches.setdefault(name, _Branch())
+        if not branch.busy.acquire(blocking=False):
+            raise StepReuseError(f"request {request!r}, branch {name!r} is in a call already")
+        latest = branch.latest
+        if not latest <= step < held.steps or step < 0:
+            branch.busy.release()
+            raise StepReuseError(
+                f"request {request!r}, branch {name!r}: step {step} of {held.steps} after step {latest}"
+            )
+        self._branch, self._steps, self._policy = branch, held.steps, owner.policy
+        self._probes = owner.policy.keeps == "probe"
+        self._again = step == latest
         """A second evaluation of one step (Heun): computed, and nothing is learnt from it."""
-        self._lanes: dict[int, Lane] = {}
-        self._reused: dict[int, bool] = {}
-        self._probes: dict[int, Tensor] = {}
+        self._gates: dict[int, _Gate] = {}
         self._inside = False
         """Between the begin and the end of a gate that reuses."""
+        self._token = REUSE.set(self)
+
+    def __exit__(self, failed: type[BaseException] | None, *_: object) -> None:
+        REUSE.reset(self._token)
+        branch = self._branch
+        if failed is None and not self._again:
+            for number, gate in self._gates.items():
+                branch.lanes[number] = gate.lane
+                if gate.reuses:
+                    branch.reused += 1
+                else:
+                    branch.computed += 1
+            branch.latest = self._step
+        branch.busy.release()
 
     def decide(self, gate: int, entry: Tensor, probe: Tensor) -> bool:
-        lane = replace(self._held.lanes.get((self._branch, gate), Lane()))
-        kept = lane.residual
-        fits = kept is not None and (kept.shape, kept.dtype, kept.device) == (
-            entry.shape, entry.dtype, entry.device,
-        )  # fmt: skip
-        if kept is not None and not fits:
-            lane = Lane()
-        # What is kept is copied: a compiled program may use the memory again.
-        kept_probe = probe.detach().clone() if self._policy.keeps == "probe" else probe
-        self._lanes[gate], self._probes[gate] = lane, kept_probe
-        reuse = fits and not self._again
-        self._reused[gate] = reuse and self._policy.reuse(
-            lane, self._step, self._held.steps, self._probes[gate]
+        before = self._branch.lanes.get(gate)
+        kept = None if before is None else before.residual
+        fits = (
+            kept is not None
+            and kept.shape == entry.shape
+            and kept.dtype == entry.dtype
+            and kept.device == entry.device
         )
-        self._inside, state = self._reused[gate], STATE.get()
-        if self._inside and state is not None:
-            state.left_out()
-        return self._reused[gate]
+        lane = Lane() if before is None or not fits else before.copy()
+        # What is kept is copied: a compiled program may use the memory again.
+        seen = Kept(probe, lane.seen) if self._probes else None
+        reuses = fits and not self._again and self._policy.reuse(lane, self._step, self._steps, seen)
+        self._gates[gate] = _Gate(lane, seen, reuses)
+        self._inside = reuses
+        if reuses:
+            state = STATE.get()
+            if state is not None:
+                state.left_out()
+        return reuses
 
     def reuses(self, gate: int) -> bool:
-        return self._reused.get(gate, False)
+        found = self._gates.get(gate)
+        return found is not None and found.reuses
 
     def leaves_out(self) -> bool:
         return self._inside
 
     def residual(self, gate: int) -> Tensor:
         self._inside = False  # asked at the end of the stretch
-        kept = self._lanes[gate].residual
+        kept = self._gates[gate].lane.residual
         if kept is None:
             raise StepReuseError(f"gate {gate} holds no residual")
         return kept
@@ -304,16 +326,13 @@ class _Access:
     def keep(self, gate: int, residual: Tensor, measured: Tensor) -> None:
         if self._again:
             return
-        lane, probe = self._lanes[gate], self._probes[gate]
-        self._policy.computed(lane, self._step, self._held.steps, probe, measured)
-        lane.residual, lane.computed = residual.detach(), self._step
-        if self._policy.keeps == "probe":
-            lane.probe = probe
-        else:
-            lane.measured = measured.detach().clone()
+        lane, seen = self._gates[gate].lane, self._gates[gate].seen
+        seen = seen or Kept(measured, lane.seen)
+        self._policy.computed(lane, self._step, self._steps, seen)
+        lane.residual, lane.computed, lane.seen = residual.detach(), self._step, seen
 
     def residual_beside(self, gate: int, stream: int, entry: Tensor) -> Tensor:
-        kept = self._lanes[gate].beside.get(stream)
+        kept = self._gates[gate].lane.beside.get(stream)
         if kept is None or kept.shape != entry.shape:
             shown = None if kept is None else list(kept.shape)
             raise StepReuseError(
@@ -324,17 +343,8 @@ class _Access:
 
     def keep_beside(self, gate: int, stream: int, residual: Tensor) -> None:
         if not self._again:
-            lane = self._lanes[gate]
+            lane = self._gates[gate].lane
             lane.beside = {**lane.beside, stream: residual.detach()}
-
-    def commit(self) -> None:
-        """Write what this call changed."""
-        if self._again:
-            return
-        for gate, lane in self._lanes.items():
-            self._held.lanes[self._branch, gate] = lane
-        self._held.reused += sum(self._reused.values())
-        self._held.computed += len(self._reused) - sum(self._reused.values())
 
 
 FAST_30 = Codebook(((0.08, 6), (0.16, 5), (0.24, 4), (0.32, 3), (0.40, 2), (math.inf, 1)))

@@ -23,7 +23,7 @@ class Scripted:
     def __init__(self, *steps: int) -> None:
         self.steps = steps
 
-    def reuse(self, lane: Lane, step: int, steps: int, probe: torch.Tensor) -> bool:
+    def reuse(self, lane: Lane, step: int, steps: int, seen: Any) -> bool:
         return step in self.steps
 
     def computed(self, *_: Any) -> None:

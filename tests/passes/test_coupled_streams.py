@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import tilewright.frontends.compile as compile_module
 from tilewright.frontends.compile import REPORTS
+from tilewright.runtime.step_probe import Kept
 from tilewright.runtime.step_reuse import FirstBlock, Lane, StepReuse, StepReuseError
 from tilewright.tools.zoo_models import select
 
@@ -28,10 +29,10 @@ class Odd:
 
     keeps: ClassVar[str] = "probe"
 
-    def reuse(self, lane: Lane, step: int, steps: int, probe: Tensor) -> bool:
+    def reuse(self, lane: Lane, step: int, steps: int, seen: Kept | None) -> bool:
         return step % 2 == 1
 
-    def computed(self, lane: Lane, step: int, steps: int, probe: Tensor, measured: Tensor) -> None:
+    def computed(self, lane: Lane, step: int, steps: int, seen: Kept) -> None:
         """Nothing to learn."""
 
 
@@ -215,6 +216,6 @@ def test_another_length_of_the_other_stream_is_an_error_not_a_broadcast() -> Non
 
     reuse.begin("r", 2)
     step(0, torch.zeros(1, 1, 3))
-    assert reuse.bytes() == 4 * (12 + 12 + 3)
+    assert reuse.bytes() == 4 * (12 + 3 * 12 + 3)
     with pytest.raises(StepReuseError, match=r"stream 1 of \[1, 5, 3\] with a kept residual of \[1, 1, 3\]"):
         step(1, torch.zeros(1, 5, 3))

@@ -21,7 +21,6 @@ from tilewright.runtime.step_reuse import (
     StepReuse,
     StepReuseError,
     _motion,
-    relative_change,
 )
 from tilewright.runtime.step_state import StepState
 
@@ -112,7 +111,7 @@ def test_requests_and_branches_that_take_turns_never_see_each_other() -> None:
             level = 1.0 + (key[0] == "b") + 2.0 * (key[1] == "neg")
             with reuse.call(*key, step):
                 found.setdefault(key, []).append(gate(X, X, X * level * 1.01**step)[1])
-        assert reuse.bytes() == 4 * 2 * X.numel() * 4
+        assert reuse.bytes() == 4 * (1 + 3) * X.numel() * 4, "a residual, and room for two copies and zeros"
         return found
 
     keys = [(r, b) for r in "ab" for b in ("pos", "neg")]
@@ -188,24 +187,6 @@ def test_two_threads() -> None:
         thread.join()
     for i in range(1, 4):
         assert all(torch.equal(x, X * (1 + i)) for x in results[str(i)])
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-@pytest.mark.parametrize("shape", [(1, 300, 576), (1, 40, 576), (2, 40, 576)])
-def test_the_change_is_that_of_sums_in_double_precision(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-    """One sample of few elements takes another way; 40 rows of 8 sum to more than float16 holds."""
-    generator = torch.Generator().manual_seed(0)
-    old = (8 + torch.randn(shape, generator=generator)).to(dtype)
-    new = old + torch.rand(shape, generator=generator).to(dtype)
-    change = (new - old).double().abs().flatten(1).sum(1) / old.double().abs().flatten(1).sum(1)
-    assert relative_change(new, old) == pytest.approx(float(change.max()), rel=2e-5)
-
-
-def test_a_change_that_cannot_be_measured_is_infinite() -> None:
-    assert relative_change(X, 0 * X) == relative_change(0 * X, 0 * X) == math.inf
-    assert relative_change(torch.full_like(X, math.nan), X) == math.inf
-    both = torch.cat([X, torch.full_like(X, math.nan)])
-    assert relative_change(both, torch.ones_like(both)) == math.inf
 
 
 def test_state_that_a_stretch_left_out_reads_does_not_age() -> None:
