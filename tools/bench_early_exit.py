@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tilewright.frontends.cache_argument import cache_arguments
 from tilewright.frontends.generation import CACHE_STEP, generate
 from tilewright.frontends.loaders import resolve
 from tilewright.runtime.exit_counts import ExitCounts, counting_exits
@@ -38,12 +39,13 @@ class Side:
 
         room = -(-text.shape[1] // CACHE_STEP) * CACHE_STEP
         cache = StaticCache(config=model.config, max_cache_len=room)
-        model(input_ids=text[:, :prompt], past_key_values=cache, use_cache=True)
+        given = cache_arguments(model, cache)
+        model(input_ids=text[:, :prompt], **given)
         times, loss, choices = [], 0.0, []
         for i in range(prompt, text.shape[1] - 1):
             ids, place = text[:, i : i + 1].clone(), torch.tensor([[i]])
             started = time.perf_counter()
-            out = self.step(input_ids=ids, position_ids=place, past_key_values=cache, use_cache=True)
+            out = self.step(input_ids=ids, position_ids=place, **given)
             times.append(time.perf_counter() - started)
             logits = out.logits[0, -1]
             loss -= float(logits.double().log_softmax(-1)[text[0, i + 1]])

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 import tilewright as tw
 from tilewright.compiler import ops
+from tilewright.frontends.cache_argument import cache_arguments
 from tilewright.frontends.export.artifact import read_manifest
 from tilewright.frontends.export.onnx_file import session
 from tilewright.frontends.export.package import load_package
@@ -203,16 +204,13 @@ def _torch_step(module: Any, context: int, pipeline: str) -> Run:
 
     compiled = torch.compile(module, backend="tilewright", options={"pipeline": pipeline}, dynamic=False)
     tokens = some_tokens(context)
-    cache = StaticCache(config=module.config, max_cache_len=context + 64)
+    given = cache_arguments(module, StaticCache(config=module.config, max_cache_len=context + 64))
     with torch.no_grad():
-        module(input_ids=tokens, past_key_values=cache, use_cache=True)
+        module(input_ids=tokens, **given)
 
     def step() -> None:
         with torch.no_grad():
-            compiled(
-                input_ids=torch.tensor([[200]]), position_ids=torch.tensor([[context]]),
-                past_key_values=cache, use_cache=True,
-            )  # fmt: skip
+            compiled(input_ids=torch.tensor([[200]]), position_ids=torch.tensor([[context]]), **given)
 
     return step
 

@@ -28,12 +28,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tilewright.frontends.cache_argument import cache_arguments
 from tilewright.frontends.loaders import resolve
 from tilewright.tools.llama_peer import Llama, requantized, version_of
 
 MODEL, CAPACITY = "smollm2", 640
 Run = Callable[[Tensor, int], tuple[float, int]]
 """(seconds, most likely next token) of tokens int64 [1, S] at positions from a start on, which repeats."""
+SIDES = (
+    "eager", "tilewright", "onnxruntime int4", "llama.cpp Q4_0", "llama.cpp Q4_0 f32 KV", "llama.cpp Q4_1",
+)  # fmt: skip
 PAUSE = 0.005
 """Seconds between turns: idle threads of one engine stop spinning before the next begins."""
 
@@ -73,6 +77,7 @@ def some_tokens(count: int) -> Tensor:
 
 def torch_side(module: Any, forward: Callable[..., Any], cache: Any) -> Run:
     """A Hugging Face forward with a cache, which is set back to the start of every call."""
+    given = cache_arguments(module, cache)
 
     def rewind(start: int) -> None:
         if cache.layers and cache.get_seq_length() > start and hasattr(cache.layers[0], "cumulative_length"):
@@ -86,10 +91,7 @@ def torch_side(module: Any, forward: Callable[..., Any], cache: Any) -> Run:
         positions = torch.arange(start, start + tokens.shape[1])[None]
         with torch.no_grad():
             started = time.perf_counter()
-            found = forward(
-                input_ids=tokens, position_ids=positions, past_key_values=cache, use_cache=True,
-                logits_to_keep=1,
-            )  # fmt: skip
+            found = forward(input_ids=tokens, position_ids=positions, logits_to_keep=1, **given)
             seconds = time.perf_counter() - started
         return seconds, int(found.logits[0, -1].argmax())
 
@@ -218,6 +220,9 @@ def sides_of(options: argparse.Namespace, module: Any, folder: Path, stack: Exit
         print(f"llama.cpp: llama-cpp-python {version}")
         sides |= llama_sides(options.llama_python, folder, options.threads, stack)
     wanted = options.side or list(sides)
+    absent = [name for name in wanted if name not in sides]
+    if absent:
+        sys.exit(f"--side {absent[0]!r}: not installed")
     return {name: run for name, run in sides.items() if name in wanted}
 
 
@@ -225,12 +230,15 @@ def main(arguments: list[str] | None = None) -> int:
     """Print one table per case."""
     parser = argparse.ArgumentParser(prog="bench_peers", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--case", action="append", choices=[*CASES, "generate"], help="may repeat; all")
-    parser.add_argument("--side", action="append", metavar="NAME", help="may repeat; default: all installed")
+    parser.add_argument("--side", action="append", choices=SIDES, help="may repeat; all that are installed")
     parser.add_argument("--pipeline", default="cpu-int4", help="of tilewright (default cpu-int4)")
     parser.add_argument("--llama-python", default=sys.executable, metavar="PATH", help="has llama-cpp-python")
     parser.add_argument("--rounds", type=int, default=7, metavar="N", help="interleaved rounds (default 7)")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), metavar="N")
     options = parser.parse_args(arguments)
+    for name in ("rounds", "threads"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name} {getattr(options, name)}: expected 1 or more")
     torch.set_num_threads(options.threads)
     module: Any = resolve(MODEL).module
     with tempfile.TemporaryDirectory() as work, ExitStack() as stack:

@@ -20,6 +20,7 @@ import torch
 
 import tilewright as tw
 from tilewright.frontends.bundled_models import BUNDLED
+from tilewright.frontends.cache_argument import cache_arguments
 from tilewright.frontends.kv_prefix import PrefixCache
 
 GOAL = 8.0
@@ -37,13 +38,14 @@ def sides(model: Any, prompt: list[int], known: PrefixCache, folder: Path) -> di
 
     def paged() -> int:
         with tw.kv_cache(model) as cache:
-            return first_token(model, ids, past_key_values=cache)
+            return first_token(model, ids, **cache_arguments(model, cache))
 
     def held(source: PrefixCache = known) -> int:
         begun = source.begin([prompt])
         with begun["past_key_values"] as cache:
             rest = begun["input_ids"][:, cache.get_seq_length() :]
-            return first_token(model, rest, attention_mask=begun["attention_mask"], past_key_values=cache)
+            given = cache_arguments(model, cache)
+            return first_token(model, rest, attention_mask=begun["attention_mask"], **given)
 
     def loaded() -> int:
         fresh = tw.prefix_cache(model, known.tree.capacity)

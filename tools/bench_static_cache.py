@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from tilewright.frontends.cache_argument import cache_arguments
 from tilewright.frontends.loaders import resolve
 
 HELD = 64
@@ -35,7 +36,7 @@ def step_of(
     cache.early_initialization(
         batch, config.num_key_value_heads, config.head_dim, torch.float32, torch.device("cpu")
     )
-    given: dict[str, Any] = {"past_key_values": cache, "use_cache": True}
+    given = cache_arguments(module, cache)
     with torch.no_grad():
         module(input_ids=ids[:, :-1], attention_mask=mask[:, :-1], **given)
     given |= {"input_ids": ids[:, -1:], "attention_mask": mask, "position_ids": mask.sum(1, True) - 1}

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tilewright.compiler.quantizers import split, spread
+from tilewright.frontends.cache_argument import cache_arguments
 from tilewright.frontends.calibration import calibrate, token_windows
 from tilewright.frontends.loaded_model import Call, LoadedModel
 from tilewright.frontends.loaders import resolve
@@ -196,22 +197,24 @@ def off_grid(module: torch.nn.Module, *, columns: int = 32) -> None:
             layer.weight.data = layer.weight.detach() + noise * spread(step, layer.in_features, columns)
 
 
-def losses(model: Any, calls: Sequence[Call], config: Any = None) -> Tensor:
+def losses(model: Any, calls: Sequence[Call], cached: Any = None) -> Tensor:
     """float64 [positions]: the loss at every position but the first of each window.
 
-    With the model's config every window goes through an empty StaticCache of its length.
+    cached: the module that `model` is or compiles; every window then goes through an empty StaticCache of its
+    length.
     """
     from transformers import StaticCache
 
     rows = []
     with torch.no_grad():
         for args, kwargs in calls:
-            if config is not None:
+            if cached is not None:
+                config = cached.config
                 heads, size = config.num_key_value_heads, config.head_dim
                 cache = StaticCache(config=config, max_cache_len=LENGTH)
                 # before the call: one that a call makes is no input of its program
                 cache.early_initialization(1, heads, size, torch.float32, torch.device("cpu"))
-                kwargs = kwargs | {"past_key_values": cache, "use_cache": True}
+                kwargs = {**kwargs, **cache_arguments(cached, cache)}
             logits = model(*args, **kwargs).logits[0, :-1].double()
             rows.append(F.cross_entropy(logits, kwargs["input_ids"][0, 1:], reduction="none"))
     return torch.cat(rows)
@@ -234,8 +237,7 @@ def measure(model: LoadedModel, rows: Sequence[Row], text: str, windows: int) ->
             torch._dynamo.reset()
             options: dict[str, Any] = {"pipeline": pipeline, "lower": "eager", "replay": False}
             candidate = torch.compile(model.module, backend="tilewright", options=options, dynamic=False)
-            config = model.module.config if row.cached else None
-            more = losses(candidate, calls, config) - base
+            more = losses(candidate, calls, model.module if row.cached else None) - base
             delta = float(more.mean())
             error = float(more.std() / math.sqrt(more.numel()))
             ratio = math.exp(delta)
