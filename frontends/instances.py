@@ -5,6 +5,7 @@ The counterpart for any captured graph of what diffusers' regional compilation d
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -53,14 +54,16 @@ class _Gate:
         return access is not None and access.reuses(self.number)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class _Step:
-    """One call: values[results] = run(*values[arguments]), then the values in `dead` are dropped."""
+    """One call: values[results] = run(*arguments(values)), then the values in `dead` are dropped."""
 
     run: Compiled
-    arguments: tuple[int, ...]
+    arguments: Callable[[Sequence[Any]], Sequence[Any]]
     results: tuple[int, ...]
     dead: tuple[int, ...]
+    bare: bool
+    """Its one result comes without a list around it."""
     gate: _Gate | None = None
     """Behind this call the steps up to `gate.resume` may be left out."""
 
@@ -113,6 +116,10 @@ def _stands_alone(node: fx.Node) -> bool:
     return is_chain(node) or is_gate(node)
 
 
+def _is_bare(piece: Piece) -> bool:
+    return piece.alone and piece.outputs == (piece.nodes[0],)
+
+
 def _direct(piece: Piece) -> Compiled:
     """A call that stands alone, without anything around it; results that nobody reads are left out."""
     call = piece.nodes[0]
@@ -120,15 +127,15 @@ def _direct(piece: Piece) -> Compiled:
     if call.target is ops.early_exit_begin:
         gate, layers = (cast(int, a) for a in call.args[3:])
         if _may_alias(call):
-            return lambda entry, active, *_: (early_exit.enter(entry, active, gate, layers),)
-        return lambda entry, active, *held: (op(entry, active, list(held), gate, layers),)
+            return lambda entry, active, *_: early_exit.enter(entry, active, gate, layers)
+        return lambda entry, active, *held: op(entry, active, list(held), gate, layers)
     if call.target in _ITSELF and _may_alias(call):
         op = _ITSELF[call.target]
     constants = tuple(a for a in call.args if not isinstance(a, fx.Node))
     if constants:  # gates: their numbers come last
-        return lambda *given: (op(*given, *constants),)
-    if piece.outputs == (call,):
-        return lambda *given: (op(*given),)
+        return lambda *given: op(*given, *constants)
+    if _is_bare(piece):
+        return cast(Compiled, op)
     read = [cast(int, n.args[1]) for n in piece.outputs]
 
     def run(*given: Any) -> list[Any]:
@@ -172,24 +179,28 @@ def _chain(
 ) -> Compiled:
     graph, module = program.graph, program.module
     slots: dict[fx.Node, int] = {n: i for i, n in enumerate(n for n in graph.nodes if n.op == "placeholder")}
-    held = [(slots.setdefault(n, len(slots)), str(n.target)) for n in graph.nodes if n.op == "get_attr"]
+    given = len(slots)
+    held = {n: str(n.target) for n in graph.nodes if n.op == "get_attr"}
+    slots.update((n, given + i) for i, n in enumerate(held))
     for piece in pieces:
         for node in piece.outputs:
             slots[node] = len(slots)
     leaves, structure = tree_flatten(output_node(graph).args[0])
     steps = _steps(graph, pieces, runs, fills, slots)
-    buffers, size = module._buffers, len(slots)
+    buffers, weights = module._buffers, _several(list(held.values()))
+    rest, count = [None] * (len(slots) - given - len(held)), len(steps)
 
     def run(*args: Any) -> Any:
-        values: list[Any] = [*args, *[None] * (size - len(args))]
-        for slot, name in held:
-            values[slot] = buffers[name]
+        values: list[Any] = [*args, *weights(buffers), *rest]
         at = 0
-        while at < len(steps):
+        while at < count:
             step = steps[at]
-            results = step.run(*[values[i] for i in step.arguments])
-            for i, result in zip(step.results, results, strict=True):
-                values[i] = result
+            results = step.run(*step.arguments(values))
+            if step.bare:
+                values[step.results[0]] = results
+            else:
+                for i, result in zip(step.results, results, strict=True):
+                    values[i] = result
             at += 1
             gate = step.gate
             if gate is not None and gate.closed(values):
@@ -204,6 +215,13 @@ def _chain(
         return tree_unflatten(returned, structure)
 
     return run
+
+
+def _several(keys: Sequence[Any]) -> Callable[[Any], Sequence[Any]]:
+    """The items of a container at these keys, without a loop in Python."""
+    if len(keys) > 1:
+        return operator.itemgetter(*keys)
+    return lambda items: [items[k] for k in keys]
 
 
 def _steps(
@@ -225,9 +243,10 @@ def _steps(
     return [
         _Step(
             run,
-            tuple(slots[n] for n in piece.inputs),
+            _several([slots[n] for n in piece.inputs]),
             tuple(slots[n] for n in piece.outputs),
             tuple(dead.get(k, ())),
+            _is_bare(piece),
             _gate(pieces, k, fills, slots),
         )
         for k, (piece, run) in enumerate(zip(pieces, runs, strict=True))
