@@ -13,6 +13,7 @@ from tilewright.compiler.diagnostics import BuildError
 from tilewright.kernels.common.abi import HEADER, TORCH_ABI
 from tilewright.kernels.common.cpp import NAMESPACE
 from tilewright.kernels.common.family import KernelFamily
+from tilewright.kernels.common.operators import load_operator
 from tilewright.kernels.common.triton_text import is_interpreted
 from tilewright.runtime.build import LIBRARY, SOURCE, CompileFailed, compile_cpp
 from tilewright.runtime.contracts import KernelKey
@@ -78,9 +79,7 @@ def _load_cpp(name: str, text: str, key: KernelKey) -> Path:
             f"kernel {name}: {error}",
             remedy="the source is generated: report it with the target and versions",
         ) from error
-    # A loaded package may have brought the op: a name holds a digest of its source, so it is the same.
-    if not hasattr(getattr(torch.ops, NAMESPACE), name):
-        torch.ops.load_library(str(folder / LIBRARY))  # type: ignore[no-untyped-call]
+    load_operator(name, folder / LIBRARY)
     return folder / SOURCE
 
 

@@ -28,7 +28,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import tilewright as tw
 from tilewright.frontends.cache_argument import cache_arguments
+from tilewright.frontends.export.artifact import read_manifest
+from tilewright.frontends.export.package import load_package
 from tilewright.frontends.loaders import resolve
 from tilewright.tools.llama_peer import Llama, requantized, version_of
 
@@ -36,7 +39,8 @@ MODEL, CAPACITY = "smollm2", 640
 Run = Callable[[Tensor, int], tuple[float, int]]
 """(seconds, most likely next token) of tokens int64 [1, S] at positions from a start on, which repeats."""
 SIDES = (
-    "eager", "tilewright", "onnxruntime int4", "llama.cpp Q4_0", "llama.cpp Q4_0 f32 KV", "llama.cpp Q4_1",
+    "eager", "tilewright", "tilewright package", "onnxruntime int4", "llama.cpp Q4_0",
+    "llama.cpp Q4_0 f32 KV", "llama.cpp Q4_1",
 )  # fmt: skip
 PAUSE = 0.005
 """Seconds between turns: idle threads of one engine stop spinning before the next begins."""
@@ -111,6 +115,38 @@ def tilewright_side(module: Any, pipeline: str) -> Run:
 
     compiled = torch.compile(module.forward, backend="tilewright", options={"pipeline": pipeline})
     return torch_side(module, compiled, StaticCache(config=module.config, max_cache_len=CAPACITY))
+
+
+def package_side(folder: Path) -> Run:
+    """A pt2 package: the step writes into buffers, and a prompt's keys and values are copied into them, which
+    is not timed. Its prefill gives the logits of every token, where the other sides give the last one's."""
+    step, prefill = (load_package(folder, name) for name in ("decode", "prefill"))
+    row = next(row for row in read_manifest(folder)["entries"] if row["name"] == "decode")
+    shapes = {given["name"]: given["shape"] for given in row["inputs"]}
+    buffers = [torch.zeros(shapes[name]) for name in row["written"]]
+
+    def run(tokens: Tensor, start: int) -> tuple[float, int]:
+        tokens, positions = tokens.clone(), torch.arange(start, start + tokens.shape[1])[None]
+        if tokens.shape[1] == 1:
+            started = time.perf_counter()
+            (logits,) = step(tokens, positions, *buffers)
+            return time.perf_counter() - started, int(logits[0, -1].argmax())
+        started = time.perf_counter()
+        logits, *past = prefill(tokens, positions)
+        seconds = time.perf_counter() - started
+        for buffer, made in zip(buffers, past, strict=True):
+            buffer[:, :, : made.shape[2]] = made
+        return seconds, int(logits[0, -1].argmax())
+
+    return run
+
+
+def exported(pipeline: str, folder: Path) -> Path:
+    """The model as a package with buffers of CAPACITY tokens."""
+    if not folder.exists():
+        print("exporting a package", flush=True)
+        tw.export(MODEL, pipeline=pipeline, path=folder, format="pt2", capacity=CAPACITY)
+    return folder
 
 
 def onnx_side(module: Any, folder: Path, threads: int) -> Run:
@@ -190,14 +226,14 @@ def generating(module: Any, pipeline: str, count: int, rounds: int) -> dict[str,
 
 def table(case: str, found: Mapping[str, Times]) -> None:
     """A line per side: its times and how many times as fast ours is."""
-    ours = found.get("tilewright")
+    ours = {name: times for name, times in found.items() if name.startswith("tilewright")}
     print(f"{case}, load {os.getloadavg()[0]:.1f}")
     for name, times in found.items():
         line = f"  {name:<22} min {times.least * 1e3:9.2f} ms  median {times.median * 1e3:9.2f} ms"
-        if ours is not None:
+        for side, own in ours.items():
             line += (
-                f"  tilewright is {times.least / ours.least:5.2f}x as fast,"
-                f" {times.median / ours.median:5.2f}x by medians"
+                f"  {side} is {times.least / own.least:5.2f}x as fast,"
+                f" {times.median / own.median:5.2f}x by medians"
             )
         print(f"{line}  next token {times.token}", flush=True)
 
@@ -208,6 +244,10 @@ def sides_of(options: argparse.Namespace, module: Any, folder: Path, stack: Exit
         "eager": eager_side(module),
         "tilewright": tilewright_side(module, options.pipeline),
     }
+    if not options.side or "tilewright package" in options.side:
+        sides["tilewright package"] = package_side(
+            exported(options.pipeline, options.package or folder / "pt2")
+        )
     missing = [name for name in ("onnxruntime", "onnx") if importlib.util.find_spec(name) is None]
     if missing:
         print(f"onnxruntime int4: not installed ({', '.join(missing)})")
@@ -232,6 +272,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--case", action="append", choices=[*CASES, "generate"], help="may repeat; all")
     parser.add_argument("--side", action="append", choices=SIDES, help="may repeat; all that are installed")
     parser.add_argument("--pipeline", default="cpu-int4", help="of tilewright (default cpu-int4)")
+    parser.add_argument("--package", type=Path, metavar="DIR", help="made there, or taken from there")
     parser.add_argument("--llama-python", default=sys.executable, metavar="PATH", help="has llama-cpp-python")
     parser.add_argument("--rounds", type=int, default=7, metavar="N", help="interleaved rounds (default 7)")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), metavar="N")

@@ -31,7 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--capacity",
         type=int,
         metavar="TOKENS",
-        help="onnx: a language model decodes over buffers of so many tokens, input and output at once",
+        help="a language model decodes over buffers of so many tokens: input and output at once (onnx), or"
+        " inputs that a step writes into (pt2)",
     )
 
 

@@ -58,10 +58,10 @@ def export(
     format: `onnx`, `pt2` or `kernels`. dynamic: {"input_ids": {1: "sequence"}}; static: no dynamic sizes for
     a language model. operators: `custom` has onnxruntime run our kernels from a library beside the model
     (format onnx). capacity: a language model's decode step keeps keys and values in buffers of that many
-    tokens, which a caller binds as input and output at once, so that a step copies none of them (format
-    onnx). weights: a .safetensors file to load over those of a MODEL text. options: those of the
-    torch.compile backend. Returns the manifest. Raises ExportError, ParityError, OptionError and those of the
-    passes; nothing is left at `path` then.
+    tokens, so that a step copies none of them: a caller binds them as input and output at once (onnx), or the
+    step writes into its inputs (pt2). weights: a .safetensors file to load over those of a MODEL text.
+    options: those of the torch.compile backend. Returns the manifest. Raises ExportError, ParityError,
+    OptionError and those of the passes; nothing is left at `path` then.
     """
     parsed = CompileOptions.parse({"pipeline": pipeline, **options})
     final = check_request(format, Path(path), operators, capacity)
@@ -77,8 +77,9 @@ def export(
         loaded = _loaded(model, weights, progress, final)
         name = loaded.name
         entries = entries_of(
-            loaded, dynamic or {}, static=static, kind=kind, length=length, capacity=capacity
-        )
+            loaded, dynamic or {}, static=static, kind=kind, length=length, capacity=capacity,
+            in_place=format == "pt2",
+        )  # fmt: skip
     with new_artifact(final) as artifact:
         more = {"operators": operators} if format == "onnx" else {}
         described = _writer(format)(artifact, name, entries, parsed, progress, **more)
@@ -95,8 +96,8 @@ def check_request(format: str, path: Path, operators: str = "standard", capacity
         raise OptionError(f"operators = {operators!r}", remedy=nearest(operators, OPERATORS))
     if operators != "standard" and format != "onnx":
         raise OptionError(f"operators = {operators!r} belongs to the format onnx, not {format}")
-    if capacity is not None and format != "onnx":
-        raise OptionError(f"capacity = {capacity} belongs to the format onnx, not {format}")
+    if capacity is not None and format not in ("onnx", "pt2"):
+        raise OptionError(f"capacity = {capacity} belongs to the formats onnx and pt2, not {format}")
     if not path.name:
         raise OptionError(f"path = {str(path)!r}", remedy="name the folder to make")
     return check_place(path)

@@ -220,6 +220,7 @@ def describe_entry(captured: Captured, extra: Mapping[str, Any]) -> dict[str, An
         "exactness": captured.exactness,
         "dynamic": captured.bounds,
         **({"shared": captured.entry.shared} if captured.entry.shared else {}),
+        **({"written": captured.entry.written} if captured.entry.written else {}),
         "passes": {p.name: len(p.applied) for p in captured.report.passes if p.applied},
         **extra,
     }

@@ -47,12 +47,13 @@ class _Decoder(nn.Module):
 
     (input_ids [B, S], position_ids [B, S], key and value [B, Hkv, P, D] of each layer) -> (logits [B, S, V],
     key and value [B, Hkv, P + S, D] of each layer). Without keys and values the cache is empty. `held`: they
-    are buffers of P tokens, filled up to the first of position_ids and going out with S tokens more.
+    are buffers of P tokens, filled up to the first of position_ids and going out with S tokens more;
+    `in_place`: the S tokens are written into the buffers, and the logits alone go out.
     """
 
-    def __init__(self, inner: nn.Module, *, held: bool = False) -> None:
+    def __init__(self, inner: nn.Module, *, held: bool = False, in_place: bool = False) -> None:
         super().__init__()
-        self.inner, self._held, self._cache = inner, held, cache_name(inner)
+        self.inner, self._held, self._in_place, self._cache = inner, held, in_place, cache_name(inner)
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         from transformers import DynamicCache
@@ -60,13 +61,17 @@ class _Decoder(nn.Module):
         from tilewright.frontends.export.held_cache import held_cache
 
         input_ids, position_ids, *past = tensors
-        cache: Any = held_cache(past, position_ids[0]) if self._held else DynamicCache()
-        for layer, (key, value) in enumerate(zip(past[0::2], past[1::2], strict=True)):
-            if not self._held:
+        cache: Any = DynamicCache()
+        if self._held:
+            cache = held_cache(past, position_ids[0], in_place=self._in_place)
+        else:
+            for layer, (key, value) in enumerate(zip(past[0::2], past[1::2], strict=True)):
                 cache.update(key, value, layer)
         out: Any = self.inner(
             input_ids=input_ids, position_ids=position_ids, use_cache=True, **{self._cache: cache}
         )
+        if self._in_place:
+            return (out.logits,)
         states = [t for layer in cache.layers for t in (layer.keys, layer.values)]
         return (out.logits, *states)
 
@@ -83,6 +88,8 @@ class Entry:
     axes: Axes = field(default_factory=dict)
     shared: dict[str, str] = field(default_factory=dict)
     """Input -> output that may lie in the same memory: nothing else reads the input."""
+    written: list[str] = field(default_factory=list)
+    """Inputs that a call writes into."""
 
     def set_axes(self, axes: Axes) -> None:
         """Take the user's dynamic axes; OptionError for an input or axis that is not there."""
@@ -164,11 +171,13 @@ def entry_of(
     return entry
 
 
-def decoder_entries(module: nn.Module, *, dynamic: bool, capacity: int | None = None) -> list[Entry]:
+def decoder_entries(
+    module: nn.Module, *, dynamic: bool, capacity: int | None = None, in_place: bool = False
+) -> list[Entry]:
     """`prefill` (dynamic `sequence`) and `decode` (one token, dynamic `past`) of a causal language model.
 
-    capacity: the keys and values of `decode` are buffers of that many tokens, shared by input and output.
-    OptionError for one that the model has no positions for.
+    capacity: the keys and values of `decode` are buffers of that many tokens, shared by input and output, or
+    with `in_place` inputs that it writes into. OptionError for one that the model has no positions for.
     """
     config: Any = module.config
     generator = torch.Generator().manual_seed(1)
@@ -186,9 +195,11 @@ def decoder_entries(module: nn.Module, *, dynamic: bool, capacity: int | None = 
     at = slice(PAST_TOKENS, PAST_TOKENS + 1)
     if capacity is not None:
         past = _buffers(past, capacity, getattr(config, "max_position_embeddings", None))
-    last = step if capacity is None else _Decoder(module, held=True).eval()
+    last = step if capacity is None else _Decoder(module, held=True, in_place=in_place).eval()
     decode = Entry("decode", last, [tokens[:, at], positions[:, at], *past], [*names, *old], new)
-    if capacity is not None:
+    if capacity is not None and in_place:
+        decode.written, decode.outputs = old, new[:1]
+    elif capacity is not None:
         decode.shared = dict(zip(old, new[1:], strict=True))
     if dynamic:
         prefill.set_axes({name: {1: "sequence"} for name in names})
@@ -214,10 +225,11 @@ def entries_of(
     kind: str | None,
     length: int | None,
     capacity: int | None = None,
+    in_place: bool = False,
 ) -> list[Entry]:
     """The entry points of a loaded model: the pair of a language model, or one example call."""
     if loaded.kind == "causal-lm" and kind is None and not axes:
-        return decoder_entries(loaded.module, dynamic=not static, capacity=capacity)
+        return decoder_entries(loaded.module, dynamic=not static, capacity=capacity, in_place=in_place)
     if capacity is not None:
         raise OptionError(
             f"capacity = {capacity} belongs to the decode step of a language model",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
@@ -10,15 +9,17 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 class _HeldLayer(CacheLayerMixin):
     """One layer's buffers [B, Hkv, C, D], of which the first tokens are filled; new ones are written behind.
 
-    Functional: `update` gives new tensors, which a runtime may keep in the place of the old ones.
+    Functional, unless `in_place`: `update` gives new tensors, which a runtime may keep in the place of the
+    old ones.
     """
 
     is_compileable = True  # the mask is made for the whole buffer
     is_sliding = False
 
-    def __init__(self, keys: Tensor, values: Tensor, positions: Tensor) -> None:
+    def __init__(self, keys: Tensor, values: Tensor, positions: Tensor, in_place: bool) -> None:
         super().__init__()
         self.keys, self.values, self._positions = keys, values, positions
+        self._write = Tensor.index_copy_ if in_place else Tensor.index_copy
         self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -27,8 +28,8 @@ class _HeldLayer(CacheLayerMixin):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
-        self.keys = torch.index_copy(self.keys, 2, self._positions, key_states)
-        self.values = torch.index_copy(self.values, 2, self._positions, value_states)
+        self.keys = self._write(self.keys, 2, self._positions, key_states)
+        self.values = self._write(self.values, 2, self._positions, value_states)
         return self.keys, self.values
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -41,8 +42,9 @@ class _HeldLayer(CacheLayerMixin):
         return int(self.keys.shape[2])
 
 
-def held_cache(past: list[Tensor], positions: Tensor) -> Cache:
+def held_cache(past: list[Tensor], positions: Tensor, *, in_place: bool = False) -> Cache:
     """The cache over buffers (key and value [B, Hkv, C, D] of each layer); positions: int64 [S], where the
-    tokens of this call stand, the first of them after all that is held."""
+    tokens of this call stand, the first of them after all that is held. in_place: the buffers themselves are
+    written."""
     pairs = zip(past[0::2], past[1::2], strict=True)
-    return Cache(layers=[_HeldLayer(key, value, positions) for key, value in pairs])
+    return Cache(layers=[_HeldLayer(key, value, positions, in_place) for key, value in pairs])

@@ -19,7 +19,7 @@ from torch import Tensor
 from tilewright.compiler.diagnostics import LoadError, OptionError, nearest
 from tilewright.frontends.export.artifact import checked_manifest
 from tilewright.frontends.model_files import show
-from tilewright.kernels.common.cpp import NAMESPACE
+from tilewright.kernels.common.operators import load_operator
 
 _MEMBERS_CAP, _BYTES_CAP = 10_000, 1 << 40
 _PLAIN = re.compile(r"[A-Za-z0-9_.][A-Za-z0-9._+=-]*")
@@ -30,6 +30,8 @@ _SUSPECT = re.compile(r"\.(pkl|pickle|pt|pth|ckpt)$|constants/|sample_inputs|cus
 
 def load_package(folder: str | Path, entry: str = "") -> Callable[..., tuple[Tensor, ...]]:
     """The compiled entry point of an exported package: called with its tensors in order, gives a tuple.
+
+    Inputs that the manifest names as `written` (the cache of a step with a capacity) are written into.
 
     entry: its name; may be left out where there is one. Nothing is compiled. LoadError for a folder that is
     not as the export left it, or whose archive could unpack outside its folder or hold a pickle.
@@ -52,14 +54,9 @@ def load_package(folder: str | Path, entry: str = "") -> Callable[..., tuple[Ten
 
 
 def open_package(package: Path, operators: list[Path]) -> Callable[..., tuple[Tensor, ...]]:
-    """Load checked files: first the operators that the package calls, then the package.
-
-    An operator's name holds a digest of its source: one that this process has already is the same.
-    """
+    """Load checked files: first the operators that the package calls, then the package."""
     for path in operators:
-        if hasattr(getattr(torch.ops, NAMESPACE), path.stem):
-            continue
-        torch.ops.load_library(str(path.resolve()))  # type: ignore[no-untyped-call]
+        load_operator(path.stem, path)
     # The loader itself: `aoti_load_package` around it imports all of Inductor and looks for a compiler.
     loader: Any = torch._C._aoti  # type: ignore[attr-defined]
     loaded = loader.AOTIModelPackageLoader(str(package), "model", False, 1, -1)

@@ -27,10 +27,16 @@ def check_parity(
 
     PyTorch comes first, so that `run` may open the export when it is called, after the model's weights that a
     file holds have left memory. program: the rewritten program before lowering. Result: worst relative RMS
-    against that `program`, and against the original `model`. ParityError when the former exceeds what the
-    formats explain.
+    against that `program`, and against the original `model`, of the outputs and of the inputs that the entry
+    point writes into. ParityError when the former exceeds what the formats explain.
     """
     fresh = _Fresh(captured)
+    places = [captured.entry.inputs.index(name) for name in captured.entry.written]
+
+    def results(call: Callable[[list[Tensor]], Any], tensors: Sequence[Tensor]) -> list[Tensor]:
+        given = fresh(tensors)
+        return [*_tensors(call(given)), *[given[i] for i in places]]
+
     limit = INT8_LIMIT if _cuts_activations(program) else ROUNDING_LIMIT
     found: dict[str, Any] = {"limit": limit}
     calls = {"example": captured.entry.tensors, "other sizes": captured.entry.resized()}
@@ -39,12 +45,13 @@ def check_parity(
         for name, tensors in calls.items():
             if tensors is not None:
                 with captured.entry.weights_in_turn():
-                    original = _tensors(captured.entry.module(*fresh(tensors)))
-                wanted[name] = tensors, original, _tensors(program(*captured.inputs_for(fresh(tensors))))
+                    original = results(lambda given: captured.entry.module(*given), tensors)
+                rewritten = results(lambda given: program(*captured.inputs_for(given)), tensors)
+                wanted[name] = tensors, original, rewritten
     captured.entry.release()
     for name, (tensors, original, rewritten) in wanted.items():
         with torch.no_grad():
-            got = run(fresh(tensors))
+            got = results(run, tensors)
         found[name] = {"program": _worst(got, rewritten), "model": _worst(got, original)}
         if not found[name]["program"] <= limit:
             raise ParityError(

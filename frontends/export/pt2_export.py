@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 from tilewright.compiler.diagnostics import BuildError, ExportError
 from tilewright.compiler.ops import semantic_op
 from tilewright.compiler.program import InputKind, Program, copy_graph
+from tilewright.frontends.chains import raise_chains
 from tilewright.frontends.compile import INDUCTOR_PATCHES, CompileOptions
 from tilewright.frontends.export.api import Progress
 from tilewright.frontends.export.artifact import Artifact
@@ -32,6 +33,7 @@ from tilewright.frontends.export.parity import check_parity
 from tilewright.frontends.export.runner import RUNNER, RUNNER_TEXT
 from tilewright.frontends.lowering import lower
 from tilewright.kernels.common.cpp import NAMESPACE
+from tilewright.kernels.table import host_target
 from tilewright.runtime.build import LIBRARY
 
 
@@ -45,6 +47,8 @@ def write_pt2(
             captured = capture(entry, options, name)
             shapes = {side: shape_row(captured, side) for side in ("inputs", "outputs")}
             defined = fx.GraphModule(captured.program.module, copy_graph(captured.program.graph))
+            if options.kernels:
+                raise_chains(captured.program, host_target(), captured.report)
             lower(captured.program, captured.report, use_kernels=options.kernels)
         operators = _write_operators(artifact, captured)
         file = f"{entry.name}.pt2"
@@ -118,7 +122,10 @@ def bound_module(program: Program) -> fx.GraphModule:
     for node in list(graph.nodes):
         if node.op == "placeholder" and kinds[node.name].kind is InputKind.WEIGHT:
             if kinds[node.name].mutated:
-                raise ExportError(f"the model changes its buffer {kinds[node.name].source}")
+                raise ExportError(
+                    f"the model changes its buffer {kinds[node.name].source}",
+                    remedy="a language model with --capacity takes the buffers of its cache as inputs",
+                )
             tensor = values[node.name]
         elif node.op == "get_attr":
             tensor = program.module.get_buffer(str(node.target))

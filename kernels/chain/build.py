@@ -12,6 +12,7 @@ from tilewright.kernels.chain import cpp
 from tilewright.kernels.chain.plan import Plan
 from tilewright.kernels.common.abi import HEADER, TORCH_ABI
 from tilewright.kernels.common.cpp import NAMESPACE
+from tilewright.kernels.common.operators import load_operator
 from tilewright.runtime.build import LIBRARY, SOURCE, CompileFailed, compile_cpp
 from tilewright.runtime.contracts import Refusal, Target
 
@@ -45,7 +46,7 @@ def _load(plan: Plan, name: str, text: str, target: Target) -> tuple[torch._ops.
             f"kernel {name}: {error}",
             remedy="the source is generated: report it with the target and versions",
         ) from error
-    torch.ops.load_library(str(folder / LIBRARY))  # type: ignore[no-untyped-call]
+    load_operator(name, folder / LIBRARY)
     shapes = plan.shapes
 
     def fake(*given: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:

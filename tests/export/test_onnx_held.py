@@ -141,8 +141,8 @@ def test_capacities_that_make_no_sense(tmp_path: Path) -> None:
             OptionError, match=f"capacity = {capacity}.*at least 14 and at most the model's 200"
         ):
             tw.export(model, pipeline="exact", path=tmp_path / "out", capacity=capacity)
-    with pytest.raises(OptionError, match="format onnx, not pt2"):
-        tw.export(model, pipeline="exact", path=tmp_path / "out", format="pt2", capacity=32)
+    with pytest.raises(OptionError, match="formats onnx and pt2, not kernels"):
+        tw.export(model, pipeline="exact", path=tmp_path / "out", format="kernels", capacity=32)
     axes = {"input_ids": {1: "length"}}
     with pytest.raises(OptionError, match="decode step of a language model"):
         tw.export(model, pipeline="exact", path=tmp_path / "out", dynamic=axes, capacity=32)

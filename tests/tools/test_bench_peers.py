@@ -119,11 +119,13 @@ def test_a_peer_that_is_missing_is_named(
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     monkeypatch.setattr(bench_peers, "eager_side", lambda _: "eager")
     monkeypatch.setattr(bench_peers, "tilewright_side", lambda *_: "ours")
+    monkeypatch.setattr(bench_peers, "exported", lambda _, folder: folder)
+    monkeypatch.setattr(bench_peers, "package_side", lambda folder: folder.name)
     nowhere = str(tmp_path / "python")
-    given = {"pipeline": "cpu-int4", "llama_python": nowhere, "threads": 1}
+    given = {"pipeline": "cpu-int4", "llama_python": nowhere, "threads": 1, "package": None}
     with ExitStack() as stack:
         found = sides_of(Namespace(side=None, **given), None, tmp_path, stack)
-        assert list(found) == ["eager", "tilewright"]
+        assert list(found) == ["eager", "tilewright", "tilewright package"]
         said = capsys.readouterr().out
         assert "onnxruntime int4: not installed (onnxruntime, onnx)" in said
         assert f"llama.cpp: {nowhere} has no llama-cpp-python; --llama-python names one that has" in said
