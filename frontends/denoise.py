@@ -42,12 +42,17 @@ class StepRunner:
         self._request, self._branch = "", ""
         self._told: int | None = None
         self._clock: StepClock | None = None
-        self._at = -1
+        self._at, self._steps = -1, 0
 
     @property
     def step(self) -> int:
         """The step of the present or last call; -1 before the first."""
         return self._at
+
+    @property
+    def steps(self) -> int:
+        """The number of steps of the present or last request; 0 before the first."""
+        return self._steps
 
     @contextmanager
     def request(self, name: str, timesteps: Sequence[float]) -> Iterator[StepRunner]:
@@ -62,7 +67,7 @@ class StepRunner:
             if self._state is not None:
                 self._state.begin(name, clock.timesteps)
                 stack.callback(self._state.end, name)
-            self._request, self._clock = name, clock
+            self._request, self._clock, self._steps = name, clock, len(clock.timesteps)
             try:
                 yield self
             finally:
@@ -82,6 +87,23 @@ class StepRunner:
         finally:
             self._branch, self._told = before
 
+    def forget(self) -> None:
+        """Drop what the running request kept so far: its next call computes, and collects where it should.
+
+        OptionError outside of a request.
+        """
+        if self._clock is None:
+            raise OptionError("no request runs", remedy="forget while `runner.request(name, timesteps)` runs")
+        if self._reuse is not None:
+            self._reuse.forget(self._request)
+        if self._state is not None:
+            self._state.forget(self._request)
+
+    def shares_with(self, other: StepRunner) -> bool:
+        """Whether both keep what they keep in one place."""
+        reuse, state = self._reuse is not None, self._state is not None
+        return (reuse and self._reuse is other._reuse) or (state and self._state is other._state)
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own call; OptionError outside of a request or without a timestep argument."""
         if self._clock is None:
@@ -89,7 +111,8 @@ class StepRunner:
         if self._timestep not in kwargs:
             raise OptionError(f"the call has no argument {self._timestep!r}", remedy="pass it by name")
         value = kwargs[self._timestep]
-        step = self._clock.step(float(value.reshape(-1)[0]) if hasattr(value, "reshape") else float(value))
+        # Tokens that are given (a first frame) may have a timestep of their own, 0: the noisiest tell.
+        step = self._clock.step(float(value.max()) if hasattr(value, "max") else float(value))
         step = self._at = step if self._told is None else self._told
         model = self._model
         with ExitStack() as stack:
@@ -112,12 +135,14 @@ class StepRunner:
 
 
 class _Driven:
-    """Stands for the transformer of a pipeline: its calls and branches go to a runner, the rest to it."""
+    """Stands for a transformer of a pipeline: its calls and branches go to a runner, the rest to it."""
 
-    def __init__(self, module: Any, runner: StepRunner) -> None:
-        self._module, self._runner = module, runner
+    def __init__(self, module: Any, runner: StepRunner, others: Sequence[StepRunner]) -> None:
+        self._module, self._runner, self._others = module, runner, others
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        for other in self._others:  # its turn is over, and what it kept would be old if it came back
+            other.forget()
         return self._runner(*args, **kwargs)
 
     def cache_context(self, name: str, **told: Any) -> Any:
@@ -128,26 +153,52 @@ class _Driven:
 
 
 @contextmanager
-def driven(pipe: Any, runner: StepRunner, *, request: str, steps: int) -> Iterator[Any]:
-    """`pipe` with its transformer's calls through the runner, for one request of `steps` steps.
+def driven(
+    pipe: Any, runner: StepRunner, *, request: str, steps: int, second: StepRunner | None = None
+) -> Iterator[Any]:
+    """`pipe` with its transformers' calls through runners, for one request of `steps` steps.
 
     pipe: a diffusers pipeline with `transformer` and `scheduler`, called inside with as many
-    `num_inference_steps`. Its transformer is put back at the end. OptionError for a pipeline without these,
-    with a second transformer, or a number of steps below 1.
+    `num_inference_steps`. second: the runner of `transformer_2`, for a pipeline of two experts (Wan2.2's for
+    high and low noise), with a StepReuse and a StepState of its own. Steps are the sampler's for both; where
+    one takes over, what the other kept is dropped, and its first step is computed. The transformers are put
+    back at the end. OptionError for a pipeline without `transformer` and `scheduler`, runners that are not as
+    many as its transformers or keep state in one place, or a number of steps below 1.
     """
-    module, scheduler = getattr(pipe, "transformer", None), getattr(pipe, "scheduler", None)
-    if module is None or scheduler is None:
+    scheduler = getattr(pipe, "scheduler", None)
+    modules = {name: getattr(pipe, name, None) for name in ("transformer", "transformer_2")}
+    if modules["transformer"] is None or scheduler is None:
         raise OptionError(f"{type(pipe).__name__} has no transformer and scheduler to drive")
-    if getattr(pipe, "transformer_2", None) is not None:
-        raise OptionError(
-            f"{type(pipe).__name__} has a second transformer", remedy="drive a pipeline that has one"
-        )
+    runners = _runners(type(pipe).__name__, modules, runner, second)
     if steps < 1:
         raise OptionError(f"steps = {steps}: expected 1 or more")
     scheduler.set_timesteps(steps)
-    with runner.request(request, [float(t) for t in scheduler.timesteps]):
-        pipe.transformer = _Driven(module, runner)
-        try:
-            yield pipe
-        finally:
-            pipe.transformer = module
+    with ExitStack() as stack:
+        for name, one in runners.items():
+            stack.enter_context(one.request(request, [float(t) for t in scheduler.timesteps]))
+            stack.callback(setattr, pipe, name, modules[name])
+        for name, one in runners.items():
+            others = [other for other in runners.values() if other is not one]
+            setattr(pipe, name, _Driven(modules[name], one, others))
+        yield pipe
+
+
+def _runners(
+    pipe: str, modules: dict[str, Any], first: StepRunner, second: StepRunner | None
+) -> dict[str, StepRunner]:
+    """The runner of each transformer that there is."""
+    if (modules["transformer_2"] is None) != (second is None):
+        found, remedy = (
+            ("has one transformer, and second is given", "leave it out")
+            if modules["transformer_2"] is None
+            else ("has a second transformer", "give second=StepRunner(...) for its transformer_2")
+        )
+        raise OptionError(f"{pipe} {found}", remedy=remedy)
+    if second is None:
+        return {"transformer": first}
+    if second is first or second.shares_with(first):
+        raise OptionError(
+            "both transformers would keep their state in one place",
+            remedy="give each a StepRunner with a StepReuse and a StepState of its own",
+        )
+    return {"transformer": first, "transformer_2": second}

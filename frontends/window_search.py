@@ -37,7 +37,8 @@ class WindowSearch:
     """What every candidate window loses at every step, layer and head of the requests that `runner` runs.
 
     `runner` is a StepRunner: a loop of one's own runs inside `search.runner.request(name, timesteps)`, a
-    diffusers pipeline inside `driven(pipe, search.runner, request=..., steps=...)`. Then `table` chooses.
+    diffusers pipeline inside `driven(pipe, search.runner, request=..., steps=...)`. Then `table` chooses. Of
+    a pipeline's two transformers each has a search and a table of the steps it runs.
     """
 
     def __init__(
@@ -77,7 +78,7 @@ class WindowSearch:
         """
         if self._found is None or self._tiling is None:
             raise OptionError("no request ran", remedy="run one inside runner.request(name, timesteps)")
-        steps = 1 + max(step for step, _ in self._losses)
+        steps = max(self.runner.steps, 1 + max(step for step, _ in self._losses))
         if not 0 <= dense_steps <= steps or weight < 0 or not math.isfinite(weight):
             raise OptionError(
                 f"dense_steps = {dense_steps}, weight = {weight}: expected 0 to {steps}, and 0 or more"

@@ -207,6 +207,11 @@ class StepReuse:
             del self._requests[request]
             return held.counts()
 
+    def forget(self, request: str) -> None:
+        """Drop all residuals of a request that goes on; its counts and latest steps stay."""
+        for branch in list(self.running(request).branches.values()):
+            branch.lanes = {}
+
     def counts(self, request: str) -> tuple[int, int]:
         """(gates computed, gates reused) of a request so far."""
         return self.running(request).counts()

@@ -148,6 +148,12 @@ class StepState:
             self._running(request)
             del self._requests[request]
 
+    def forget(self, request: str) -> None:
+        """Drop all slots of a request that goes on: a step that needs them collects first."""
+        with self._lock:
+            clock = self._running(request).clock
+            self._requests[request] = _Request(clock, {}, {}, {}, {})
+
     def step(self, request: str, timestep: float) -> int:
         """The step that a timestep value belongs to."""
         with self._lock:

@@ -85,6 +85,14 @@ def test_each_phase_has_its_program_and_state() -> None:
     assert seen == ["dense", "dense", "search"]
 
 
+def test_the_noisiest_token_tells_the_step() -> None:
+    """A pipeline that is given its first frame passes a timestep per token, 0 for those of the frame."""
+    runner = StepRunner(lambda **_: None)
+    with runner.request("a", TIMES):
+        runner(timestep=torch.tensor([[0.0, 0.0, TIMES[4], TIMES[4]]]))
+        assert (runner.step, runner.steps) == (4, 30)
+
+
 def test_errors_name_what_is_wrong() -> None:
     model = Gated()
     runner = StepRunner(model, reuse=StepReuse(FAST_30))

@@ -101,9 +101,6 @@ def test_what_cannot_be_driven() -> None:
         pass
     with pytest.raises(OptionError, match="no transformer"), driven(object(), runner, request="a", steps=2):
         pass
-    pipe.transformer_2 = pipe.transformer
-    with pytest.raises(OptionError, match="second transformer"), driven(pipe, runner, request="a", steps=2):
-        pass
 
 
 def test_pipelines_of_phases() -> None:
