@@ -36,6 +36,21 @@ def exit_examples() -> Iterator[tuple[dict, Example]]:
         Example(summed, given, refusal="no row of logits for each token"),
     )
 
+    def joined(image, text, head, *weights):
+        pairs = list(zip(weights[::2], weights[1::2], strict=True))
+        for up, down in pairs[:3]:
+            both = torch.tanh(ops.linear(torch.cat((text, image), 1), up))
+            text, image = text + ops.linear(both[:, :2], down), image + ops.linear(both[:, 2:], down)
+        x = torch.cat((text, image), 1)
+        for up, down in pairs[3:]:
+            x = x + ops.linear(torch.tanh(ops.linear(x, up)), down)
+        return ops.linear(torch.sin(x), head)
+
+    streams = (Tensor(2, 3, 5), Tensor(2, 2, 5), *given[1:], *weights[:4])
+    refusal = "are coupled streams: tokens leave one stream, behind the last coupled layer"
+    yield {"exits": "2", "prompt": True}, Example(joined, streams, refusal=refusal)
+    yield {"exits": "5", "threshold": 0.97, "prompt": True}, Example(joined, streams)
+
     def leaky(x, head, *weights):
         inner = []
         for up, down in zip(weights[::2], weights[1::2], strict=True):

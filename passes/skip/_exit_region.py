@@ -18,7 +18,7 @@ def refusal_of(layers: Sequence[Layer]) -> str:
     for layer in layers:
         if len(layer.blocks) > 1:
             names = " and ".join(b.name for b in layer.blocks)
-            return f"{names} are coupled streams: a token leaves one stream"
+            return f"{names} are coupled streams: tokens leave one stream, behind the last coupled layer"
         for block, verdict in layer.failures():
             return f"{block.name} may not be left out: {verdict.rule}: {verdict.reason}"
     for before, after in zip(layers, layers[1:], strict=False):

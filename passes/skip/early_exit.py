@@ -100,15 +100,15 @@ class EarlyExit(GraphPass):
                 "no exit"
             )
         last, sizes = layers[-1].blocks[0].exit, layers[-1].blocks[0].exit.meta["val"].shape
+        reason = refusal_of(layers[numbers[0] - 1 :])
+        if reason:
+            log.refused(last, reason)
+            return []
         if len(sizes) != 3:
             log.refused(last, f"the stream is {list(sizes)}: expected [batch, tokens, channels]")
             return []
         if not self.prompt and not (isinstance(sizes[1], int) and sizes[1] == 1):
             log.refused(last, f"{sizes[1]} tokens in a call: prompts run through all layers (prompt=true)")
-            return []
-        reason = refusal_of(layers[numbers[0] - 1 :])
-        if reason:
-            log.refused(last, reason)
             return []
         if self.measure in BY_LOGITS and logits_of(program.graph, last) is None:
             log.refused(last, "no row of logits for each token is returned")

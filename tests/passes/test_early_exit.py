@@ -240,3 +240,26 @@ def test_an_exit_that_the_model_does_not_have(plain_pieces: None) -> None:
     model = _llama()
     with pytest.raises(Exception, match="exit after 6 layers: the model has 6, and the last is no exit"):
         _steps(model, _compiled(model, "exits=6"), PROMPTS, _cache(model), 1)
+
+
+@pytest.mark.parametrize("prompt", ["false", "true"])
+def test_coupled_streams_are_refused_by_name(prompt: str, plain_pieces: None) -> None:
+    """Image and text of FLUX go through a layer together."""
+    from diffusers import FluxTransformer2DModel
+
+    model = FluxTransformer2DModel(
+        patch_size=1, in_channels=4, num_layers=3, num_single_layers=2, attention_head_dim=16,
+        num_attention_heads=2, joint_attention_dim=12, pooled_projection_dim=10, axes_dims_rope=(4, 6, 6),
+    ).eval()  # fmt: skip
+    text = f"early-exit{{exits=2,threshold=0.1,prompt={prompt}}}"
+    compiled: Any = torch.compile(model, backend="tilewright", options={"pipeline": text, "lower": "eager"})
+    given = {
+        "hidden_states": torch.randn(1, 6, 4), "encoder_hidden_states": torch.randn(1, 5, 12),
+        "pooled_projections": torch.randn(1, 10), "timestep": torch.tensor([0.5]),
+        "img_ids": torch.zeros(6, 3), "txt_ids": torch.zeros(5, 3), "return_dict": False,
+    }  # fmt: skip
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(**given)[0], model(**given)[0])
+    (reason,) = [r.reason for p in REPORTS[-1].passes for r in p.refused if p.name == "early-exit"]
+    assert "transformer_blocks.1" in reason
+    assert "coupled streams: tokens leave one stream, behind the last coupled layer" in reason
