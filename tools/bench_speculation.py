@@ -1,15 +1,15 @@
 """Time speculation beside plain decoding by the same compiled target: both take turns on every prompt, in one
 process, and the least time per prompt over all rounds counts (the prompt's own pass is left out).
 
-Prompts: chat (nothing to copy) and code editing (most of the answer stands in the prompt). Every text is also
-compared with the plain one.
+Prompts: chat (nothing to copy) and code editing (most of the answer stands in the prompt), one by one or so
+many in a batch. Every text is also compared with the plain one.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -70,17 +70,17 @@ PROMPTS = {"chat": CHAT, "code": CODE}
 
 @dataclass
 class Side:
-    """One way of decoding one prompt."""
+    """One way of decoding a batch of prompts."""
 
     speculator: Speculator
     seconds: float = float("inf")
-    """Least time per token after the first."""
-    text: tuple[int, ...] = ()
+    """Least time per token after the first ones."""
+    texts: list[list[int]] = field(default_factory=list)
 
-    def run(self, prompt: list[int], count: int) -> None:
-        self.text = tuple(self.speculator.generate([prompt], count)[0])
+    def run(self, prompts: list[list[int]], count: int) -> None:
+        self.texts = self.speculator.generate(prompts, count)
         found = self.speculator.statistics
-        self.seconds = min(self.seconds, found.seconds / max(1, found.tokens - 1))
+        self.seconds = min(self.seconds, found.seconds / max(1, found.tokens - len(prompts)))
 
 
 def encode(model: LoadedModel, prompt: str) -> list[int]:
@@ -93,34 +93,40 @@ def encode(model: LoadedModel, prompt: str) -> list[int]:
 
 
 def measure(
-    model: LoadedModel, plain: Speculator, drafting: Speculator, prompts: list[str], count: int, rounds: int
+    model: LoadedModel,
+    plain: Speculator,
+    drafting: Speculator,
+    batches: list[list[str]],
+    count: int,
+    rounds: int,
 ) -> float:
-    """Print a line per prompt; returns the speed of drafting over plain decoding, all prompts together."""
+    """Print a line per batch; returns the speed of drafting over plain decoding, all batches together."""
     totals = [0.0, 0.0]
-    for prompt in prompts:
-        tokens, sides = encode(model, prompt), (Side(plain), Side(drafting))
+    for prompts in batches:
+        tokens, sides = [encode(model, prompt) for prompt in prompts], (Side(plain), Side(drafting))
         for side in sides:
             side.run(tokens, count)
             side.seconds = float("inf")
         for _ in range(rounds):
             for side in sides:
                 side.run(tokens, count)
-        new = len(sides[0].text) - len(tokens)
+        new = sum(len(text) - len(row) for text, row in zip(sides[0].texts, tokens, strict=True))
         for i, side in enumerate(sides):
             totals[i] += side.seconds * new
         found = drafting.statistics
-        same = "same text" if sides[0].text == sides[1].text else _difference(sides, len(tokens))
+        rows = zip(tokens, sides[0].texts, sides[1].texts, strict=True)
+        other = [_difference(a, b, len(row)) for row, a, b in rows if a != b]
         print(
-            f"  {prompt[:32]!r:<36} {new:>4} tokens  plain {sides[0].seconds * 1e3:6.1f} ms  drafted "
+            f"  {prompts[0][:32]!r:<36} {new:>4} tokens  plain {sides[0].seconds * 1e3:6.1f} ms  drafted "
             f"{sides[1].seconds * 1e3:6.1f} ms  {sides[0].seconds / sides[1].seconds:5.2f}x  "
-            f"{found.tokens_per_call:.2f} tokens a call  kept {found.accepted}/{found.drafted}  {same}",
+            f"{found.tokens_per_call:.2f} tokens a call  kept {found.accepted}/{found.drafted}  "
+            f"{', '.join(other) or 'same text'}",
             flush=True,
         )
     return totals[0] / totals[1]
 
 
-def _difference(sides: tuple[Side, Side], prompt: int) -> str:
-    a, b = sides[0].text, sides[1].text
+def _difference(a: list[int], b: list[int], prompt: int) -> str:
     at = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
     return f"differs from new token {at - prompt} on"
 
@@ -138,9 +144,12 @@ def main(argv: list[str] | None = None) -> int:
         "--branches", type=int, default=2, metavar="N", help="tokens that may follow one there"
     )
     parser.add_argument("--prompts", choices=sorted(PROMPTS), default="chat")
+    parser.add_argument("--batch", type=int, default=1, metavar="N", help="prompts decoded together")
     parser.add_argument("--tokens", type=int, default=64, metavar="N")
     parser.add_argument("--rounds", type=int, default=5, metavar="N")
     options = parser.parse_args(argv)
+    if not 1 <= options.batch <= len(PROMPTS[options.prompts]):
+        parser.error(f"--batch = {options.batch}: expected 1 to {len(PROMPTS[options.prompts])}, the prompts")
     model = resolve(options.model)
     lengths = [int(n) for n in options.lengths.split(",")]
     drafting = speculate(
@@ -153,9 +162,11 @@ def main(argv: list[str] | None = None) -> int:
     )
     plain = Speculator(drafting.target, None, type(drafting.length)([0]))
     prompts = list(PROMPTS[options.prompts])
+    batches = [prompts[i : i + options.batch] for i in range(0, len(prompts), options.batch)]
     shape = f"trees of {options.tree}" if options.tree else f"lengths {lengths}"
-    print(f"{options.draft} over {options.target}, {shape}, {torch.get_num_threads()} threads")
-    ratio = measure(model, plain, drafting, prompts, options.tokens, options.rounds)
+    threads = torch.get_num_threads()
+    print(f"{options.draft} over {options.target}, {shape}, batches of {options.batch}, {threads} threads")
+    ratio = measure(model, plain, drafting, batches, options.tokens, options.rounds)
     costs = {n: drafting.length.cost(n) for n in drafting.length.lengths}
     shown = ", ".join(f"{n}: {seconds * 1e3:.1f}" for n, seconds in costs.items() if seconds is not None)
     print(f"all prompts: {ratio:.2f}x; ms of a round by length: {shown}")

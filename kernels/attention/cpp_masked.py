@@ -1,4 +1,4 @@
-"""C++ of attention with few queries under a mask: keys that the mask hides from all of them are not read.
+"""C++ of attention under a mask, up to some hundred queries: keys that it hides from all are not read.
 
 A static cache has room for more keys than it holds, and the mask hides the rest. So each row of the mask is
 looked at first (a byte or a float a key, where the key itself is hundreds): the first and the last key that
@@ -260,7 +260,7 @@ def generate(key: KernelKey, op: str) -> str:
     look = _LOOK_BOOL if element == "bool" else _LOOK.replace("@WIDEN@", _WIDEN)
     cut = Cut("The mask is `base`.", _BEFORE, _ROW, f"{_SEEN}\n\n{look}\n\n{_PLACE}")
     return cpp_file(
-        title=f"Attention of few queries under a {element} mask, {key.dtype}: hidden keys are not read.",
+        title=f"Attention under a {element} mask, {key.dtype}: hidden keys are not read.",
         note="Softmax and sums run in float32.",
         target=str(key.target),
         vector=vector_text(

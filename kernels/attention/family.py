@@ -1,4 +1,4 @@
-"""attention as a kernel family: prefill and diffusion shapes without a mask, few queries under one."""
+"""attention as a kernel family: prefill and diffusion shapes without a mask, up to 512 queries under one."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from tilewright.runtime.contracts import KernelKey, Refusal, Target
 
 MIN_QUERIES, MIN_PAIRS = 64, 1 << 16
 """Without a mask. Below, packing the keys costs more than it saves."""
-MOST_QUERIES = 32
-"""Under a mask. Above (a prefill), keys should be packed for all queries, and it hides little from all."""
+MOST_QUERIES = 512
+"""Under a mask. Up to here it beats keys packed for all queries, even where it hides little from all."""
 LEGALITY = (
     "q, k and v are [B, H, S, D], [B, Hkv, T, D], [B, Hkv, T, E] of one dtype: float32, bfloat16 or float16",
     f"D and E are known, multiples of 8 and at most {MAX_HEAD}; H is a multiple of Hkv",

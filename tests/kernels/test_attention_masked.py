@@ -23,6 +23,7 @@ SHAPES = (
     (2, 4, 2, 5, 77, 32, 5 * WIDTH),
     (1, 8, 8, 3, 513, 128, 128),
     (2, 6, 1, 32, 300, 16, WIDTH),
+    (2, 6, 2, 65, 90, 32, 3 * WIDTH),
 )
 """B, H, Hkv, S, T, D, E."""
 
@@ -111,7 +112,7 @@ def test_gradients_are_those_of_the_definition_that_of_a_bias_too() -> None:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"s": MOST_QUERIES + 1}, "33 queries under a mask"),
+        ({"s": MOST_QUERIES + 1}, "513 queries under a mask"),
         ({"mask": torch.float64}, "the mask is torch.float64"),
         ({"columns": 1}, "a column for each of 40 keys is needed"),
         ({"causal": True}, "causal and a mask"),
