@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -23,7 +24,9 @@ from tilewright.compiler.program import Program
 from tilewright.compiler.whole_file import written_whole
 
 FORMAT = "tilewright-influence-1"
-Rule = Literal["influence", "perplexity"]
+Rule = Literal["influence", "perplexity", "shifted"]
+Shifts = Mapping[int, Sequence[Tensor]]
+"""Dropped layer -> what is added to the stream [C] where it was, for each of its blocks."""
 _MAX_BYTES = 16 << 20
 
 
@@ -42,6 +45,9 @@ class Influence:
     """RMS of each layer's output over that of its input."""
     orders: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
     """Rule -> layers in the order of dropping, each with the perplexity ratio once it is gone too."""
+    shifts: list[list[list[list[float]]]] = field(default_factory=list)
+    """Rule `shifted`, without its first layer, its first two, ...: for each of these layers and each of its
+    blocks, what is added where it was: the mean of the stream is then that of the whole model."""
 
     def chosen(self, count: int, rule: str) -> tuple[list[int], float]:
         """(the `count` layers to drop, the perplexity ratio measured without them)."""
@@ -52,6 +58,12 @@ class Influence:
                 remedy="measure more, or drop fewer",
             )
         return [layer for layer, _ in order[:count]], order[count - 1][1] if count else 1.0
+
+    def shifts_of(self, count: int) -> Shifts:
+        """What goes in the place of the first `count` layers of rule `shifted`."""
+        layers, _ = self.chosen(count, "shifted")
+        rows = self.shifts[count - 1] if count else []
+        return {n: [torch.tensor(row) for row in blocks] for n, blocks in zip(layers, rows, strict=True)}
 
     def check(self, program: Program, layers: int) -> None:
         """FactError when these measurements are of another model."""
@@ -86,6 +98,10 @@ class Influence:
             if any(not 0 <= n < len(found.influence) for order in orders.values() for n, _ in order):
                 raise ValueError("an order names a layer that does not exist")
             found.orders = orders
+            if [len(rows) for rows in found.shifts] != list(range(1, len(orders.get("shifted", [])) + 1)):
+                raise ValueError("shifts and order do not belong together")
+            if not all(math.isfinite(v) for k in found.shifts for blocks in k for row in blocks for v in row):
+                raise ValueError("a shift is no finite number")
             return found
         except OSError as error:
             raise LoadError(f"cannot be read: {error.strerror or error}", where=where) from error
@@ -122,21 +138,28 @@ class LayerRun:
         return found[::-1]
 
     def run(
-        self, start: int, before: dict[fx.Node, Any], dropped: Iterable[int] = ()
+        self,
+        start: int,
+        before: dict[fx.Node, Any],
+        dropped: Iterable[int] = (),
+        shifts: Shifts = MappingProxyType({}),
+        stop: int | None = None,
     ) -> tuple[Any, list[dict[fx.Node, Any]]]:
         """(the program's result, what is needed from each stage on).
 
         start: the first stage to run, 0 for the prelude (its `before` holds the placeholders), i + 1 for
-        layer i; before: what is needed from there on.
+        layer i; before: what is needed from there on. shifts: added where layers are dropped. stop: the
+        stage in front of which to stop; there is no result then.
         """
         gone, states, env = set(dropped), [before], dict(before)
         result: Any = None
-        for number in range(start, len(self._stages)):
+        for number in range(start, len(self._stages) if stop is None else stop):
             layer = number - 1
             skipped = self._owned[layer] if layer in gone else set()
             if skipped:
-                for block in self.layers[layer].blocks:
-                    env[block.exit] = env[block.entry]
+                for i, block in enumerate(self.layers[layer].blocks):
+                    entry = env[block.entry]
+                    env[block.exit] = entry + shifts[layer][i].to(entry) if layer in shifts else entry
             for node in self._stages[number]:
                 if node in skipped or node in env:
                     continue

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from tilewright.compiler.blocks import find_blocks
 from tilewright.compiler.calibration import fingerprint
 from tilewright.compiler.diagnostics import CaptureError, OptionError
-from tilewright.compiler.influence import Influence, LayerRun, Rule, Streams
+from tilewright.compiler.influence import Influence, LayerRun, Rule, Shifts, Streams
 from tilewright.compiler.pipeline import RunOptions
 from tilewright.compiler.program import Program
 from tilewright.compiler.replay import tensors_in
@@ -75,46 +75,71 @@ class _Measuring:
         placeholders = [n for n in program.graph.nodes if n.op == "placeholder"]
         self.states = [[dict(zip(placeholders, args, strict=True))] for args in calls]
         self.dropped: list[int] = []
+        self.shifting = False
+        """Whether the mean of the stream is restored where layers are dropped."""
+        self.shifts: Shifts = {}
         self.streams = Streams.empty(len(structure.layers))
-        self.perplexity = self._again(0)
+        self.perplexity = self._run(0, (), keep=True)
         for states in self.states:
             self.streams.take(self.run, states)
+        self._means = [
+            [self._mean(self.states, i + 2, block.exit) for block in layer.blocks]
+            for i, layer in enumerate(structure.layers)
+        ]
 
-    def _again(self, start: int) -> float:
-        """Run all samples from a stage on, keep their states, and return the perplexity."""
+    def _run(self, start: int, dropped: Sequence[int], *, keep: bool) -> float:
+        """Perplexity of all samples, run from a stage on; keep: also what every stage needs."""
+        held = [states[: start + 1] for states in self.states]
+        shifts = self._shifts_of(held, dropped) if self.shifting else {}
         total, count = 0.0, 0
-        for states, tokens in zip(self.states, self.tokens, strict=True):
-            result, found = self.run.run(start, states[start], self.dropped)
-            states[start:] = found
+        for i, (states, tokens) in enumerate(zip(held, self.tokens, strict=True)):
+            result, found = self.run.run(len(states) - 1, states[-1], dropped, shifts)
             loss, seen = next_token_loss(logits_in(result), tokens)
             total, count = total + loss, count + seen
+            if keep:
+                self.states[i] = [*states[:-1], *found]
+        if keep:
+            self.shifts = shifts
         return _exp(total / count)
+
+    def _shifts_of(self, held: list[list[dict[fx.Node, Any]]], dropped: Sequence[int]) -> Shifts:
+        """What restores the mean behind each dropped layer; `held` is run on to the last of them."""
+        start = len(held[0]) - 1
+        shifts = {n: rows for n, rows in self.shifts.items() if n + 1 < start}
+        for layer in sorted(n for n in dropped if n + 1 >= start):
+            for states in held:
+                states[-1:] = self.run.run(len(states) - 1, states[-1], dropped, shifts, stop=layer + 1)[1]
+            shifts[layer] = [
+                wanted - self._mean(held, layer + 1, block.entry)
+                for wanted, block in zip(self._means[layer], self.run.layers[layer].blocks, strict=True)
+            ]
+        return shifts
+
+    @staticmethod
+    def _mean(held: list[list[dict[fx.Node, Any]]], stage: int, node: fx.Node) -> Tensor:
+        """The mean over all tokens of what a stage needs; float64 [C]."""
+        return torch.cat([states[stage][node].flatten(0, -2).double() for states in held]).mean(0)
 
     def without(self, layer: int) -> float:
         """Perplexity when this layer is left out beside those already dropped."""
-        total, count = 0.0, 0
-        for states, tokens in zip(self.states, self.tokens, strict=True):
-            result, _ = self.run.run(layer + 1, states[layer + 1], [*self.dropped, layer])
-            loss, seen = next_token_loss(logits_in(result), tokens)
-            total, count = total + loss, count + seen
-        return _exp(total / count)
+        return self._run(layer + 1, [*self.dropped, layer], keep=False)
 
     def drop(self, layer: int) -> float:
         """Leave a layer out for good; returns the perplexity."""
         self.dropped.append(layer)
-        return self._again(layer + 1)
+        return self._run(layer + 1, self.dropped, keep=True)
 
     def together(self, layers: Sequence[int]) -> float:
         """Leave several layers out; returns the perplexity."""
         self.dropped.extend(layers)
-        return self._again(min(layers) + 1)
+        return self._run(min(layers) + 1, self.dropped, keep=True)
 
     def restore(self) -> None:
         """All layers again."""
         first = min(self.dropped, default=None)
-        self.dropped = []
+        self.dropped, self.shifts = [], {}
         if first is not None:
-            self._again(first + 1)
+            self._run(first + 1, (), keep=True)
 
 
 def measure_influence(
@@ -131,7 +156,8 @@ def measure_influence(
 
     calls: (args, kwargs) with `input_ids` [B, S] of one length. Rule `influence` drops the layers of least
     influence; rule `perplexity` drops, one at a time, the layer whose loss raises perplexity least, out of
-    the `pool` remaining layers of least influence. Raises OptionError, CaptureError.
+    the `pool` remaining layers of least influence; rule `shifted` does so with the mean of the stream put
+    back behind every dropped layer to what it is in the whole model. Raises OptionError, CaptureError.
     """
     given = list(calls)
     if not given or count < 0 or pool < 1:
@@ -154,6 +180,7 @@ def measure_influence(
             (sums.after / sums.before).sqrt().tolist(),
         )
         for rule in rules:
+            measuring.shifting = rule == "shifted"
             found.orders[rule] = _order(measuring, found, rule, count, pool, progress)
             measuring.restore()
     return found
@@ -190,6 +217,9 @@ def _order(
         left = [n for n in ranked if n not in measuring.dropped]
         layer = left[0] if rule == "influence" else min(left[:pool], key=measuring.without)
         order.append((layer, measuring.drop(layer) / found.perplexity))
+        if measuring.shifting:
+            rows = [measuring.shifts[n] for n in measuring.dropped]
+            found.shifts.append([[row.tolist() for row in blocks] for blocks in rows])
         if progress is not None:
             progress(f"{rule}: {len(order)} dropped, layer {layer}, perplexity x {order[-1][1]:.3f}")
     return order

@@ -12,6 +12,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from tilewright.frontends.influence import measure_influence, perplexities_witho
 from tilewright.frontends.loaded_model import Call, LoadedModel
 from tilewright.frontends.loaders import resolve
 
-RULES: tuple[Rule, ...] = ("influence", "perplexity")
+RULES: tuple[Rule, ...] = ("influence", "perplexity", "shifted")
 PUBLISHED: dict[tuple[int, ...], float] = {
     (14,): 1.08,
     (14, 25): 1.26,
@@ -70,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--check", type=int, default=1, metavar="N", help="samples behind them to check on")
     parser.add_argument("--count", type=int, default=4, metavar="K", help="layers to drop at most")
     parser.add_argument("--pool", type=int, default=12, metavar="N", help="candidates of a greedy step")
-    parser.add_argument("--rule", choices=RULES, help="only this rule (default: both)")
+    parser.add_argument("--rule", choices=RULES, help="only this rule (default: all)")
     parser.add_argument("--write", metavar="FILE", help="where the importance data goes")
     parser.add_argument(
         "--published", action="store_true", help="only known sets of SmolLM2's layers, beside known figures"
@@ -91,22 +92,23 @@ def main(argv: list[str] | None = None) -> int:
     )  # fmt: skip
     print("block influence: " + " ".join(f"{v:.3f}" for v in found.influence))
     print(f"perplexity {found.perplexity:.2f} on {source}")
-    if given.write:
-        found.save(Path(given.write))
-    other: list[Call] = []
-    if given.check:
-        other, where = token_windows(
-            model.tokenizer, text, length=given.length, samples=given.check, first=used
-        )
-        print(f"held out: {where}")
-    for rule in rules:
-        for k in range(1, given.count + 1):
-            layers, ratio = found.chosen(k, rule)
-            names = "+".join(map(str, sorted(layers)))
-            line = f"{rule:<10} k={k}  {names:<16} x {ratio:.3f}"
-            if other and k in (1, 2, given.count):
-                line += f"  held out x {held_out(model, other, f'drop-layers{{layers={names}}}'):.3f}"
-            print(line, flush=True)
+    with TemporaryDirectory() as folder:
+        path = Path(given.write or Path(folder) / "importance.json")
+        found.save(path)
+        other: list[Call] = []
+        if given.check:
+            other, where = token_windows(
+                model.tokenizer, text, length=given.length, samples=given.check, first=used
+            )
+            print(f"held out: {where}")
+        for rule in rules:
+            for k in range(1, given.count + 1):
+                layers, ratio = found.chosen(k, rule)
+                line = f"{rule:<10} k={k}  {'+'.join(map(str, sorted(layers))):<16} x {ratio:.3f}"
+                if other and k in (1, 2, given.count):
+                    how = f"count={k},rule={rule},importance={path},max_share=1,max_ppl_ratio=1e9"
+                    line += f"  held out x {held_out(model, other, f'drop-layers{{{how}}}'):.3f}"
+                print(line, flush=True)
     return 0
 
 

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import fx
 
-from tilewright.compiler import PassLog
+from tilewright.compiler import PassLog, Program
 from tilewright.compiler.blocks import Block, BlockStructure, Layer
 from tilewright.compiler.diagnostics import OptionError
 from tilewright.compiler.graph import copy_source
-from tilewright.compiler.influence import Influence
+from tilewright.compiler.influence import Influence, Shifts
 from tilewright.compiler.legality import STATE
 
 _HALVES = {"attention": ("self-attention", "cross-attention", "mixer"), "mlp": ("mlp", "conv")}
@@ -20,13 +20,27 @@ _HALVES = {"attention": ("self-attention", "cross-attention", "mixer"), "mlp": (
 
 @dataclass(frozen=True)
 class Cut:
-    """What read `exit` will read `entry` times `gain`; `writes` of state that only the part between them
-    makes go too."""
+    """What read `exit` will read `entry` times `gain` plus `shift`; `writes` of state that only the part
+    between them makes go too."""
 
     entry: fx.Node
     exit: fx.Node
     writes: tuple[fx.Node, ...]
     gain: float = 1.0
+    shift: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Detours:
+    """What is measured to go around dropped layers."""
+
+    gains: Sequence[float] = ()
+    """Of each layer of the model; empty for 1."""
+    shifts: Shifts = field(default_factory=dict)
+
+    def shift(self, layer: int, block: int) -> torch.Tensor | None:
+        """What is added behind a block of a layer, None for nothing."""
+        return self.shifts[layer][block] if layer in self.shifts else None
 
 
 def chosen(structure: BlockStructure, numbers: list[int], max_share: float, log: PassLog) -> list[Layer]:
@@ -61,47 +75,59 @@ def by_measurement(
     return sorted(numbers)
 
 
-def around(graph: fx.Graph, cut: Cut) -> fx.Node:
-    """What a cut's readers read: its entry, scaled where its gain differs from 1 by a percent or more."""
-    if abs(cut.gain - 1.0) < 0.01:
+def around(program: Program, cut: Cut) -> fx.Node:
+    """What a cut's readers read: its entry, shifted, or scaled where its gain differs from 1 by a percent or
+    more."""
+    if cut.shift is None and abs(cut.gain - 1.0) < 0.01:
         return cut.entry
-    with graph.inserting_after(cut.exit):
-        scaled = graph.call_function(torch.ops.aten.mul.Scalar, (cut.entry, cut.gain))
-    copy_source(cut.exit, scaled)
-    scaled.meta["val"] = cut.exit.meta["val"]
-    return scaled
+    found = _detour(program, cut.entry, cut.exit, cut.gain, cut.shift)
+    copy_source(cut.exit, found)
+    return found
+
+
+def _detour(
+    program: Program, entry: fx.Node, exit_: fx.Node, gain: float, shift: torch.Tensor | None
+) -> fx.Node:
+    """A call behind `exit_`: the entry plus the shift, or times the gain."""
+    value = exit_.meta["val"]
+    added = None if shift is None else program.constant(shift.to(value.dtype), exit_, prefix="tw_shift_")
+    with program.graph.inserting_after(exit_):
+        if added is None:
+            made = program.graph.call_function(torch.ops.aten.mul.Scalar, (entry, gain))
+        else:
+            made = program.graph.call_function(torch.ops.aten.add.Tensor, (entry, added))
+    made.meta["val"] = value
+    return made
 
 
 def copy_around(
-    graph: fx.Graph, structure: BlockStructure, numbers: Sequence[int], gains: Sequence[float]
+    program: Program, structure: BlockStructure, numbers: Sequence[int], detours: Detours
 ) -> None:
-    """Make every exit of these layers a scaled copy of its entry and leave the rest where it is."""
+    """Make every exit of these layers a scaled or shifted copy of its entry and leave the rest where it
+    is."""
     moved: dict[fx.Node, fx.Node] = {}
     for number in numbers:
-        for block in structure.layers[number].blocks:
+        for i, block in enumerate(structure.layers[number].blocks):
             entry = moved.get(block.entry, block.entry)
-            args = (entry, gains[number] if gains else 1.0)
-            with graph.inserting_after(block.exit):
-                copy = graph.call_function(torch.ops.aten.mul.Scalar, args)
-            copy.meta["val"] = block.exit.meta["val"]
+            gain = detours.gains[number] if detours.gains else 1.0
+            copy = _detour(program, entry, block.exit, gain, detours.shift(number, i))
+            args = copy.args
             block.exit.replace_all_uses_with(copy)
             copy.args = args
             moved[block.exit] = copy
 
 
-def cuts_of(
-    structure: BlockStructure, layer: Layer, part: str, gains: Sequence[float], log: PassLog
-) -> list[Cut]:
-    """The cuts that take out a layer (`all`) or its `attention` or `mlp`; refusals go to the log.
-
-    gains: of each layer, empty for 1.
-    """
+def cuts_of(structure: BlockStructure, layer: Layer, part: str, detours: Detours, log: PassLog) -> list[Cut]:
+    """The cuts that take out a layer (`all`) or its `attention` or `mlp`; refusals go to the log."""
     for block, verdict in layer.failures():
         log.refused(block.exit, f"{block.name} may not be bypassed: {verdict.rule}: {verdict.reason}")
         return []
     if part == "all":
-        gain = gains[layer.index] if gains else 1.0
-        return [Cut(b.entry, b.exit, _own_writes(b, set(b.nodes)), gain) for b in layer.blocks]
+        gain = detours.gains[layer.index] if detours.gains else 1.0
+        return [
+            Cut(b.entry, b.exit, _own_writes(b, set(b.nodes)), gain, detours.shift(layer.index, i))
+            for i, b in enumerate(layer.blocks)
+        ]
     return [cut for block in layer.blocks for cut in _halves(structure, block, part, log)]
 
 

@@ -3,7 +3,8 @@
 paper: arXiv:2403.03853 (ShortGPT). A residual block whose output is close to its input can go: what read its
 exit reads its entry. Which layers may go is measured (`tilewright.frontends.influence`), never guessed by
 position: a layer next to a harmless one can be a cliff. The dropped layers' caches are not written any more.
-`keep_variance` scales what goes around a layer to the RMS that its output had (Presto!, arXiv:2410.05167).
+`keep_variance` scales what goes around a layer to the RMS that its output had (Presto!, arXiv:2410.05167);
+`rule=shifted` puts the mean of the stream back to what it was.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from tilewright.compiler.blocks import BlockStructure, find_blocks
 from tilewright.compiler.diagnostics import PipelineError
 from tilewright.compiler.graph import dead_code, output_node
 from tilewright.compiler.influence import Influence
-from tilewright.passes.skip._cuts import Cut, around, by_measurement, chosen, copy_around, cuts_of
+from tilewright.passes.skip._cuts import Cut, Detours, around, by_measurement, chosen, copy_around, cuts_of
 from tilewright.passes.skip._drop_examples import drop_examples
 
 _DONE = "tw_dropped_layers"
@@ -47,8 +48,9 @@ class DropLayers(GraphPass):
     """Drop this many layers, by the measurements in `importance`."""
     importance: str = ""
     """A file of measurements (`tilewright.frontends.influence`), of this very model."""
-    rule: Literal["influence", "perplexity"] = "perplexity"
-    """Which measured order `count` follows: least block influence, or least perplexity one by one."""
+    rule: Literal["influence", "perplexity", "shifted"] = "perplexity"
+    """Which measured order `count` follows: least block influence, or least perplexity one by one, or that
+    with the mean of the stream restored behind each dropped layer."""
     max_ppl_ratio: float = 1.15
     """Refuse `count` where the file says that perplexity grows by more than this factor."""
     keep_variance: bool = False
@@ -69,6 +71,8 @@ class DropLayers(GraphPass):
             raise self.option_error("importance", "a file belongs to count or keep_variance, and only there")
         if self.keep_variance and self.part != "all":
             raise self.option_error("keep_variance", "gains are measured for whole layers: part=all")
+        if self.rule == "shifted" and (not self.count or self.keep_variance or self.part != "all"):
+            raise self.option_error("rule", "shifts go with count, part=all and without keep_variance")
         if not 0.0 <= self.max_share <= 1.0:
             raise self.option_error("max_share", "expected 0 to 1")
         if not self.max_ppl_ratio >= 1.0:
@@ -87,7 +91,7 @@ class DropLayers(GraphPass):
             for write in cut.writes:
                 program.graph.erase_node(write)
             log.applied(cut.exit, rule=self.part, removed=[cut.exit])
-            cut.exit.replace_all_uses_with(around(program.graph, cut))
+            cut.exit.replace_all_uses_with(around(program, cut))
         if cuts:
             output_node(program.graph).meta[_DONE] = self.text()
             removed = dead_code(program.graph)
@@ -108,31 +112,33 @@ class DropLayers(GraphPass):
                 remedy="name all layers in one pass",
             )
         structure = find_blocks(program.graph, program.inputs)
-        numbers, gains = self._choice(program, structure, log)
+        numbers, detours = self._choice(program, structure, log)
         layers = chosen(structure, numbers, self.max_share, log)
-        return [cut for layer in layers for cut in cuts_of(structure, layer, self.part, gains, log)]
+        return [cut for layer in layers for cut in cuts_of(structure, layer, self.part, detours, log)]
 
     def _choice(
         self, program: Program, structure: BlockStructure, log: PassLog | None = None
-    ) -> tuple[list[int], list[float]]:
-        """(layers to drop, the gain of each layer of the model; empty for 1)."""
+    ) -> tuple[list[int], Detours]:
+        """(layers to drop, what goes around them)."""
         if not self.importance or structure.refusal:
-            return self.numbers(), []
+            return self.numbers(), Detours()
         measured = Influence.load(Path(self.importance))
         measured.check(program, len(structure.layers))
         numbers = self.numbers()
         if self.count:
             numbers = by_measurement(measured, self.count, self.rule, self.max_ppl_ratio, log)
-        return numbers, measured.gain if self.keep_variance else []
+        if self.rule == "shifted":
+            return numbers, Detours(shifts=measured.shifts_of(self.count))
+        return numbers, Detours(measured.gain if self.keep_variance else ())
 
     def reference(self, program: Program) -> None:
-        """Every chosen exit is a copy of its entry, times the gain; nothing is removed."""
+        """Every chosen exit is a copy of its entry, times the gain or plus the shift; nothing is removed."""
         structure = find_blocks(program.graph, program.inputs)
         if not structure.refusal:
-            copy_around(program.graph, structure, *self._choice(program, structure))
+            copy_around(program, structure, *self._choice(program, structure))
 
     def exact_limit(self) -> DropLayers:
-        return replace(self, layers="", count=0, importance="", keep_variance=False)
+        return replace(self, layers="", count=0, importance="", keep_variance=False, rule="perplexity")
 
     @classmethod
     def examples(cls) -> Iterator[tuple[dict, Example]]:

@@ -76,8 +76,52 @@ def test_influence_and_both_orders_equal_the_obvious_way() -> None:
         assert ratio == pytest.approx(_perplexity(model, ranked[:n]) / found.perplexity, rel=1e-4)
 
 
+def _shifted(model: Any, dropped: list[int]) -> tuple[Any, dict[int, torch.Tensor]]:
+    """The model with the dropped layers replaced by the mean difference to the whole model's stream."""
+    whole, shorter = [], copy.deepcopy(model)
+    for layer in model.model.layers:
+        layer.register_forward_hook(lambda *got: whole[-1].append(got[2]))
+    for _, k in _calls():
+        whole.append([])
+        model(**k)
+    for layer in model.model.layers:
+        layer._forward_hooks.clear()
+    shifts: dict[int, torch.Tensor] = {}
+    for n in sorted(dropped):
+        entries: list[torch.Tensor] = []
+        shorter.model.layers[n].forward = lambda x, *_, into=entries, **__: into.append(x) or x
+        for _, k in _calls():
+            shorter(**k)
+        shifts[n] = (torch.cat([w[n] for w in whole], 1) - torch.cat(entries, 1)).mean((0, 1))
+        shorter.model.layers[n].forward = lambda x, *_, by=shifts[n], **__: x + by
+    return shorter, shifts
+
+
+@torch.no_grad()
+def test_the_shifted_order_restores_the_mean() -> None:
+    """Each step drops the best layer of all, with every shift found anew from the shallowest on."""
+    model = _llama(2)
+    found = measure_influence(model, _calls(), count=3, rules=("perplexity", "shifted"), pool=LAYERS)
+    plain = measure_influence(model, _calls(), count=3, rules=("perplexity",), pool=LAYERS)
+    assert found.orders["perplexity"] == plain.orders["perplexity"], "the other rule has no shifts"
+    dropped: list[int] = []
+    for k, (layer, ratio) in enumerate(found.orders["shifted"], 1):
+        ratios = {}
+        for n in set(range(LAYERS)) - set(dropped):
+            shorter, _ = _shifted(model, [*dropped, n])
+            ratios[n] = _perplexity(shorter, []) / found.perplexity
+        assert layer == min(ratios, key=ratios.__getitem__)
+        assert ratio == pytest.approx(ratios[layer], rel=1e-4)
+        dropped.append(layer)
+        shifts = found.shifts_of(k)
+        assert list(shifts) == dropped
+        for n, want in _shifted(model, dropped)[1].items():
+            torch.testing.assert_close(shifts[n][0], want, rtol=1e-3, atol=1e-4)
+    assert dropped != sorted(dropped), "a shift of before changed"
+
+
 def test_files_are_whole_and_of_this_model(tmp_path: Path) -> None:
-    found = measure_influence(_llama(), _calls(), count=2, rules=("influence",), source="test")
+    found = measure_influence(_llama(), _calls(), count=2, rules=("influence", "shifted"), source="test")
     found.save(tmp_path / "a.json")
     assert Influence.load(tmp_path / "a.json") == found
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
@@ -87,6 +131,8 @@ def test_files_are_whole_and_of_this_model(tmp_path: Path) -> None:
         ({"influence": [None]}, "damaged"),
         ({"orders": {"influence": [[9, 1.0]]}}, "does not exist"),
         ({"more": 1}, "damaged"),
+        ({"shifts": found.shifts[:1]}, "shifts and order do not belong together"),
+        ({"shifts": [found.shifts[0], [[[math.nan]]] * 2]}, "a shift is no finite number"),
     ):
         data = json.loads((tmp_path / "a.json").read_text())
         (tmp_path / "b.json").write_text(json.dumps({**data, **change}))
@@ -124,7 +170,8 @@ def test_the_pass_takes_its_layers_from_the_file(tmp_path: Path) -> None:
     from tilewright.frontends.compile import REPORTS
 
     model, path = _llama(), tmp_path / "layers.json"
-    found = measure_influence(model, _calls(), count=2, pool=LAYERS)
+    rules: Any = ("influence", "perplexity", "shifted")
+    found = measure_influence(model, _calls(), count=2, pool=LAYERS, rules=rules)
     found.save(path)
 
     def compiled(target: nn.Module, options: str) -> Any:
@@ -145,6 +192,11 @@ def test_the_pass_takes_its_layers_from_the_file(tmp_path: Path) -> None:
             torch.testing.assert_close(compiled(model, options)(ids, use_cache=False).logits, want)
         notes = " ".join(REPORTS[-1].passes[-1].notes)
         assert f"perplexity x {found.chosen(2, 'perplexity')[1]:.3f}" in notes
+        moved, _ = _shifted(model, found.chosen(2, "shifted")[0])
+        options = f"count=2,importance={path},rule=shifted,max_share=0.5,max_ppl_ratio=1e9"
+        torch.testing.assert_close(
+            compiled(model, options)(ids, use_cache=False).logits, moved(ids, use_cache=False).logits
+        )
         louder: Any = copy.deepcopy(model)
         first = found.chosen(1, "influence")[0][0]
         gain = found.gain[first]
@@ -170,6 +222,9 @@ def test_the_pass_takes_its_layers_from_the_file(tmp_path: Path) -> None:
             (f"count=1,importance={path},layers=2", "layers"),
             ("keep_variance=true,layers=1", "importance"),
             ("layers=1,max_ppl_ratio=0.5", "max_ppl_ratio"),
+            ("layers=1,rule=shifted", "rule"),
+            (f"count=1,importance={path},rule=shifted,keep_variance=true", "rule"),
+            (f"count=1,importance={path},rule=shifted,part=mlp", "rule"),
         ):
             with pytest.raises(OptionError, match=message):
                 Pipeline.parse(f"drop-layers{{{options}}}")
