@@ -16,16 +16,22 @@ SITES = (ops.paged_attention, ops.token_attention)
 
 
 def choose_at_sites(
-    program: Program, log: PassLog | None, attend: Callable[..., Any], dense_layers: int, page: int | None
+    program: Program,
+    log: PassLog | None,
+    attend: Callable[..., Any],
+    dense_layers: int,
+    page: int | None,
+    group: int = 1,
 ) -> None:
     """Replace each attention of one new token over all pages by attend(q, k_pages, v_pages, table, lengths,
-    first, scale), which gives (out, lse). `page`: the only size of a page that will do, None for any."""
+    first, scale), which gives (out, lse). `page`: the only size of a page that will do, None for any.
+    `group`: what has to divide the channels of a value."""
     sites = [n for n in program.graph.nodes if n.target in SITES]
     for layer, node in enumerate(sites):
         if node.target is not ops.paged_attention:
             continue
         given = [*node.args, *(None,) * (8 - len(node.args))]
-        reason = refusal(given, page) or too_early(layer, dense_layers)
+        reason = refusal(given, page) or too_early(layer, dense_layers) or ungrouped(given, group)
         if reason:
             if log is not None:
                 log.refused(node, reason)
@@ -50,6 +56,12 @@ def refusal(given: list[Any], page: int | None) -> str:
 def too_early(layer: int, dense_layers: int) -> str:
     """Why a layer attends to everything; empty from `dense_layers` on."""
     return f"layer {layer} is one of the first {dense_layers}" if layer < dense_layers else ""
+
+
+def ungrouped(given: list[Any], group: int) -> str:
+    """Why groups of channels do not fit the values; empty where they do."""
+    size = given[2].meta["val"].shape[3]
+    return f"values have {size} channels, which groups of {group} do not divide" if size % group else ""
 
 
 def replace(
