@@ -24,6 +24,7 @@ from tilewright.frontends.kv_layer import PagedLayer
 from tilewright.frontends.kv_offload import Placement
 from tilewright.frontends.kv_policies import layers_for
 from tilewright.frontends.kv_shadow import check_rotation
+from tilewright.frontends.kv_spec_cache import SpecTier
 
 NAME = "tilewright"
 """Of the attention and its mask in the registries of transformers."""
@@ -118,7 +119,7 @@ class PagedCache(Cache):  # type: ignore[misc]
     """
 
     def __init__(
-        self, model: Any, layers: list[PagedLayer], before: str, placement: Placement | None
+        self, model: Any, layers: list[PagedLayer], before: str, placement: Placement | SpecTier | None
     ) -> None:
         super().__init__(layers=layers)
         self._model, self._before, self.placement = model, before, placement
@@ -134,7 +135,8 @@ class PagedCache(Cache):  # type: ignore[misc]
         return sum(view.pool.used * view.pool.page_bytes for view in views)
 
     def statistics(self) -> dict[str, Any]:
-        """Of `offload-kv`: the slow tier, bytes resident and held, hits and misses, bytes moved; else {}."""
+        """Of `offload-kv` and `spec-cache-kv`: the slow tier, bytes resident (in the fast one) and held (in
+        both), what moved; else {}."""
         return {} if self.placement is None else self.placement.statistics()
 
     def reset(self) -> None:
@@ -166,8 +168,10 @@ def kv_cache(model: Any, pipeline: Any = "", page: int | None = None) -> PagedCa
     `offload-kv{fast_bytes=64MiB}` for a cache of which only so much is in memory (alone or with
     `lessismore-kv`); empty: everything, in memory. page: tokens of a page;
     None for that of the pass, else 16.
-    Left-padded batches, beams and taking tokens back work; `offload-kv` refuses to reorder beams. OptionError
-    where the model has layers other than full attention.
+    Left-padded batches, beams and taking tokens back work; `offload-kv` refuses to reorder beams. Of
+    `spec-cache-kv` rows come back from host memory a step ahead, and `custom_generate=` has to be
+    `tilewright.frontends.kv_spec_generate.generate_with_guesses`. OptionError where the model has layers
+    other than full attention.
     """
     if page is not None and page not in PAGE_SIZES:
         raise OptionError(f"page = {page}: expected one of {', '.join(map(str, PAGE_SIZES))}")

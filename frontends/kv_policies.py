@@ -17,6 +17,7 @@ from tilewright.frontends.kv_offload import OffloadedLayer, Placement
 from tilewright.frontends.kv_packed import PackedLayer
 from tilewright.frontends.kv_relay import RelayLayer
 from tilewright.frontends.kv_shadow import ShadowLayer
+from tilewright.frontends.kv_spec_cache import SpecCacheLayer, SpecTier
 from tilewright.passes.memory.heavy_hitter_kv import HeavyHitterKV
 from tilewright.passes.memory.keyformer_kv import KeyformerKV
 from tilewright.passes.memory.lessismore_kv import LessIsMoreKV
@@ -25,6 +26,7 @@ from tilewright.passes.memory.quest_kv import QuestKV
 from tilewright.passes.memory.relay_attention import RelayAttention
 from tilewright.passes.memory.shadow_kv import ShadowKV
 from tilewright.passes.memory.snap_kv import SnapKV
+from tilewright.passes.memory.spec_cache_kv import SpecCacheKV
 from tilewright.passes.memory.streaming_kv import StreamingKV
 from tilewright.passes.quantize.quantize_kv import QuantizeKV
 
@@ -93,6 +95,7 @@ _LAYERS: dict[type, Callable[..., PagedLayer]] = {
     ShadowKV: ShadowLayer,
     RelayAttention: RelayLayer,
     QuantizeKV: PackedLayer,
+    SpecCacheKV: SpecCacheLayer,
 }
 
 
@@ -110,7 +113,7 @@ def policies_of(pipeline: Any) -> tuple[Any, OffloadKV | None]:
             f"pipeline = {', '.join(p.name for p in passes)}: a cache follows one pass at most, of {names}, "
             "and offload-kv"
         )
-    if placing and choosing and isinstance(choosing[0], QuantizeKV):
+    if placing and choosing and isinstance(choosing[0], QuantizeKV | SpecCacheKV):
         raise OptionError(
             f"pipeline = {', '.join(p.name for p in passes)}: offload-kv moves rows as the model makes them, "
             "not codes",
@@ -127,7 +130,7 @@ def policies_of(pipeline: Any) -> tuple[Any, OffloadKV | None]:
 
 def layers_for(
     pipeline: Any, count: int, page: int | None, check: Callable[[], None]
-) -> tuple[list[PagedLayer], Placement | None]:
+) -> tuple[list[PagedLayer], Placement | SpecTier | None]:
     """(`count` cache layers, the tiers behind them if any); page: None for the policy's own, else 16.
 
     OptionError for a page that is not the policy's, and as `policies_of`.
@@ -142,6 +145,9 @@ def layers_for(
         return [OffloadedLayer(i, own, check, placement, choice) for i in range(count)], placement
     if policy is None or getattr(policy, "bits", 0) == IDENTITY_BITS:
         return [PagedLayer(index, own, check) for index in range(count)], None
+    if isinstance(policy, SpecCacheKV):
+        tier = SpecTier(policy)
+        return [SpecCacheLayer(index, own, check, tier) for index in range(count)], tier
     if choice is not None:
         return [LessIsMoreLayer(index, own, check, choice) for index in range(count)], None
     return [

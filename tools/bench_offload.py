@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from tilewright.frontends.kv_cache import PagedCache, kv_cache
+from tilewright.frontends.kv_offload import Placement
 from tilewright.frontends.loaders import resolve
 from tilewright.passes.memory.lessismore_kv import LessIsMoreKV
 from tilewright.runtime.kv_store.links import SimLink
@@ -137,8 +138,9 @@ def measure(options: argparse.Namespace) -> float:
     place = f"offload-kv{{fast_bytes={fast},prefetch={options.prefetch},extent_bytes={options.kib << 10}}}"
     sides = [Side(kv_cache(model, f"{place},{policy}")), Side(kv_cache(model, policy))]
     links = [CountingLink()]
-    assert sides[0].cache.placement is not None
-    sides[0].cache.placement.open_store = lambda _: links[0]
+    placement = sides[0].cache.placement
+    assert isinstance(placement, Placement)
+    placement.open_store = lambda _: links[0]
     ids = text_ids(options.tokens)
     for side in sides:
         prefill(model, side, ids, 256)

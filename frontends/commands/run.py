@@ -72,20 +72,13 @@ def _through_cache(args: argparse.Namespace, model: Any, tokens: Any) -> Result:
     """Greedy decoding of the model as it is, with the cache that the pipeline describes."""
     import torch
 
-    from tilewright.frontends.cache_argument import cache_arguments
     from tilewright.frontends.kv_cache import kv_cache
+    from tilewright.frontends.kv_spec_cache import SpecTier
 
-    times = []
     with kv_cache(model.module, args.pipeline) as cache, torch.no_grad(), step("generating"):
-        started, latest = time.perf_counter(), tokens
-        for _ in range(args.tokens):
-            given = cache_arguments(model.module, cache)
-            logits = model.module(input_ids=latest, logits_to_keep=1, **given).logits
-            latest = logits[:, -1].argmax(-1, keepdim=True)
-            tokens = torch.cat([tokens, latest], 1)
-            times.append(time.perf_counter())
-            if model.tokenizer is not None and int(latest) == model.tokenizer.eos_token_id:
-                break
+        started = time.perf_counter()
+        decode = _guessed if isinstance(cache.placement, SpecTier) else _greedy
+        tokens, times = decode(args, model, tokens, cache)
         moved = {"held_bytes": cache.nbytes, **cache.statistics()}
     rate = (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else 0.0
     text = model.tokenizer.decode(tokens[0]) if model.tokenizer is not None else str(tokens[0].tolist())
@@ -105,15 +98,67 @@ def _through_cache(args: argparse.Namespace, model: Any, tokens: Any) -> Result:
         f"{data['first_token_seconds']:.1f} s"
     )
     lines.append(f"keys and values: {moved['held_bytes'] / 2**20:.1f} MiB held")
-    if "resident_bytes" in moved:
-        size = {name: f"{value / 2**20:.1f} MiB" for name, value in moved.items() if name.endswith("bytes")}
-        size |= {name: f"{moved[name] / 2**20:.0f} MiB" for name in ("bytes_written", "bytes_read")}
-        lines[-1] += (
-            f", {size['resident_bytes']} of at most {size['fast_bytes']} in memory; {moved['slow_tier']}: "
-            f"{size['bytes_written']} written, {size['bytes_read']} read; "
-            f"{moved['hit_rate']:.0%} of extents were there when asked"
-        )
+    if moved.keys() > {"held_bytes"}:
+        lines[-1] += _moves(moved)
     return Result(data, lines)
+
+
+def _ends(args: argparse.Namespace, model: Any, times: list[float], token: Any) -> bool:
+    """Whether nothing follows `token`, of which the last of `times` tells when it came."""
+    return len(times) == args.tokens or (
+        model.tokenizer is not None and int(token) == model.tokenizer.eos_token_id
+    )
+
+
+def _greedy(args: argparse.Namespace, model: Any, tokens: Any, cache: Any) -> tuple[Any, list[float]]:
+    """(int64 [1, S + new], when each new token came)."""
+    import torch
+
+    from tilewright.frontends.cache_argument import cache_arguments
+
+    times: list[float] = []
+    latest, given = tokens, cache_arguments(model.module, cache)
+    while True:
+        logits = model.module(input_ids=latest, logits_to_keep=1, **given).logits
+        latest = logits[:, -1].argmax(-1, keepdim=True)
+        tokens = torch.cat([tokens, latest], 1)
+        times.append(time.perf_counter())
+        if _ends(args, model, times, latest):
+            return tokens, times
+
+
+def _guessed(args: argparse.Namespace, model: Any, tokens: Any, cache: Any) -> tuple[Any, list[float]]:
+    """As `_greedy`, a token and a guess at every step."""
+    import torch
+    from transformers import GenerationConfig
+
+    from tilewright.frontends.kv_spec_generate import generate_with_guesses
+
+    times: list[float] = []
+
+    def stop(ids: Any, _: None) -> Any:
+        times.append(time.perf_counter())
+        return torch.tensor([_ends(args, model, times, ids[0, -1])])
+
+    def as_is(_: Any, scores: Any) -> Any:
+        return scores
+
+    how = GenerationConfig(do_sample=False)
+    return generate_with_guesses(model.module, tokens, as_is, stop, how, past_key_values=cache), times
+
+
+def _moves(moved: dict[str, Any]) -> str:
+    """What went between the tiers of a cache, as the end of a sentence."""
+    size = {name: f"{value / 2**20:.1f} MiB" for name, value in moved.items() if name.endswith("bytes")}
+    size |= {name: f"{moved[name] / 2**20:.0f} MiB" for name in ("bytes_written", "bytes_read")}
+    most = f" of at most {size['fast_bytes']}" if "fast_bytes" in moved else ""
+    said = (
+        f", {size['resident_bytes']}{most} in memory; {moved['slow_tier']}: {size['bytes_written']} written, "
+        f"{size['bytes_read']} read; "
+    )
+    if "fetches" in moved:
+        return f"{said}{moved['late']} of {moved['fetches']} fetches came late"
+    return f"{said}{moved['hit_rate']:.0%} of extents were there when asked"
 
 
 def _generate(args: argparse.Namespace, model: Any, options: dict[str, Any], tokens: Any) -> Result:

@@ -71,7 +71,7 @@ class SimLink(HostExtents):
         """As HostExtents.write, over the link."""
         written = super().write(extent, version, data)
         if written:
-            _sleep_until(self._enter(data.numel()))
+            self.carry(data.numel())
         return written
 
     def read(self, extent: Hashable, out: Tensor) -> None:
@@ -79,6 +79,10 @@ class SimLink(HostExtents):
         ends = self._enter(out.numel())
         super().read(extent, out)
         _sleep_until(ends)
+
+    def carry(self, size: int) -> None:
+        """Take the link for `size` bytes, and return when they have arrived."""
+        _sleep_until(self._enter(size))
 
     def _enter(self, size: int) -> float:
         """Take the link for `size` bytes; the time at which the transfer ends."""

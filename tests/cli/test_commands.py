@@ -134,5 +134,12 @@ def test_run_through_a_cache_within_a_bound(capsys: pytest.CaptureFixture[str], 
     assert data["new_tokens"] == 40
     assert data["cache"]["resident_bytes"] <= 8192 < data["cache"]["held_bytes"]
     assert data["cache"]["bytes_read"] > 0
+    few = "spec-cache-kv{group=8,residual=8,budget=2}"
+    code, out = run(capsys, "run", "tiny-llama", "--tokens", "40", "--pipeline", few, "--json")
+    data = json.loads(out)
+    assert code == OK
+    assert data["new_tokens"] == 40
+    assert 0 < data["cache"]["resident_bytes"] < data["cache"]["held_bytes"]
+    assert run(capsys, "run", "tiny-llama", "--tokens", "30", "--pipeline", few)[1].count("fetches came late")
     assert main(["run", "tiny-llama", "--tokens", "2", "--pipeline", f"cpu-int4,{pipeline}"]) == 2
     assert "guides a cache, the others a compiled graph" in capsys.readouterr().err
