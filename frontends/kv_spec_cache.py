@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 from tilewright.compiler.diagnostics import OptionError
-from tilewright.compiler.ops.paged import attend
+from tilewright.compiler.ops.paged import wide
 from tilewright.frontends.kv_layer import PagedLayer
 from tilewright.passes.memory import _few_bits as few_bits
 from tilewright.passes.memory._few_bits import Codes
@@ -117,7 +117,7 @@ class FewBitRows:
         self.coded = 0
         self.tail = (k, v)
         self.codes: tuple[Codes, Codes] | None = None
-        """[Hkv, coded / g, D, ...] of the keys, [Hkv, coded, E / g, ...] of the values."""
+        """Of keys and values, each [Hkv, coded, ...]."""
         self.ahead: Ahead | None = None
 
     @property
@@ -158,10 +158,10 @@ class FewBitRows:
         if count <= self.coded:
             return
         policy, fresh = self.policy, count - self.coded
-        (k, v), bits = self.tail, policy.bits
+        k, v = self.tail
         new = (
-            few_bits.encoded(few_bits.key_groups(k[:, :fresh], policy.group), bits),
-            few_bits.encoded(few_bits.value_groups(v[:, :fresh], policy.group), bits),
+            few_bits.encoded_keys(k[:, :fresh], policy.group, policy.bits),
+            few_bits.encoded_values(v[:, :fresh], policy.group, policy.bits),
         )
         if not all(bool(codes.numbers.isfinite().all()) for codes in new):
             raise OptionError(
@@ -191,6 +191,18 @@ class FewBitRows:
             near_k.scatter_(1, at.expand_as(exact_k), exact_k)
             near_v.scatter_(1, at.expand_as(exact_v), exact_v)
         return torch.cat([near_k, k], 1), torch.cat([near_v, v], 1)
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """(attention [H, T, E] of the newest tokens q [H, T, D] to k [Hkv, S, D], v [Hkv, S, E]; what the last of
+    them gives to every row, [Hkv, G, S])."""
+    (heads, size, _), tokens, kind = k.shape, q.shape[1], wide(q)
+    rows = q.to(kind).unflatten(0, (heads, -1)).flatten(1, 2)
+    scores = (rows @ k.to(kind).mT).mul_(scale).unflatten(1, (-1, tokens))
+    later = torch.ones(tokens, size, dtype=torch.bool, device=q.device).triu(size - tokens + 1)
+    weights = scores.masked_fill_(later, float("-inf")).softmax(-1)
+    out = (weights.flatten(1, 2) @ v.to(kind)).unflatten(1, (-1, tokens)).flatten(0, 1)
+    return out.to(q.dtype), weights[:, :, -1]
 
 
 class SpecCacheLayer(PagedLayer):
@@ -283,25 +295,14 @@ class SpecCacheLayer(PagedLayer):
         policy = self.policy
         self._round(row, row.length - 1)
         fetched = None if row.ahead is None else self.tier.arrived(row.ahead)
-        k, v = row.rows(fetched)
-        held = torch.ones(1, 1, row.length, dtype=torch.bool, device=q.device)
-        lengths = torch.full((1,), row.length, device=q.device)
-        out, lse = attend(q, k[None], v[None], held, lengths, scale)
+        out, shares = _attention(q[0], *row.rows(fetched), scale)
         row.ahead = None
         coming = policy.coded(row.length)  # one of the tokens to come is no guess
         if coming > 0:
             self.tier.counters.bytes_written += row.archive(coming)
-            shares = self._shares(q[0, :, -1], k, lse[0, :, -1], scale)
             ranks = policy.ranks(shares)[:, :coming]
             row.ahead = self.tier.fetch(row.slow, ranks.topk(min(policy.budget, coming)).indices)
-        return out
-
-    @staticmethod
-    def _shares(q: Tensor, k: Tensor, lse: Tensor, scale: float) -> Tensor:
-        """[Hkv, G, S]: what a query q [H, D] gives to every key; lse [H]."""
-        rows, sums = (x.to(lse.dtype).unflatten(0, (k.shape[0], -1)) for x in (q, lse))
-        found: Tensor = (rows @ k.to(lse.dtype).mT * scale - sums[..., None]).exp()
-        return found
+        return out[None]
 
     def get_seq_length(self) -> int:
         """Tokens seen, padding included."""

@@ -25,7 +25,7 @@ def choose_at_sites(
 ) -> None:
     """Replace each attention of one new token over all pages by attend(q, k_pages, v_pages, table, lengths,
     first, scale), which gives (out, lse). `page`: the only size of a page that will do, None for any.
-    `group`: what has to divide the channels of a value."""
+    `group`: what has to divide the channels of keys and values."""
     sites = [n for n in program.graph.nodes if n.target in SITES]
     for layer, node in enumerate(sites):
         if node.target is not ops.paged_attention:
@@ -59,9 +59,12 @@ def too_early(layer: int, dense_layers: int) -> str:
 
 
 def ungrouped(given: list[Any], group: int) -> str:
-    """Why groups of channels do not fit the values; empty where they do."""
-    size = given[2].meta["val"].shape[3]
-    return f"values have {size} channels, which groups of {group} do not divide" if size % group else ""
+    """Why groups of channels do not fit keys and values; empty where they do."""
+    for name, pages in zip(("keys", "values"), given[1:3], strict=True):
+        size = pages.meta["val"].shape[3]
+        if size % group:
+            return f"{name} have {size} channels, which groups of {group} do not divide"
+    return ""
 
 
 def replace(

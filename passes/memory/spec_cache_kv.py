@@ -100,8 +100,8 @@ class SpecCacheKV(GraphPass):
     def _rounded(self, k, v):
         size = k.shape[2]
         whole = functional.pad(k, (0, 0, 0, -size % self.group))
-        keys = few_bits.encoded(few_bits.key_groups(whole, self.group), self.bits)
-        values = few_bits.encoded(few_bits.value_groups(v, self.group), self.bits)
+        keys = few_bits.encoded_keys(whole, self.group, self.bits)
+        values = few_bits.encoded_values(v, self.group, self.bits)
         return few_bits.near_keys(keys, self.bits)[:, :, :size], few_bits.near_values(values, self.bits)
 
     def _rounded_plainly(self, k, v):
