@@ -25,7 +25,7 @@ TAKEN = {
 """What generate() hands over."""
 
 
-class _Text:
+class GuessedText:
     """Sequences of one batch and their padding, as the model is told of them."""
 
     def __init__(self, model: Any, cache: PagedCache, mask: Tensor) -> None:
@@ -104,7 +104,7 @@ def generate_with_guesses(
             token = scores.argmax(-1)
         return token.masked_fill(over, pad)
 
-    text, guess = _Text(model, cache, mask), None
+    text, guess = GuessedText(model, cache, mask), None
     logits = text.prompt(input_ids)
     while True:
         token = taken(logits)

@@ -1,5 +1,7 @@
 """Decode SmolLM2-135M with `lessismore-kv`, its cache behind an EMULATED link and all in memory, in turn.
 
+Beside them, `spec-cache-kv` behind another link as fast, and a cache that keeps and attends everything.
+
 The bandwidth of the link is what the policy's bookkeeping says can be hidden. A first pass with a link of no
 limit counts the bytes that each layer reads in a step; the step of the cache in memory gives the time of a
 layer. What a layer reads is known from the layer that chose it on (from the layer before, where everything is
@@ -26,8 +28,11 @@ from torch import Tensor
 
 from tilewright.frontends.kv_cache import PagedCache, kv_cache
 from tilewright.frontends.kv_offload import Placement
+from tilewright.frontends.kv_spec_cache import SpecTier
+from tilewright.frontends.kv_spec_generate import GuessedText
 from tilewright.frontends.loaders import resolve
 from tilewright.passes.memory.lessismore_kv import LessIsMoreKV
+from tilewright.runtime.kv_store.host_rows import LinkedRows
 from tilewright.runtime.kv_store.links import SimLink
 
 GOAL = 0.7
@@ -65,6 +70,31 @@ class Side:
         start = time.perf_counter()
         logits = model(given, past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits
         self.tokens.append(int(logits[0, -1].argmax()))
+        self.seconds.append(time.perf_counter() - start)
+
+
+@dataclass
+class GuessingSide(Side):
+    """One of `spec-cache-kv`: a step takes a token and a guess."""
+
+    text: GuessedText | None = None
+    guess: Tensor = field(default_factory=lambda: torch.empty(0))
+    right: list[bool] = field(default_factory=list)
+    """Of each step, whether its guess was the token that came."""
+
+    def step(self, model: Any, given: Tensor) -> None:
+        """As Side.step; ids of a prompt, or of a token."""
+        start = time.perf_counter()
+        if self.text is None:
+            self.text = GuessedText(model, self.cache, torch.ones_like(given))
+            token = self.text.prompt(given).argmax(-1)
+            self.guess = self.text.step(token)[:, 0].argmax(-1)
+        else:
+            answers = self.text.step(given[0], self.guess)
+            token, guess = answers.argmax(-1).unbind(1)
+            self.right.append(bool(token == self.guess))
+            self.guess = guess
+        self.tokens.append(int(token))
         self.seconds.append(time.perf_counter() - start)
 
 
@@ -127,8 +157,27 @@ def report(sides: list[Side], links: list[CountingLink], before: dict[str, Any],
     return ratio
 
 
+def report_guesses(sides: list[Side], link: SimLink, before: dict[str, Any], steps: int) -> None:
+    """Print what `spec-cache-kv` did beside a cache of everything."""
+    guessed, whole = sides
+    assert isinstance(guessed, GuessingSide)
+    after = guessed.cache.statistics()
+    ms = [statistics.median(side.seconds) * 1e3 for side in sides]
+    late, fetches = (after[name] - before[name] for name in ("late", "fetches"))
+    right = guessed.right[-steps:]
+    print(f"slow tier         {link.label}: EMULATION")
+    print(f"step, spec-cache  {ms[0]:.2f} ms (median of {steps}); least {min(guessed.seconds) * 1e3:.2f}")
+    print(f"step, everything  {ms[1]:.2f} ms (median of {steps}); least {min(whole.seconds) * 1e3:.2f}")
+    print(f"read              {(after['bytes_read'] - before['bytes_read']) / steps / 1e6:.2f} MB a step")
+    print(f"late              {late} of {fetches} fetches; {sum(right)} of {len(right)} guesses right")
+    exact, fast = whole.cache.nbytes, after["resident_bytes"]
+    print(f"resident          {fast} of {exact} bytes as they are: 1/{exact / fast:.1f}")
+    same = sum(a == b for a, b in zip(guessed.tokens, whole.tokens, strict=True))
+    print(f"tokens            {same} of {len(whole.tokens)} the same on both sides")
+
+
 def measure(options: argparse.Namespace) -> float:
-    """Both sides; the ratio of their speeds."""
+    """All sides; the ratio of the speeds of the first two."""
     model: Any = resolve("smollm2").module
     layers: int = model.config.num_hidden_layers
     choosing = ",select_layers=" + "x".join(map(str, options.choose)) if options.choose else ""
@@ -136,26 +185,35 @@ def measure(options: argparse.Namespace) -> float:
     chooses = LessIsMoreKV(budget=options.budget, select_layers=tuple(options.choose)).choosing(layers)
     fast = options.tokens * TOKEN_BYTES * layers // options.share
     place = f"offload-kv{{fast_bytes={fast},prefetch={options.prefetch},extent_bytes={options.kib << 10}}}"
-    sides = [Side(kv_cache(model, f"{place},{policy}")), Side(kv_cache(model, policy))]
-    links = [CountingLink()]
-    placement = sides[0].cache.placement
+    sides = [
+        Side(kv_cache(model, f"{place},{policy}")),
+        Side(kv_cache(model, policy)),
+        GuessingSide(kv_cache(model, f"spec-cache-kv{{{options.spec}}}")),
+        Side(kv_cache(model)),
+    ]
+    links, rows_link = [CountingLink()], SimLink(UNLIMITED, 0.0)
+    placement, tier = sides[0].cache.placement, sides[2].cache.placement
     assert isinstance(placement, Placement)
+    assert isinstance(tier, SpecTier)
     placement.open_store = lambda _: links[0]
+    tier.open_rows = lambda heads, width, dtype: LinkedRows(heads, width, dtype, rows_link)
     ids = text_ids(options.tokens)
     for side in sides:
-        prefill(model, side, ids, 256)
+        prefill(model, side, ids, options.tokens if isinstance(side, GuessingSide) else 256)
     turn(model, sides, options.warm)
     links[0].read_bytes.clear()
     turn(model, sides, options.warm)
     layer_seconds = statistics.median(sides[1].seconds) / layers
     read = {layer: size / options.warm for layer, size in links[0].read_bytes.items()}
     bandwidth = hideable(read, chooses, layers, layer_seconds)
-    links[0].throttle(options.share_of * bandwidth, options.latency * 1e-6)
-    before = sides[0].cache.statistics()
+    for link in (links[0], rows_link):
+        link.throttle(options.share_of * bandwidth, options.latency * 1e-6)
+    before = [sides[i].cache.statistics() for i in (0, 2)]
     turn(model, sides, options.steps)
-    ratio = report(sides, links, before, options.steps)
+    ratio = report(sides[:2], links, before[0], options.steps)
     same = sides[0].tokens == sides[1].tokens
     print(f"tokens            {'the same' if same else 'NOT the same'} on both sides")
+    report_guesses(sides[2:], rows_link, before[1], options.steps)
     for side in sides:
         side.cache.close()
     return ratio
@@ -168,6 +226,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--warm", type=int, default=6, help="steps before, and steps that are counted")
     parser.add_argument("--budget", type=int, default=256)
+    parser.add_argument("--spec", default="", help="options of spec-cache-kv, as bits=1,group=64")
     parser.add_argument("--choose", type=int, action="append", default=[], help="a layer; may repeat")
     parser.add_argument("--share", type=int, default=8, help="the cache over the fast tier")
     parser.add_argument("--prefetch", type=int, default=16)

@@ -85,16 +85,33 @@ def test_a_sequence_of_a_padded_batch_is_as_it_is_alone() -> None:
 def test_a_wrong_guess_changes_no_token(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where all rows are fetched; its slot is written again, and rows fetched for it are none the worse."""
     model, given = make_model(), prompts(3, 41)
-    want, plain, wrong = generate(model, given), kv_spec_generate._Text.step, []
+    want, plain, wrong = generate(model, given), kv_spec_generate.GuessedText.step, []
 
     def misled(text: Any, *tokens: torch.Tensor) -> torch.Tensor:
         wrong.append((tokens[-1] * 7 + 5) % V)
         return plain(text, *tokens[:-1], wrong[-1])
 
-    monkeypatch.setattr(kv_spec_generate._Text, "step", misled)
+    monkeypatch.setattr(kv_spec_generate.GuessedText, "step", misled)
     got, _ = guessing(model, given, FEW + "budget=71}")
     assert torch.equal(got, want)
     assert len(wrong) == 30, "a step for each token but the last, and one before them"
+
+
+def test_guesses_are_right_where_greedy_decoding_is_all_but_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The guess of a step is the token of the next, for as long as none of them was wrong."""
+    model, given = make_model(), prompts(3, 41)
+    plain, steps = kv_spec_generate.GuessedText.step, []
+
+    def watched(text: Any, *tokens: torch.Tensor) -> torch.Tensor:
+        steps.append(tokens)
+        return plain(text, *tokens)
+
+    monkeypatch.setattr(kv_spec_generate.GuessedText, "step", watched)
+    guessing(model, given, FEW + "bits=8,budget=71}")
+    (only,), *pairs = steps
+    assert torch.equal(only, pairs[0][0])
+    assert len(pairs) == 29
+    assert all(torch.equal(pairs[i][1], pairs[i + 1][0]) for i in range(28))
 
 
 def test_processors_samples_and_ends_are_those_of_generate() -> None:
