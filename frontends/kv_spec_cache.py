@@ -293,7 +293,8 @@ class SpecCacheLayer(PagedLayer):
         """Attention [1, H, T, E] of the newest tokens of one sequence; the last, a guess, orders the rows for
         the next step."""
         policy = self.policy
-        self._round(row, row.length - 1)
+        alone = q.shape[2] == 1  # the token that the next step takes again, beside a guess
+        self._round(row, row.length - (not alone))
         fetched = None if row.ahead is None else self.tier.arrived(row.ahead)
         out, shares = _attention(q[0], *row.rows(fetched), scale)
         row.ahead = None

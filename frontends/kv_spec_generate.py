@@ -17,7 +17,7 @@ from tilewright.compiler.diagnostics import OptionError
 from tilewright.frontends.cache_argument import cache_arguments, cache_in
 from tilewright.frontends.kv_cache import PagedCache
 from tilewright.frontends.kv_layer import PagedLayer
-from tilewright.frontends.kv_spec_cache import SpecCacheLayer
+from tilewright.frontends.kv_spec_cache import SpecCacheLayer, SpecTier
 
 TAKEN = {
     "attention_mask", "cache", "past_key_values", "position_ids", "logits_to_keep", "use_cache", "synced_gpus"
@@ -33,10 +33,25 @@ class GuessedText:
         self.model, self.cache, self.mask = model, cache, mask
         self.layers = [layer for layer in cache.layers if isinstance(layer, SpecCacheLayer)]
         self.counts = mask.sum(1)
+        tier = cache.placement
+        self._again = isinstance(tier, SpecTier) and tier.policy.on_wrong == "again"
+        self.meant: Tensor | None = None
+        """int64 [B]: the guess of the step before, of the token to come; None before the first."""
+        self._guess: Tensor | None = None
 
     def prompt(self, tokens: Tensor) -> Tensor:
         """Logits [B, V] behind the prompts int64 [B, S]."""
         return self._answers(tokens, self.mask, _places(self.mask), 1)[:, 0]
+
+    def follow(self, token: Tensor) -> Tensor:
+        """Logits [B, V] behind a token int64 [B] of every sequence, and a guess beside it."""
+        guess = self._guess
+        wrong = self._again and self.meant is not None and not torch.equal(self.meant, token)
+        if guess is None or wrong:  # the token itself chooses rows for this step, and makes a guess
+            guess = self.step(token)[:, 0].argmax(-1)
+        answers = self.step(token, guess)
+        self.meant, self._guess = guess, answers[:, 1].argmax(-1)
+        return answers[:, 0]
 
     def step(self, *tokens: Tensor) -> Tensor:
         """Logits [B, T, V] behind T tokens int64 [B], the last a guess, which is taken back."""
@@ -104,7 +119,7 @@ def generate_with_guesses(
             token = scores.argmax(-1)
         return token.masked_fill(over, pad)
 
-    text, guess = GuessedText(model, cache, mask), None
+    text = GuessedText(model, cache, mask)
     logits = text.prompt(input_ids)
     while True:
         token = taken(logits)
@@ -112,10 +127,7 @@ def generate_with_guesses(
         over = over | stopping_criteria(ids, None)
         if bool(over.all()):
             return ids
-        if guess is None:  # nothing chose rows for the first step yet: its token does, and makes a guess
-            guess = text.step(token)[:, 0].argmax(-1)
-        answers = text.step(token, guess)
-        logits, guess = answers[:, 0], answers[:, 1].argmax(-1)
+        logits = text.follow(token)
 
 
 def _places(mask: Tensor) -> Tensor:

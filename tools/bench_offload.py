@@ -78,7 +78,6 @@ class GuessingSide(Side):
     """One of `spec-cache-kv`: a step takes a token and a guess."""
 
     text: GuessedText | None = None
-    guess: Tensor = field(default_factory=lambda: torch.empty(0))
     right: list[bool] = field(default_factory=list)
     """Of each step, whether its guess was the token that came."""
 
@@ -88,12 +87,9 @@ class GuessingSide(Side):
         if self.text is None:
             self.text = GuessedText(model, self.cache, torch.ones_like(given))
             token = self.text.prompt(given).argmax(-1)
-            self.guess = self.text.step(token)[:, 0].argmax(-1)
         else:
-            answers = self.text.step(given[0], self.guess)
-            token, guess = answers.argmax(-1).unbind(1)
-            self.right.append(bool(token == self.guess))
-            self.guess = guess
+            token = self.text.follow(given[0]).argmax(-1)
+            self.right.append(torch.equal(token, self.text.meant))  # type: ignore[arg-type]
         self.tokens.append(int(token))
         self.seconds.append(time.perf_counter() - start)
 

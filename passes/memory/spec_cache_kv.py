@@ -54,6 +54,10 @@ class SpecCacheKV(GraphPass):
     on_late: Literal["wait", "lowbit"] = "wait"
     """Rows not fetched in time: wait for them, or attend what is rounded, whichever rows that are."""
 
+    on_wrong: Literal["keep", "again"] = "keep"
+    """After a guess that was not the token: keep what it chose and leads to, or guess anew behind the token,
+    by a forward more."""
+
     def validate(self) -> None:
         if self.bits not in (1, 2, 4, 8, IDENTITY_BITS):
             raise self.option_error("bits", f"expected 1, 2, 4, 8 or {IDENTITY_BITS} for none")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import threading
 import time
 from dataclasses import replace
@@ -114,6 +115,38 @@ def test_guesses_are_right_where_greedy_decoding_is_all_but_exact(monkeypatch: p
     assert all(torch.equal(pairs[i][1], pairs[i + 1][0]) for i in range(28))
 
 
+def test_a_wrong_guess_is_kept_or_made_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Anew, behind the token itself: a step of the token alone stands between those of two."""
+    model, given = make_model(), prompts(2, 41)
+    plain, steps = kv_spec_generate.GuessedText.step, []
+
+    def watched(text: Any, *tokens: torch.Tensor) -> torch.Tensor:
+        steps.append((*tokens, plain(text, *tokens)))
+        return steps[-1][-1]
+
+    monkeypatch.setattr(kv_spec_generate.GuessedText, "step", watched)
+    kept, _ = guessing(model, given, FEW + "bits=1,budget=1}")
+    assert [len(step) for step in steps] == [2, *[3] * 29]
+    steps.clear()
+    anew, _ = guessing(model, given, FEW + "bits=1,budget=1,on_wrong=again}")
+    assert not torch.equal(kept, anew), "what chose rows makes no difference"
+    for b in range(2):
+        assert [int(step[0][b]) for step in steps if len(step) == 3] == anew[b, 41:-1].tolist()
+    single = 0
+    for before, step in itertools.pairwise(steps):
+        if len(before) == 2:
+            single += 1
+            assert torch.equal(before[0], step[0])
+            assert torch.equal(step[1], before[1][:, 0].argmax(-1))
+        elif len(step) == 3:
+            assert torch.equal(before[1], step[0]), "the guess was wrong, and nothing was done"
+        else:
+            assert not torch.equal(before[1], step[0]), "the guess was right"
+    assert 1 < single < 29
+    want = generate(model, given)
+    assert torch.equal(guessing(model, given, FEW + "bits=1,budget=71,on_wrong=again}")[0], want)
+
+
 def test_processors_samples_and_ends_are_those_of_generate() -> None:
     model, given = make_model(), prompts(3, 41)
     ends = generate(model, given)[0, 50].item()
@@ -186,7 +219,7 @@ class Oracle:
     def step(self, q: np.ndarray, k: np.ndarray, v: np.ndarray, scale: float) -> np.ndarray:
         """[H, T, E] of q [H, T, D], the last of its T tokens a guess."""
         p, size, tokens = self.p, k.shape[1], q.shape[1]
-        count = max((size - 1 - p.residual) // p.group, 0) * p.group
+        count = max((size - (tokens > 1) - p.residual) // p.group, 0) * p.group
         near_k, near_v = self.low(k, v, count)
         out, ranks = np.zeros((HEADS, tokens, E)), np.zeros((KEYS, size))
         for h in range(HEADS):
@@ -217,8 +250,8 @@ def test_layers_attend_what_the_oracle_attends(policy: SpecCacheKV) -> None:
     first, tier = [0, 3, 40], SpecTier(policy)
     layer, oracles = SpecCacheLayer(0, 16, lambda: None, tier), [Oracle(policy) for _ in range(3)]
     kept: list[tuple[torch.Tensor, torch.Tensor]] = []
-    for step in range(24):
-        tokens = 43 if step == 0 else 1 if step == 1 else 2
+    for step in range(27):
+        tokens = 43 if step == 0 else 1 if step in (1, 9, 10, 17) else 2
         q, k = (torch.randn(3, heads, tokens, D) for heads in (HEADS, KEYS))
         v = torch.randn(3, KEYS, tokens, 24)
         layer.guessing = step > 0
@@ -251,7 +284,7 @@ def test_rows_that_are_all_fetched_are_attended_as_they_are(
     )
     keys, values = (torch.empty(2, KEYS, 0, n, dtype=kind) for n in (D, E))
     for step in range(20):
-        tokens = 30 if step == 0 else 1 if step == 1 else 2
+        tokens = 30 if step == 0 else 1 if step in (1, 7, 12) else 2
         q, k = (torch.randn(2, heads, tokens, D).to(kind) for heads in (HEADS, KEYS))
         v = torch.randn(2, KEYS, tokens, E).to(kind)
         outs = []
@@ -272,7 +305,7 @@ def test_rows_that_are_all_fetched_are_attended_as_they_are(
             layer.crop(-1)
             plain.crop(-1)
             keys, values = keys[:, :, :-1], values[:, :, :-1]
-    assert [row.coded for row in (*layer._rows, *plain._rows)] == [40, 40, 0, 0]
+    assert [row.coded for row in (*layer._rows, *plain._rows)] == [32, 32, 0, 0]
     layer.tier.close()
 
 
@@ -390,6 +423,7 @@ def test_a_failed_read_is_an_error_of_generate() -> None:
     ("budget=0", "budget' = 0: expected 1 row or more"),
     ("heads=mean", "heads"),
     ("on_late=never", "on_late"),
+    ("on_wrong=stop", "on_wrong"),
 ])  # fmt: skip
 def test_options_are_checked(options: str, said: str) -> None:
     with pytest.raises(OptionError, match=said):
