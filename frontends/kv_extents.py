@@ -1,21 +1,34 @@
 """One layer's keys and values in extents of which only some are resident, and attention over them.
 
-Attention goes extent by extent, in their order, and merges by log-sum-exp; which extents were resident when
+Each extent is attended for itself and all are merged by log-sum-exp; which extents were resident when
 it began, and which were read ahead, changes no bit of the result.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from tilewright.compiler.diagnostics import OptionError
-from tilewright.compiler.ops.block_sparse_attention import merge_attention
 from tilewright.kernels.paged.call import callable_for
+from tilewright.kernels.paged.cpp_core import CHUNK
 from tilewright.runtime.kv_store.extents import ExtentLayout
 from tilewright.runtime.kv_store.tier import ExtentKey, TierManager
+
+WHOLE = 8 * CHUNK
+"""Tokens; the kernels cut no run of so few among threads, whatever else they compute."""
+
+
+def _merged(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """(attention [1, H, T, D], its log-sum-exp) over all keys, from those over disjoint sets of them, each
+    [n, H, T, ...]; 0 and -inf where there is none. One sum: it does not tell how the parts were grouped."""
+    each = torch.cat([lse for _, lse in parts])
+    lse = each.logsumexp(0, keepdim=True)
+    weights = torch.exp(each - lse.masked_fill(lse == float("-inf"), 0.0))
+    outs = torch.cat([out.to(lse.dtype) for out, _ in parts])
+    return (weights[..., None] * outs).sum(0, keepdim=True), lse
 
 
 class ExtentLayer:
@@ -90,58 +103,87 @@ class ExtentLayer:
         first: int64 [1], where the padding ends. positions: int32 [m], the tokens that are attended, -1 for
         unused entries; None: all. then: extents that will be wanted next. logits: float32 [H, S], filled with
         the products of one query and the keys held.
-        Each extent is pinned while it is attended and the next ones are read meanwhile. OptionError for
+        With one query a few extents are pinned and attended by one call, at most half of the fast tier; with
+        more, one at a time, as their parts are large. The next ones are read meanwhile. OptionError for
         positions that are not held.
         """
         if positions is not None and not (
             bool((positions >= 0).any()) and int(positions.max()) < self.length
         ):
             raise OptionError(f"positions: expected at least one, all from 0 to {self.length - 1}")
-        keys = self.wanted(positions)
-        coming = [*keys, *then]
-        out, lse = torch.empty(0), torch.empty(0)
-        for at, key in enumerate(keys):
-            ticket = self._tiers.fetch([key])  # pinned before the hints below can evict it
-            try:
-                self._tiers.prefetch(coming[at + 1 : at + 1 + self._ahead])
-                self._tiers.wait(ticket)
-                frame = self._tiers.frame(key)
-                part = self._attend_one(q, frame, key.run * self.span, first, scale, positions)
-                if logits is not None:
-                    self._rank_one(q, frame, key.run * self.span, logits)
-            finally:
-                self._tiers.release(ticket)
-            if at == 0:
-                out, lse = part[0].to(part[1].dtype), part[1]  # wide, so that merging rounds only once
-            else:
-                out, lse = merge_attention.definition(out, lse, *part)
+        parts: list[tuple[Tensor, Tensor]] = []
+        for keys in self._in_turn(self.wanted(positions), then, self._at_once if q.shape[2] == 1 else 1):
+            starts = torch.tensor([key.run * self.span for key in keys])
+            parts.append(self._attend_some(q, keys, starts, first, scale, positions))
+            if logits is not None:
+                for key in keys:
+                    self._rank_one(q, self._tiers.frame(key), key.run * self.span, logits)
+            if q.shape[2] > 1:
+                parts = [_merged(parts)]
+        out, lse = _merged(parts)
         return out.to(q.dtype), lse
 
-    def _attend_one(
+    @property
+    def _at_once(self) -> int:
+        """Extents of one call: their number must not change a bit, so a kernel may cut none of them."""
+        if self._layout.size != self._layout.value_size or self.span > WHOLE:
+            return 1
+        return max(1, self._tiers.frames // 2)
+
+    def _in_turn(
+        self, keys: list[ExtentKey], then: Sequence[ExtentKey], size: int
+    ) -> Iterator[list[ExtentKey]]:
+        """Up to `size` extents at a time, pinned until the next; what follows is read meanwhile."""
+        coming, hinted = [*keys, *then], 0
+        for at in range(0, len(keys), size):
+            some = keys[at : at + size]
+            end = at + len(some)
+            ticket = self._tiers.fetch(some)  # pinned before the hints below can evict it
+            try:
+                self._tiers.prefetch(coming[max(hinted, end) : end + self._ahead])
+                hinted = end + self._ahead
+                self._tiers.wait(ticket)
+                yield some
+            finally:
+                self._tiers.release(ticket)
+
+    def _attend_some(
         self,
         q: Tensor,
-        frame: Tensor,
-        start: int,
+        keys: list[ExtentKey],
+        starts: Tensor,
         first: Tensor | None,
         scale: float | None,
         positions: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        """Over the extent whose first token is `start`; places are counted from there."""
-        pool = (q, *self._layout.views(frame), self._table, torch.tensor([self.length - start]))
-        begin = None if first is None else first - start
+        """(attention [n, H, T, D], its log-sum-exp) over each of n pinned extents whose first tokens are
+        `starts`; places are counted from there."""
+        if len(keys) == 1:
+            pool = (*self._layout.views(self._tiers.frame(keys[0])), self._table)
+        else:
+            pool = self._layout.pool(*self._tiers.places(keys))
+        pooled = (q.expand(len(keys), -1, -1, -1), *pool, self.length - starts)
+        begin = None if first is None else first - starts
         if positions is None:
-            args: tuple[object, ...] = (*pool, begin, None, scale)
+            args: tuple[object, ...] = (*pooled, begin, None, scale)
             out, lse = callable_for("paged_attention", args)(*args)
             return out, lse
-        here = positions[(positions >= start) & (positions < start + self.span)] - start
-        args = (*pool, here[None, None], begin, scale)
+        args = (*pooled, self._listed(positions, starts)[:, None], begin, scale)
         out, lse = callable_for("token_attention", args)(*args)
         return out, lse
 
+    def _listed(self, positions: Tensor, starts: Tensor) -> Tensor:
+        """int32 [n, m]: of each extent, the places that `positions` names; -1 for unused entries."""
+        here = positions[None] - starts[:, None].to(torch.int32)
+        inside = (here >= 0) & (here < self.span) & (positions >= 0)
+        order = (~inside).to(torch.uint8).argsort(dim=1, stable=True)[:, : int(inside.sum(1).max())]
+        return here.masked_fill(~inside, -1).gather(1, order)
+
     def _rank_one(self, q: Tensor, frame: Tensor, start: int, logits: Tensor) -> None:
-        keys = self._layout.views(frame)[0].transpose(0, 1).flatten(1, 2)[:, : self.length - start].float()
-        rows = q[0, :, 0].float().unflatten(0, (keys.shape[0], -1))
-        logits[:, start : start + keys.shape[1]] = (rows @ keys.mT).flatten(0, 1)
+        keys = self._layout.views(frame)[0].float()  # [pages, Hkv, P, D], multiplied where they lie
+        rows = q[0, :, 0].float().unflatten(0, (1, keys.shape[1], -1))
+        found = (rows @ keys.mT).permute(1, 2, 0, 3).flatten(2).flatten(0, 1)
+        logits[:, start : start + self.span] = found[:, : self.length - start]
 
     def _key(self, run: int) -> ExtentKey:
         return ExtentKey(self._session, self._layer, run)

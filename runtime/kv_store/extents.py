@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import math
 import mmap
 import os
 import secrets
@@ -134,6 +135,27 @@ class ExtentLayout:
             k.view(self.pages, self.heads, self.page, self.size),
             v.view(self.pages, self.heads, self.page, self.value_size),
         )
+
+    def pool(self, extents: Tensor, places: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """(k [N, Hkv, P, D], v [N, Hkv, P, D], table int32 [n, pages]) of uint8 [frames, extent_bytes].
+
+        Entry table[i, p] is page p of extent places[i], in the memory where it lies: entries are as close as
+        the sizes of pages and extents allow, so that pages named by other entries overlap. KVStoreError
+        where keys and values differ in size: no table would serve both.
+        """
+        if self.size != self.value_size:
+            raise KVStoreError(f"keys of {self.size} and values of {self.value_size}: expected one size")
+        page, extent = self.heads * self.page * self.size, self.extent_bytes // self.dtype.itemsize
+        step = math.gcd(page, extent)
+        count = ((len(extents) - 1) * extent + (self.pages - 1) * page) // step + 1
+        flat = extents.view(-1).view(self.dtype)
+        shape = (count, self.heads, self.page, self.size)
+        strides = (step, self.page * self.size, self.size, 1)
+        k, v = (
+            flat.as_strided(shape, strides, flat.storage_offset() + start) for start in (0, self.pages * page)
+        )
+        table = torch.tensor(places)[:, None] * (extent // step) + torch.arange(self.pages) * (page // step)
+        return k, v, table.to(torch.int32)
 
     def pack(self, k_pages: Tensor, v_pages: Tensor, pages: list[int], extent: Tensor) -> None:
         """Copy up to `self.pages` pages of a layer's pools into an extent, in the order given."""

@@ -25,7 +25,8 @@ class HostExtents:
         old = self._kept.get(extent)
         if old is not None and old[0] == version:
             return False
-        self._kept[extent] = (version, data.clone())
+        kept = data.clone() if old is None else old[1].copy_(data)
+        self._kept[extent] = (version, kept)
         return True
 
     def read(self, extent: Hashable, out: Tensor) -> None:

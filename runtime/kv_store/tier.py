@@ -215,11 +215,22 @@ class TierManager:
 
     def frame(self, key: ExtentKey) -> Tensor:
         """The frame of a pinned extent, uint8 [extent_bytes]; TierError where it is not pinned."""
+        memory, places = self.places([key])
+        return memory[places[0]]
+
+    def places(self, keys: Sequence[ExtentKey]) -> tuple[Tensor, list[int]]:
+        """(all frames, uint8 [frames, extent_bytes]; the numbers of those of pinned extents).
+
+        TierError where one is not pinned; no other frame may be read.
+        """
+        found = []
         with self._changed:
-            entry = self._extents.get(key)
-            if entry is None or entry.frame is None or entry.loading is not None or not entry.pins:
-                raise TierError(f"extent {tuple(key)} is not pinned in the fast tier: fetch it and wait")
-            return self._memory[entry.frame]
+            for key in keys:
+                entry = self._extents.get(key)
+                if entry is None or entry.frame is None or entry.loading is not None or not entry.pins:
+                    raise TierError(f"extent {tuple(key)} is not pinned in the fast tier: fetch it and wait")
+                found.append(entry.frame)
+        return self._memory, found
 
     def demote(self, keys: Sequence[ExtentKey]) -> None:
         """Move extents to the slow tier; only what it lacks is written. TierError where one is pinned."""

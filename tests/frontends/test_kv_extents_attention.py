@@ -80,6 +80,45 @@ def test_chosen_runs_are_what_is_attended(tmp_path):
     tiers.close()
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        LAYOUT,
+        ExtentLayout(3, KEY_HEADS, 8, 60, 60, torch.float32),  # extents are no multiple of a page
+        ExtentLayout(3, KEY_HEADS, PAGE, SIZE, 32, torch.float32),
+        ExtentLayout(80, KEY_HEADS, PAGE, SIZE, SIZE, torch.float32),  # long enough to be cut among threads
+    ],
+    ids=["even", "odd", "two sizes", "long"],
+)
+def test_how_many_extents_share_a_call_changes_no_bit(tmp_path, layout, threads):
+    generator = torch.Generator().manual_seed(3)
+    tokens, size = 6 * layout.pages * layout.page - 5, layout.extent_bytes
+    sizes = (layout.size, layout.value_size)
+    k, v = (torch.randn(1, KEY_HEADS, tokens, n, generator=generator) for n in sizes)
+    q, first = torch.randn(1, HEADS, 1, layout.size, generator=generator), torch.tensor([layout.page + 3])
+    chosen = torch.randperm(tokens, generator=generator)[: tokens // 3].to(torch.int32)
+    found, before = [], torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for frames in (1, 2, 5, 6, 12):
+            tiers = TierManager(frames * size, size, lambda: ExtentFile(tmp_path / "kv", size))
+            layer = ExtentLayer(tiers, tiers.open_session(), 0, layout)
+            layer.append(k, v)
+            found.append([*layer.attend(q, first), *layer.attend(q, first, positions=chosen)])
+            tiers.close()
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(found[0], other, strict=True))
+    at = torch.arange(tokens) >= first
+    among = torch.zeros(tokens, dtype=torch.bool)
+    among[chosen.long()] = True
+    for got, seen in ((found[0][0], at), (found[0][2], at & among)):
+        exact = F.scaled_dot_product_attention(q, k, v, seen[None], enable_gqa=True)
+        torch.testing.assert_close(got, exact, rtol=0, atol=2e-6)
+
+
 def test_several_queries_padding_and_logits(tmp_path):
     _, k, v = rows()
     tiers, layer = layer_of(tmp_path, 3)

@@ -21,9 +21,26 @@ CHUNK = 256
 SCALE = SIZE**-0.5
 
 
-def resident() -> int:
-    """Bytes of this process in memory."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+class Memory:
+    """Bytes of this process in memory, as the system counts them, above those when this began."""
+
+    def __init__(self) -> None:
+        gc.collect()
+        self._before = 0
+        self._before = self.now()
+
+    def now(self) -> int:
+        """Now, without what was freed and the allocator keeps; the peak is counted from here on."""
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+        return (
+            int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") - self._before
+        )
+
+    def peak(self) -> int:
+        """The most since the last call of `now`."""
+        status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        return int(status["VmHWM"].split()[0]) * 1024 - self._before
 
 
 def chunks(layer: int, tokens: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -54,18 +71,17 @@ def cache(fast: int, folder: Path, budget: int) -> tuple[Placement, list[Offload
     return placement, [OffloadedLayer(i, 16, lambda: None, placement, choice) for i in range(LAYERS)]
 
 
-def drive(tokens: int, fast: int, folder: Path, budget: int, steps: int) -> int:
-    """Fill a cache, decode and compare; the most bytes that it added to this process."""
+def drive(tokens: int, fast: int, folder: Path, budget: int, steps: int) -> tuple[int, int]:
+    """Fill a cache, decode and compare; the most bytes that it kept between steps, and took within one."""
     placement, layers = cache(fast, folder, budget)
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # what was freed before would hide what is taken now
-    before = most = resident()
+    memory = Memory()
+    kept_bytes = peak_bytes = 0
     for index, layer in enumerate(layers):
         for k, v in chunks(index, tokens):
             if layer._rows is None:
                 layer.lazy_initialization(k, v)
             layer.rows.append(k, v)
-        most = max(most, resident())
+        kept_bytes = max(kept_bytes, memory.now())
     torch.manual_seed(9)
     found = []
     for _ in range(steps):
@@ -73,7 +89,8 @@ def drive(tokens: int, fast: int, folder: Path, budget: int, steps: int) -> int:
         outs = [layer.decode(q, None, SCALE) for layer in layers]
         positions = layers[0].choice.of(1, tokens)
         found.append((q, outs, positions[0, 0].clone()))
-        most = max(most, resident())
+        peak_bytes = max(peak_bytes, memory.peak())
+        kept_bytes = max(kept_bytes, memory.now())
     seen = placement.statistics()
     placement.close()
     assert seen["held_bytes"] == 8 * fast
@@ -85,13 +102,15 @@ def drive(tokens: int, fast: int, folder: Path, budget: int, steps: int) -> int:
         everything = torch.ones(tokens, dtype=torch.bool)
         for index, which in enumerate((everything, kept)):
             torch.testing.assert_close(outs[index], naive(q, index, tokens, which), rtol=0, atol=2e-6)
-    return most - before
+    return kept_bytes, peak_bytes
 
 
 @pytest.mark.slow
-def test_64k_tokens_within_a_tenth_and_the_scores_over_the_fast_tier(tmp_path: Path) -> None:
+def test_64k_tokens_within_a_tenth_over_the_fast_tier(tmp_path: Path) -> None:
     drive(4096, 4 << 20, tmp_path / "small", 256, 1)  # kernels and threads take their memory here
     fast = 64 << 20
-    added = drive(65536, fast, tmp_path / "large", 1024, 2)
-    scores = 2 * HEADS * 65536 * 4  # the logits of the layer that chooses, and their masked copy
-    assert fast * 0.9 < added <= fast * 1.1 + scores, f"{added / fast:.3f} of fast_bytes"
+    kept, peak = drive(65536, fast, tmp_path / "large", 1024, 2)
+    # The logits of the layer that chooses and their masked copy; what each thread sorts of one head.
+    scores = 2 * HEADS * 65536 * 4 + torch.get_num_threads() * 65536 * 16
+    assert fast * 0.9 < kept <= fast * 1.1, f"{kept / fast:.3f} of fast_bytes between steps"
+    assert kept < peak <= fast * 1.1 + scores, f"{peak / fast:.3f} of fast_bytes at most"
