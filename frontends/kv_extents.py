@@ -21,7 +21,7 @@ WHOLE = 8 * CHUNK
 """Tokens; the kernels cut no run of so few among threads, whatever else they compute."""
 
 
-def _merged(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+def merged(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """(attention [1, H, T, D], its log-sum-exp) over all keys, from those over disjoint sets of them, each
     [n, H, T, ...]; 0 and -inf where there is none. One sum: it does not tell how the parts were grouped."""
     each = torch.cat([lse for _, lse in parts])
@@ -119,8 +119,8 @@ class ExtentLayer:
                 for key in keys:
                     self._rank_one(q, self._tiers.frame(key), key.run * self.span, logits)
             if q.shape[2] > 1:
-                parts = [_merged(parts)]
-        out, lse = _merged(parts)
+                parts = [merged(parts)]
+        out, lse = merged(parts)
         return out.to(q.dtype), lse
 
     @property
@@ -178,6 +178,19 @@ class ExtentLayer:
         inside = (here >= 0) & (here < self.span) & (positions >= 0)
         order = (~inside).to(torch.uint8).argsort(dim=1, stable=True)[:, : int(inside.sum(1).max())]
         return here.masked_fill(~inside, -1).gather(1, order)
+
+    def gather(self, part: int, places: Tensor) -> Tensor:
+        """Copies [Hkv, m, D or E] of the keys (part = 0) or values (1) of int64 [Hkv, m] places, all held."""
+        heads = torch.arange(self._layout.heads)[:, None].expand_as(places)
+        size = (self._layout.size, self._layout.value_size)[part]
+        rows = torch.empty(*places.shape, size, dtype=self._layout.dtype)
+        for (key,) in self._in_turn(self.wanted(places.flatten()), (), 1):
+            here = places - key.run * self.span
+            inside = (here >= 0) & (here < self.span)
+            held, at = self._layout.views(self._tiers.frame(key))[part], here[inside]
+            page = torch.div(at, self._layout.page, rounding_mode="floor")
+            rows[inside] = held[page, heads[inside], at % self._layout.page]
+        return rows
 
     def _rank_one(self, q: Tensor, frame: Tensor, start: int, logits: Tensor) -> None:
         keys = self._layout.views(frame)[0].float()  # [pages, Hkv, P, D], multiplied where they lie

@@ -62,7 +62,8 @@ class Placement:
         return self._tiers, self._sessions
 
     def statistics(self) -> dict[str, Any]:
-        """Of this cache so far: what moved (`TierCounters`), the bytes resident, the most they may be."""
+        """Of this cache so far: what moved (`TierCounters`), the bytes resident, the most they may be, and
+        those that a policy holds in memory beside them."""
         if self._tiers is None:
             return {"slow_tier": self.label, "fast_bytes": self.policy.fast_bytes}
         counters = asdict(self._tiers.counters)
@@ -71,6 +72,7 @@ class Placement:
             "slow_tier": self.label,
             "fast_bytes": self.policy.fast_bytes,
             "resident_bytes": self._tiers.resident_bytes,
+            "beside_bytes": sum(layer.beside_bytes for layer in self.layers),
             "held_bytes": sum(layer.held_bytes for layer in self.layers),
             "hit_rate": counters["hits"] / asked if asked else 1.0,
             **counters,
@@ -138,6 +140,11 @@ class OffloadedLayer(PagedLayer):
         if self._rows is None:
             return 0
         return sum(row.runs for row in self._rows.rows) * self._rows.layout.extent_bytes
+
+    @property
+    def beside_bytes(self) -> int:
+        """Bytes in memory beside the fast tier."""
+        return 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Open the tiers for keys [B, Hkv, T, D] and values [B, Hkv, T, E]."""

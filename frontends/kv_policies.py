@@ -16,7 +16,7 @@ from tilewright.frontends.kv_layer import PagedLayer, run
 from tilewright.frontends.kv_offload import OffloadedLayer, Placement
 from tilewright.frontends.kv_packed import PackedLayer
 from tilewright.frontends.kv_relay import RelayLayer
-from tilewright.frontends.kv_shadow import ShadowLayer
+from tilewright.frontends.kv_shadow import OffloadedShadowLayer, ShadowLayer
 from tilewright.frontends.kv_spec_cache import SpecCacheLayer, SpecTier
 from tilewright.passes.memory.heavy_hitter_kv import HeavyHitterKV
 from tilewright.passes.memory.keyformer_kv import KeyformerKV
@@ -119,11 +119,11 @@ def policies_of(pipeline: Any) -> tuple[Any, OffloadKV | None]:
             "not codes",
             remedy="one of the two",
         )
-    if placing and choosing and not isinstance(choosing[0], LessIsMoreKV):
+    if placing and choosing and not isinstance(choosing[0], LessIsMoreKV | ShadowKV):
         raise OptionError(
             f"pipeline = {', '.join(p.name for p in passes)}: {choosing[0].name} decides at every layer, "
             "too late to read from a slow tier",
-            remedy="offload-kv alone or with lessismore-kv",
+            remedy="offload-kv alone, with lessismore-kv or with shadow-kv",
         )
     return (choosing[0] if choosing else None), (placing[0] if placing else None)
 
@@ -142,7 +142,13 @@ def layers_for(
     choice = SharedChoice(policy, count) if isinstance(policy, LessIsMoreKV) else None
     if placing is not None:
         placement = Placement(placing)
-        return [OffloadedLayer(i, own, check, placement, choice) for i in range(count)], placement
+        exact = policy.dense_layers if isinstance(policy, ShadowKV) else count
+        return [
+            OffloadedLayer(i, own, check, placement, choice)
+            if i < exact
+            else OffloadedShadowLayer(i, own, check, placement, policy)
+            for i in range(count)
+        ], placement
     if policy is None or getattr(policy, "bits", 0) == IDENTITY_BITS:
         return [PagedLayer(index, own, check) for index in range(count)], None
     if isinstance(policy, SpecCacheKV):

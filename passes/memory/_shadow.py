@@ -33,14 +33,29 @@ def shifted(pages: Tensor, table: Tensor, begin: Tensor) -> Tensor:
     return rows.gather(2, at[:, None, :, None].expand_as(rows))
 
 
-def rotated(keys: Tensor, theta: float, sign: int) -> Tensor:
-    """Rotary embedding (halves) of [..., S, D] at places 0..S-1; sign = -1 takes it back."""
+def rotated(keys: Tensor, theta: float, sign: int, at: Tensor | None = None) -> Tensor:
+    """Rotary embedding (halves) of [..., S, D] at places int64 [..., S], None: 0..S-1; sign = -1 takes it
+    back."""
     size, wide = keys.shape[-2:]
     pace = torch.arange(0, wide, 2, dtype=torch.float64, device=keys.device) / -wide
-    angle = torch.arange(size, dtype=torch.float64, device=keys.device)[:, None] * theta**pace
-    cos, sin = (f(angle).repeat(1, 2).to(keys.dtype) for f in (torch.cos, torch.sin))
+    at = torch.arange(size, device=keys.device) if at is None else at
+    angle = at.double()[..., None] * theta**pace
+    cos, sin = (torch.cat([f(angle)] * 2, -1).to(keys.dtype) for f in (torch.cos, torch.sin))
     low, high = keys.chunk(2, -1)
     return keys * cos + sign * torch.cat([-high, low], -1) * sin
+
+
+def unrotated(keys: Tensor, theta: float, at: Tensor | None = None) -> Tensor:
+    """[..., S, Hkv D]: keys [..., Hkv, S, D] before their rotary embedding at places int64 [S], None: 0..S-1;
+    float32 at least."""
+    exact = keys.float() if keys.dtype in (torch.float16, torch.bfloat16) else keys
+    return rotated(exact, theta, -1, at).transpose(-3, -2).flatten(-2)
+
+
+def directions(gram: Tensor, rank: int) -> Tensor:
+    """[..., W, rank]: the directions that hold most of rows whose Gram matrix is [..., W, W]."""
+    vectors: Tensor = torch.linalg.eigh(gram).eigenvectors
+    return vectors[..., -rank:]
 
 
 def low_rank(keys: Tensor, lengths: Tensor, rank: int, theta: float) -> Tensor:
@@ -50,31 +65,32 @@ def low_rank(keys: Tensor, lengths: Tensor, rank: int, theta: float) -> Tensor:
     batch, heads, size, wide = keys.shape
     if rank >= heads * wide:
         return keys
-    exact = keys.float() if keys.dtype in (torch.float16, torch.bfloat16) else keys
-    flat = rotated(exact, theta, -1).transpose(1, 2).flatten(2)
+    flat = unrotated(keys, theta)
     held = torch.arange(size, device=keys.device) < lengths[:, None]
     flat = flat * held[:, :, None]
-    basis = torch.linalg.eigh(flat.mT @ flat).eigenvectors[:, :, -rank:]
+    basis = directions(flat.mT @ flat, rank)
     near = (flat @ basis @ basis.mT).unflatten(2, (heads, wide)).transpose(1, 2)
     return rotated(near, theta, 1).to(keys.dtype)
 
 
-def outliers(keys: Tensor, landmarks: Tensor, chunks: Tensor, count: int) -> Tensor:
+def likeness(keys: Tensor, landmarks: Tensor) -> Tensor:
+    """[..., n]: the least cosine of a chunk's mean, [..., n, D], and its keys, of [..., S, D]."""
+    chunks = keys.unflatten(-2, (landmarks.shape[-2], -1))
+    return functional.cosine_similarity(chunks, landmarks[..., None, :], -1).amin(-1)
+
+
+def outliers(like: Tensor, chunks: Tensor, count: int) -> Tensor:
     """bool [B, Hkv, n]: of the first `chunks`, the `count` with the keys farthest in angle from the mean."""
-    n = landmarks.shape[2]
-    like = functional.cosine_similarity(keys.unflatten(2, (n, -1)), landmarks[:, :, :, None], -1).amin(3)
-    inside = torch.arange(n, device=keys.device) < chunks[:, None, None]
+    inside = torch.arange(like.shape[2], device=like.device) < chunks[:, None, None]
     return marked(-like, inside.expand_as(like), count)
 
 
-def chosen(q: Tensor, shadow: Shadow, count: int, scale: float) -> Tensor:
-    """bool [B, Hkv, n]: the `count` chunks with the greatest share of any query head of q [B, H, 1, D]."""
-    heads, n = shadow.landmarks.shape[1:3]
-    inside = torch.arange(n, device=q.device) < shadow.chunks[:, None, None]
-    inside = inside & ~shadow.outliers
-    logits = q.squeeze(2).unflatten(1, (heads, -1)) @ shadow.landmarks.mT * scale
-    shares = logits.masked_fill(~inside[:, :, None], float("-inf")).softmax(-1).amax(2)
-    return marked(shares, inside, count)
+def chosen(q: Tensor, landmarks: Tensor, allowed: Tensor, count: int, scale: float) -> Tensor:
+    """bool [B, Hkv, n]: of the allowed chunks, bool [B, Hkv, n], the `count` with the greatest share of any
+    query head of q [B, H, 1, D]."""
+    logits = q.squeeze(2).unflatten(1, (landmarks.shape[1], -1)) @ landmarks.mT * scale
+    shares = logits.masked_fill(~allowed[:, :, None], float("-inf")).softmax(-1).amax(2)
+    return marked(shares, allowed, count)
 
 
 def marked(scores: Tensor, allowed: Tensor, count: int) -> Tensor:

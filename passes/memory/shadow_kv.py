@@ -32,9 +32,9 @@ class ShadowKV(GraphPass):
         paged_attention(q, pool, table, lengths)
      -> attention(q, [chosen chunks, keys of low rank | outliers | last chunks], their values)
 
-    In a graph everything held is the prompt, factored at every call: it says what the policy means. The cache
-    of `tilewright.kv_cache` factors once, after the prompt; what is generated stays exact. It keeps the exact
-    keys and all values in memory, too, and gathers them at every token: this saves neither memory nor time.
+    In a graph all that is held is the prompt, factored at every call. `tilewright.kv_cache` factors it once,
+    and what is generated stays exact; it keeps exact keys and all values, with `offload-kv` in its tiers:
+    memory then holds `fast_bytes`, keys of low rank, means and outliers.
     """
 
     theta: float
@@ -67,7 +67,7 @@ class ShadowKV(GraphPass):
         """Of prompts of int64 [B] tokens, whose keys are [B, Hkv, S, D] from place 0 on."""
         chunks = (torch.div(lengths, self.chunk, rounding_mode="floor") - self.local_chunks).clamp(min=0)
         means = keys.unflatten(2, (-1, self.chunk)).mean(3)
-        rest = shadows.outliers(keys, means, chunks, self.outlier_chunks)
+        rest = shadows.outliers(shadows.likeness(keys, means), chunks, self.outlier_chunks)
         return Shadow(shadows.low_rank(keys, lengths, self.rank, self.theta), means, rest, chunks)
 
     def fits(self, shadow: Shadow) -> Tensor:
@@ -77,7 +77,9 @@ class ShadowKV(GraphPass):
     def attention(self, q, k, v, shadow, lengths, scale):
         """(out, lse) of one new token over `lengths` tokens, k, v [B, Hkv, S, D] from place 0 on."""
         size = k.shape[2]
-        picked = shadows.chosen(q, shadow, self.budget // self.chunk, scale)
+        place = torch.arange(shadow.landmarks.shape[2], device=q.device)
+        allowed = (place < shadow.chunks[:, None, None]) & ~shadow.outliers
+        picked = shadows.chosen(q, shadow.landmarks, allowed, self.budget // self.chunk, scale)
         picked, exact = (
             functional.pad(x.repeat_interleave(self.chunk, 2), (0, size - shadow.keys.shape[2]))
             for x in (picked, shadow.outliers)

@@ -1,4 +1,4 @@
-"""A cache of 65,536 synthetic tokens on disk: right, and within its memory as the system counts it."""
+"""Caches of many synthetic tokens on disk: right, and within their memory as the system counts it."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ import torch
 
 from tilewright.frontends.kv_choice import SharedChoice
 from tilewright.frontends.kv_offload import OffloadedLayer, Placement
+from tilewright.frontends.kv_shadow import OffloadedShadowLayer
 from tilewright.passes.memory.lessismore_kv import LessIsMoreKV
 from tilewright.passes.memory.offload_kv import OffloadKV
+from tilewright.passes.memory.shadow_kv import ShadowKV
 
 KEY_HEADS, HEADS, SIZE, LAYERS = 4, 8, 128, 2
 CHUNK = 256
@@ -114,3 +116,38 @@ def test_64k_tokens_within_a_tenth_over_the_fast_tier(tmp_path: Path) -> None:
     scores = 2 * HEADS * 65536 * 4 + torch.get_num_threads() * 65536 * 16
     assert fast * 0.9 < kept <= fast * 1.1, f"{kept / fast:.3f} of fast_bytes between steps"
     assert kept < peak <= fast * 1.1 + scores, f"{peak / fast:.3f} of fast_bytes at most"
+
+
+def shadowed(tokens: int, fast: int, folder: Path, policy: ShadowKV) -> tuple[int, int]:
+    """Factor a prompt and decode; bytes that the layer kept, and that it says it has beside the fast tier."""
+    placement = Placement(OffloadKV(fast_bytes=fast, folder=str(folder), extent_bytes=1 << 18))
+    layer = OffloadedShadowLayer(0, 16, lambda: None, placement, policy)
+    memory = Memory()
+    for k, v in chunks(0, tokens):
+        layer.update(k, v)
+        layer._fresh = False
+    q, row = torch.randn(1, HEADS, 1, SIZE), torch.randn(1, KEY_HEADS, 1, SIZE)
+    layer.update(row, row)
+    out = layer.attend(q, row, row, None, SCALE)
+    kept = memory.now()
+    assert out.isfinite().all()
+    seen = placement.statistics()
+    assert seen["resident_bytes"] <= fast
+    placement.close()
+    return kept, seen["beside_bytes"]
+
+
+@torch.no_grad()
+def test_shadow_kv_holds_its_outline_and_no_keys(tmp_path: Path) -> None:
+    """8,192 tokens of 16 MiB of keys: memory holds the fast tier and the figures of the paper."""
+    policy = ShadowKV(theta=1e4, budget=512, rank=64, outlier_chunks=16, dense_layers=0)
+    tokens, fast = 8192, 2 << 20
+    shadowed(1024, fast, tmp_path / "small", policy)  # kernels and threads take their memory here
+    kept, beside = shadowed(tokens, fast, tmp_path / "large", policy)
+    chosen = tokens // policy.chunk - policy.local_chunks
+    codes = chosen * policy.chunk * policy.rank + policy.rank * KEY_HEADS * SIZE
+    exact = 2 * policy.outlier_chunks * policy.chunk * KEY_HEADS * SIZE
+    outline = 4 * (codes + chosen * KEY_HEADS * SIZE + exact) + chosen * KEY_HEADS  # and a mark for a chunk
+    keys = tokens * KEY_HEADS * SIZE * 4
+    assert beside == outline < 0.3 * keys
+    assert fast < kept <= fast + outline + keys // 4

