@@ -51,7 +51,10 @@ def constants(key: KernelKey, columns: int) -> dict[str, int]:
 
 def many_rows(key: KernelKey) -> dict[str, int]:
     """Compile-time arguments of a prefill chunk; it runs with 8 warps."""
-    return {**constants(key, 0), "BLOCK_M": 32 if key.dtype == "float32" or is_packed(key) else 64}
+    few = key.dtype == "float32" or is_packed(key)
+    # Wide heads behind a list of pages or positions spill there with 64 queries.
+    listed = key.target.arch == "sm_120" and entries_of(key) != "all" and config_of(key)["head"] > 64
+    return {**constants(key, 0), "BLOCK_M": 32 if few or listed else 64}
 
 
 def warps(columns: int) -> int:
