@@ -38,6 +38,8 @@ class _Emitter:
     """Writes the stages of one plan."""
 
     plan: Plan
+    space: str = ""
+    """Where the functions of attention stand: `wide::` for vectors wider than those of the rest."""
     lines: list[str] = field(default_factory=list)
     where: dict[int, str] = field(default_factory=dict)
     """C++ expression of the pointer of each value that has a place."""
@@ -206,7 +208,7 @@ class _Emitter:
             "  const int64_t low = from + share.low(to - from), high = from + share.high(to - from);",
             f"  float* mine_found = found + share.begin * {room};",
             "  for (int64_t s = share.begin + 1; s < share.end; ++s)",
-            f"    empty(found + s * {room}, {queries}, {value_width});",
+            f"    {self.space}empty(found + s * {room}, {queries}, {value_width});",
             f"  for (int64_t h = 0; h < {heads}; ++h) {{",
             f"    const float* keys = {k} + h * {length * width};",
             f"    const float* values = {v} + h * {length * value_width};",
@@ -215,8 +217,8 @@ class _Emitter:
             count = min(3, group - first)
             head = f"h * {group} + {first}"
             block.append(
-                f"    attend<{count}, {width}, {value_width}>({q} + ({head}) * {width}, keys, values,"
-                f" mask, low, high, {_number(stage.numbers[5])}, scores,"
+                f"    {self.space}attend<{count}, {width}, {value_width}>({q} + ({head}) * {width}, keys,"
+                f" values, mask, low, high, {_number(stage.numbers[5])}, scores,"
                 f" mine_found + ({head}) * {value_width},"
                 f" mine_found + {queries * value_width} + {head},"
                 f" mine_found + {queries * (value_width + 1)} + {head});"
@@ -224,7 +226,7 @@ class _Emitter:
         self.lines += [*block, "  }", "}"]
         self.meet()
         out = self.place(stage.writes[0], own=True)
-        self.lines.append(f"merge(found, share.of, {queries}, {value_width}, {out});")
+        self.lines.append(f"{self.space}merge(found, share.of, {queries}, {value_width}, {out});")
         self.merging = True
 
     def _outputs(self) -> None:
@@ -297,19 +299,24 @@ def source(plan: Plan, arch: str) -> tuple[str, str]:
 
 def _text(plan: Plan, arch: str, op: str) -> str:
     kinds = {s.kind for s in plan.stages}
-    # The packed form is made for vectors of 8.
+    # The packed form is made for vectors of 8; keys and values are not.
     lanes = "avx2" if "quantized_linear" in kinds else arch
-    emitter = _Emitter(plan)
+    wide = "attention" in kinds and lanes != arch
+    emitter = _Emitter(plan, "wide::" if wide else "")
     body = emitter.body()
     acts = sorted({str(s.numbers[0]) for s in plan.stages if s.kind in ("unary", "gated")})
     needs = {"partial", "sum", "exp", "max", "abs"} | {n for a in acts for n in ACTIVATION[a][1]}
-    helpers = [parts.TEAM]
+    helpers = [parts.TEAM, parts.VECTORS]
     if kinds & {"linear", "attention", "quantized_linear"}:
         helpers.append(f"using T = float;\nconstexpr int64_t kAhead = {AHEAD_BYTES};  // bytes")
+    if "linear" in kinds or ("attention" in kinds and not wide):
         helpers.append(dot_text("float32", lanes))
     helpers += [f"inline Vec act_{a}(Vec g) {{ return {ACTIVATION[a][0]}; }}" for a in acts]
     helpers += [format_text(form, f"f{number}", arch) for form, number in emitter.formats.items()]
-    helpers += [text for kind, text in _HELPERS.items() if kind in kinds]
+    helpers += [text for kind, text in _HELPERS.items() if kind in kinds - ({"attention"} if wide else set())]
+    if wide:
+        inner = (vector_text(arch, needs), parts.VECTORS, dot_text("float32", arch), parts.ATTENTION)
+        helpers.append("\n\n".join(("namespace wide {", *inner, "}  // namespace wide")))
     return _FILE.format(
         count=len(plan.stages),
         arch=arch,

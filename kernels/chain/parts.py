@@ -47,9 +47,9 @@ inline float* scratch(int which, int64_t floats) {
   if (static_cast<int64_t>(memory[which].size()) < floats + 16) memory[which].resize(floats + 16);
   auto at = reinterpret_cast<uintptr_t>(memory[which].data());
   return reinterpret_cast<float*>((at + 63) / 64 * 64);
-}
+}"""
 
-inline Vec load(const float* p, int64_t n) { return n == kLanes ? vload(p) : vload_first(p, n); }
+VECTORS = """inline Vec load(const float* p, int64_t n) { return n == kLanes ? vload(p) : vload_first(p, n); }
 
 template <class F>
 inline void each(int64_t low, int64_t high, float* out, const F& f) {

@@ -286,3 +286,23 @@ def test_quantized_linear_stages(text: str) -> None:
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
     own = isinstance(form, WeightFormat) and form.has_step  # a row is made ready for every step
     assert path.read_text().count("prepare_row(in0") == (2 if own else 1)
+
+
+@needs_host
+@pytest.mark.parametrize("name", CASES)
+def test_attention_beside_packed_weights(name: str) -> None:
+    """Packed weights are read by vectors of 8, keys and values by the widest of the processor."""
+    text = "int4.32.float-zero.none.blocks8"
+    form, case = parse_format(text), CASES[name]
+    columns = int(case["d"])  # type: ignore[call-overload]
+    block = _block(case["heads"], case["group"], case["width"], str(case["mask"]), bias=True)  # type: ignore[arg-type]
+
+    def f(packed: Tensor, *given: Tensor) -> tuple[Tensor, Tensor]:
+        result, total = block(*given)
+        return total, tw.quantized_linear(result, packed, None, 45, text)
+
+    inputs = [form.pack_weight(torch.randn(45, columns)), *_inputs(**case)]  # type: ignore[arg-type]
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        found = _check(f, inputs, bound=1e-5)
+    assert ("namespace wide" in found) == (host_target().arch == "avx512")
