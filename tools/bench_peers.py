@@ -79,19 +79,21 @@ def some_tokens(count: int) -> Tensor:
     return torch.randint(3, 20000, (1, count), generator=torch.Generator().manual_seed(0))
 
 
+def rewind(cache: Any, start: int) -> None:
+    """Set a cache of transformers back to its first `start` tokens."""
+    if cache.layers and cache.get_seq_length() > start and hasattr(cache.layers[0], "cumulative_length"):
+        for layer in cache.layers:
+            layer.cumulative_length.fill_(start)
+    elif cache.get_seq_length() > start:
+        cache.crop(start - cache.get_seq_length())
+
+
 def torch_side(module: Any, forward: Callable[..., Any], cache: Any) -> Run:
     """A Hugging Face forward with a cache, which is set back to the start of every call."""
     given = cache_arguments(module, cache)
 
-    def rewind(start: int) -> None:
-        if cache.layers and cache.get_seq_length() > start and hasattr(cache.layers[0], "cumulative_length"):
-            for layer in cache.layers:
-                layer.cumulative_length.fill_(start)
-        elif cache.get_seq_length() > start:
-            cache.crop(start - cache.get_seq_length())
-
     def run(tokens: Tensor, start: int) -> tuple[float, int]:
-        rewind(start)
+        rewind(cache, start)
         positions = torch.arange(start, start + tokens.shape[1])[None]
         with torch.no_grad():
             started = time.perf_counter()
