@@ -330,7 +330,8 @@ def test_refusals_of_attention_name_the_value() -> None:
         assert isinstance(found, Refusal)
         return found.reason
 
-    assert "a mask" in reason(q, q, q, torch.empty(512, 512, device="meta"))
+    more = torch.empty(1, 4, 513, 64, device="meta")
+    assert "513 queries under a mask" in reason(more, q, q, torch.empty(513, 512, device="meta"))
     assert "a softcap" in reason(q, q, q, None, None, False, 30.0)
     assert "1 queries" in reason(q[:, :, :1], q, q)
     assert "512 queries and 300 keys" in reason(q, q[:, :, :300], q[:, :, :300], None, None, True)
