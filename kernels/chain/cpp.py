@@ -309,25 +309,19 @@ def _text(plan: Plan, arch: str, op: str) -> str:
     helpers = [parts.TEAM, parts.VECTORS]
     if kinds & {"linear", "attention", "quantized_linear"}:
         helpers.append(f"using T = float;\nconstexpr int64_t kAhead = {AHEAD_BYTES};  // bytes")
-    dots = "linear" in kinds or ("attention" in kinds and not wide)
-    if dots:
+    if "linear" in kinds or ("attention" in kinds and not wide):
         helpers.append(dot_text("float32", lanes))
     helpers += [f"inline Vec act_{a}(Vec g) {{ return {ACTIVATION[a][0]}; }}" for a in acts]
     helpers += [format_text(form, f"f{number}", arch) for form, number in emitter.formats.items()]
     helpers += [text for kind, text in _HELPERS.items() if kind in kinds - ({"attention"} if wide else set())]
     if wide:
-        inner = (
-            vector_text(arch, needs | {"sum4"}),
-            parts.VECTORS,
-            dot_text("float32", arch),
-            parts.ATTENTION,
-        )
+        inner = (vector_text(arch, needs), parts.VECTORS, dot_text("float32", arch), parts.ATTENTION)
         helpers.append("\n\n".join(("namespace wide {", *inner, "}  // namespace wide")))
     return _FILE.format(
         count=len(plan.stages),
         arch=arch,
         header=HEADER,
-        vector=vector_text(lanes, needs | ({"sum4"} if dots else set())),
+        vector=vector_text(lanes, needs),
         helpers="\n\n".join(helpers),
         run=_run(plan, emitter, body),
         space=NAMESPACE,

@@ -72,22 +72,6 @@ _SUM = _isa(
     "inline float vsum(Vec a) { return _mm512_reduce_add_ps(a); }",
 )
 
-_FOLD4 = """
-  __m256 s = _mm256_hadd_ps(_mm256_hadd_ps(h[0], h[1]), _mm256_hadd_ps(h[2], h[3]));
-  _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1)));
-}"""
-_SUM4 = _isa(
-    "// The sums of four vectors: a third of the work of four sums.\n"
-    "inline void vsum4(const Vec (&h)[4], float* out) {" + _FOLD4,
-    """// The sums of four vectors: a third of the work of four sums.
-inline void vsum4(const Vec (&a)[4], float* out) {
-  __m256 h[4];
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i)
-    h[i] = _mm256_add_ps(_mm512_castps512_ps256(a[i]), _mm512_extractf32x8_ps(a[i], 1));"""
-    + _FOLD4,
-)
-
 _BF16 = _isa(
     """struct bf16 { uint16_t bits; };
 inline Vec vload(const bf16* p) {
@@ -248,7 +232,6 @@ _NEEDS: dict[str, tuple[str, ...]] = {
 _TEXTS: dict[str, dict[str, str]] = {
     "vector": _VECTOR,
     "sum": _SUM,
-    "sum4": _SUM4,
     "bfloat16": _BF16,
     "float16": _F16,
     "float32": _same("inline Vec vround(const float*, Vec a) { return a; }"),

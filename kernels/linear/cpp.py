@@ -70,11 +70,8 @@ inline void dot_rows(const T* const* w, const float* x, int64_t ldx, int64_t K, 
       for (int m = 0; m < M; ++m) sum[m][s] = vfma(vload_first(x + m * ldx + k, n), b, sum[m][s]);
     }}
   }}
-  for (int m = 0; m < M; ++m) {{
-    if constexpr (S == 4) vsum4(sum[m], out[m]);
-    else
-      for (int s = 0; s < S; ++s) out[m][s] = vsum(sum[m][s]);
-  }}
+  for (int m = 0; m < M; ++m)
+    for (int s = 0; s < S; ++s) out[m][s] = vsum(sum[m][s]);
 }}"""
 
 
@@ -245,7 +242,7 @@ constexpr int64_t kAhead = {AHEAD_BYTES};  // bytes"""
         title=f"x W^T for at most {config['rows']} row{'s' if config['rows'] > 1 else ''} of x: {weights}.",
         note="Weights are read once, row-major, in place.",
         target=str(key.target),
-        vector=vector_text(key.target.arch, {"sum", "sum4", "partial", key.dtype}),
+        vector=vector_text(key.target.arch, {"sum", "partial", key.dtype}),
         body="\n\n".join((head, dot_text(key.dtype, key.target.arch), _store(key), _walk(key), _run(key))),
         op=op,
         schema=schema(key),
