@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx.experimental import proxy_tensor
 
 from tilewright.compiler.diagnostics import CaptureError, ExportError
 from tilewright.compiler.paging import page_out
@@ -157,7 +158,11 @@ def _first_line(error: BaseException) -> str:
 
 
 def release_memory() -> None:
-    """Collect graphs, which are cycles, and give free pages back: passes leave the heap full of holes."""
+    """Collect graphs, which are cycles, and give free pages back: passes leave the heap full of holes.
+
+    torch.export keeps the last graph of each trace, with its weights, in a map that its error messages read.
+    """
+    getattr(proxy_tensor, "_FAKE_TENSOR_ID_TO_PROXY_MAP_FOR_EXPORT", {}).clear()
     gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it
     if trim is not None:

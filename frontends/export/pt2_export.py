@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,21 +53,30 @@ def write_pt2(
         file = f"{entry.name}.pt2"
         with progress(f"{entry.name}: compiling"):
             _compile(captured, artifact.path(file))
+            release_memory()
         with progress(f"{entry.name}: checking"):
             check_archive(artifact.folder / file)
-            loaded = open_package(artifact.folder / file, [artifact.folder / name for name in operators])
-            parity = check_parity(captured, defined, partial(_run, loaded))
+            parity = check_parity(captured, defined, _Opened(artifact.folder, file, operators))
         extra = {**shapes, "file": file, "operators": operators, "parity": parity}
         rows.append(describe_entry(captured, extra))
         held |= captured.weights()
-        del captured, defined, loaded
+        del captured, defined
         release_memory()
     artifact.write(RUNNER, RUNNER_TEXT)
     return {"model": describe_model(name, held), "versions": versions("triton"), "entries": rows}
 
 
-def _run(loaded: Callable[..., tuple[Tensor, ...]], tensors: list[Tensor]) -> list[Tensor]:
-    return list(loaded(*tensors))
+class _Opened:
+    """A package, opened when first called: its weights and the model's are not in memory at once."""
+
+    def __init__(self, folder: Path, file: str, operators: list[str]) -> None:
+        self._package, self._operators = folder / file, [folder / name for name in operators]
+        self._call: Callable[..., tuple[Tensor, ...]] | None = None
+
+    def __call__(self, tensors: list[Tensor]) -> list[Tensor]:
+        if self._call is None:
+            self._call = open_package(self._package, self._operators)
+        return list(self._call(*tensors))
 
 
 def _write_operators(artifact: Artifact, captured: Captured) -> list[str]:
