@@ -94,6 +94,11 @@ def test_clock_counts_the_calls_of_one_timestep() -> None:
         clock.step(10.0, "c")
 
 
+def test_clock_counts_where_nearly_equal_timesteps_are_rounded_to_one() -> None:
+    clock = StepClock([999.0, 199.8004, 199.8])
+    assert [clock.step(t) for t in (999.0, 199.5, 199.5)] == [0, 1, 2]
+
+
 def test_clock_counts_two_calls_a_step_that_have_no_branch() -> None:
     clock = StepClock([30.0, 20.0, 20.0, 10.0, 10.0])
     times = [30.0] * 2 + [20.0] * 4 + [10.0] * 4
