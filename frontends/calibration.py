@@ -134,4 +134,4 @@ def token_windows(
     rows = tokens[first:last].unfold(0, length, length * every)[:, None]
     calls: list[Call] = [((), {"input_ids": row.clone(), "use_cache": False}) for row in rows]
     source = f"sha256:{hashlib.sha256(text.encode()).hexdigest()[:16]} tokens {first}-{last}"
-    return calls, source + (f", every {every}th window" if every > 1 else "")
+    return calls, source + (f", one window in {every}" if every > 1 else "")
