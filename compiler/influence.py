@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -27,6 +27,8 @@ FORMAT = "tilewright-influence-1"
 Rule = Literal["influence", "perplexity", "shifted"]
 Shifts = Mapping[int, Sequence[Tensor]]
 """Dropped layer -> what is added to the stream [C] where it was, for each of its blocks."""
+Hooks = Mapping[fx.Node, Callable[[Any], Any]]
+"""Node -> what its value becomes; called once for each time that the node runs."""
 _MAX_BYTES = 16 << 20
 
 
@@ -105,6 +107,10 @@ class Influence:
             return found
         except OSError as error:
             raise LoadError(f"cannot be read: {error.strerror or error}", where=where) from error
+        except UnicodeDecodeError as error:
+            raise LoadError(
+                "holds no importance data", where=where, remedy="linear maps go with rule=linear"
+            ) from error
         except (ValueError, TypeError, AttributeError) as error:
             raise LoadError(f"is damaged: {error}", where=where) from error
 
@@ -144,12 +150,13 @@ class LayerRun:
         dropped: Iterable[int] = (),
         shifts: Shifts = MappingProxyType({}),
         stop: int | None = None,
+        hooks: Hooks = MappingProxyType({}),
     ) -> tuple[Any, list[dict[fx.Node, Any]]]:
         """(the program's result, what is needed from each stage on).
 
         start: the first stage to run, 0 for the prelude (its `before` holds the placeholders), i + 1 for
         layer i; before: what is needed from there on. shifts: added where layers are dropped. stop: the
-        stage in front of which to stop; there is no result then.
+        stage in front of which to stop; there is no result then. hooks: what values become.
         """
         gone, states, env = set(dropped), [before], dict(before)
         result: Any = None
@@ -160,6 +167,8 @@ class LayerRun:
                 for i, block in enumerate(self.layers[layer].blocks):
                     entry = env[block.entry]
                     env[block.exit] = entry + shifts[layer][i].to(entry) if layer in shifts else entry
+                    if block.exit in hooks:
+                        env[block.exit] = hooks[block.exit](env[block.exit])
             for node in self._stages[number]:
                 if node in skipped or node in env:
                     continue
@@ -171,6 +180,8 @@ class LayerRun:
                     args = fx.node.map_arg(node.args, env.__getitem__)
                     kwargs = fx.node.map_arg(node.kwargs, env.__getitem__)
                     env[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+                if node in hooks:
+                    env[node] = hooks[node](env[node])
             env = {n: v for n, v in env.items() if n in self._live[number]}
             states.append(dict(env))
         return result, states

@@ -117,19 +117,21 @@ def layer_choices(
 
 
 def token_windows(
-    tokenizer: Any, text: str, *, length: int = 512, samples: int = 4, first: int = 0
+    tokenizer: Any, text: str, *, length: int = 512, samples: int = 4, first: int = 0, every: int = 1
 ) -> tuple[list[Call], str]:
     """Calls of `length` tokens each from a text, starting at token `first`, and the text's digest.
 
-    Raises OptionError when the text is too short.
+    every: take each `every`-th window of the text, so that few samples see more of it. Raises OptionError
+    when the text is too short.
     """
     tokens = tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"][0]
-    last = first + length * samples
-    if length < 1 or samples < 1 or first < 0 or tokens.numel() < last:
+    last = first + length * ((samples - 1) * every + 1)
+    if length < 1 or samples < 1 or first < 0 or every < 1 or tokens.numel() < last:
         raise OptionError(
-            f"{samples} samples of {length} tokens from token {first} on need {last} tokens; "
-            f"the text has {tokens.numel()}"
+            f"{samples} samples of {length} tokens from token {first} on, every = {every}, need {last} "
+            f"tokens; the text has {tokens.numel()}"
         )
-    rows = tokens[first:last].view(samples, 1, length)
+    rows = tokens[first:last].unfold(0, length, length * every)[:, None]
     calls: list[Call] = [((), {"input_ids": row.clone(), "use_cache": False}) for row in rows]
-    return calls, f"sha256:{hashlib.sha256(text.encode()).hexdigest()[:16]} tokens {first}-{last}"
+    source = f"sha256:{hashlib.sha256(text.encode()).hexdigest()[:16]} tokens {first}-{last}"
+    return calls, source + (f", one window in {every}" if every > 1 else "")

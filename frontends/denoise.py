@@ -56,7 +56,7 @@ class StepRunner:
 
     @contextmanager
     def request(self, name: str, timesteps: Sequence[float]) -> Iterator[StepRunner]:
-        """Run a request with these timesteps, falling; all it held is dropped at the end."""
+        """Run a request with these timesteps, none above the last; all it held is dropped at the end."""
         if self._clock is not None:
             raise OptionError(f"request {self._request!r} runs already", remedy="use one runner per request")
         clock = StepClock(timesteps)
@@ -112,8 +112,9 @@ class StepRunner:
             raise OptionError(f"the call has no argument {self._timestep!r}", remedy="pass it by name")
         value = kwargs[self._timestep]
         # Tokens that are given (a first frame) may have a timestep of their own, 0: the noisiest tell.
-        step = self._clock.step(float(value.max()) if hasattr(value, "max") else float(value))
-        step = self._at = step if self._told is None else self._told
+        time = float(value.max()) if hasattr(value, "max") else float(value)
+        step = self._clock.step(time, self._branch) if self._told is None else self._told
+        self._at = step
         model = self._model
         with ExitStack() as stack:
             if self._reuse is not None:

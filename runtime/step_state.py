@@ -23,6 +23,8 @@ Key = tuple[str, str, int]
 
 AGE = "age"
 """A slot that every layer has: `StepState.age` as int32 [1]."""
+_SAME = 1e-5
+"""Timesteps that differ by less than this share of the first are one: a solver's midpoint may be an end."""
 
 
 class StepStateError(Exception):
@@ -93,25 +95,70 @@ def prefix_steps(fraction: float, steps: int) -> int:
 
 
 class StepClock:
-    """Which step of a request a call belongs to, by its timestep value: robust against two calls a step."""
+    """Which step of a request a call belongs to, by its timestep value: robust against two calls a step.
+
+    Where several steps of the list have one timestep (second-order samplers evaluate both ends of an
+    interval, long lists are rounded to integers), the calls of each branch of guidance are counted.
+    """
 
     def __init__(self, timesteps: Sequence[float]) -> None:
+        """timesteps: of the request's steps, falling or equal; StepStateError for others."""
         values = [float(t) for t in timesteps]
-        if not values or any(a <= b for a, b in zip(values, values[1:], strict=False)):
-            raise StepStateError(f"timesteps = {values[:4]}...: expected at least one, falling")
+        if not values or not all(a >= b for a, b in zip(values, values[1:], strict=False)):
+            raise StepStateError(f"timesteps = {values[:4]}...: expected at least one, none above the last")
         self.timesteps = values
+        self._turns: dict[str, _Turn] = {}
+        self._firsts = [0]
+        """For each step, the first step of those with its timestep."""
+        for i in range(1, len(values)):
+            same = values[i - 1] - values[i] <= _SAME * abs(values[0])
+            self._firsts.append(self._firsts[-1] if same else i)
 
-    def step(self, timestep: float) -> int:
-        """The last step whose timestep is at least the given one (within half a unit).
+    def step(self, timestep: float, branch: str = "") -> int:
+        """The step whose timestep is nearest to the given one and within half a unit.
 
-        A second-order scheduler evaluates between two timesteps of its list: that belongs to the earlier one.
+        A sampler may evaluate between two timesteps of its list: that belongs to the earlier one. Of several
+        steps with one timestep, a branch's first calls belong to the first, as many as it made for each step
+        of the timestep before (1 at the start), and so on. StepStateError for a timestep before the first,
+        and for more calls than those steps take.
         """
-        at = sum(t >= timestep - 0.5 for t in self.timesteps) - 1
-        if at < 0:
+        first, steps = self._run(timestep)
+        turn = self._turns.get(branch, _Turn(first, steps))
+        if first != turn.first:
+            turn = _Turn(first, steps, max(1, turn.calls // turn.steps))
+        self._turns[branch] = turn
+        turn.calls += 1
+        if steps > 1 and turn.calls > steps * turn.each:
+            raise StepStateError(
+                f"call {turn.calls} of branch {branch!r} at timestep {timestep}: {steps} steps have it, of "
+                f"{turn.each} calls each"
+            )
+        return first + (turn.calls - 1) // turn.each if steps > 1 else first
+
+    def _run(self, timestep: float) -> tuple[int, int]:
+        """(first step, number of steps) with the timestep that a call's value stands for."""
+        off = [abs(t - timestep) for t in self.timesteps]
+        at = off.index(min(off))
+        if off[at] <= 0.5:
+            return self._firsts[at], self._firsts.count(self._firsts[at])
+        above = sum(t >= timestep for t in self.timesteps)
+        if not above:
             raise StepStateError(
                 f"timestep {timestep} lies before the first of this request, {self.timesteps[0]}"
             )
-        return at
+        return above - 1, 1
+
+
+@dataclass
+class _Turn:
+    """The calls of one branch at one timestep so far."""
+
+    first: int
+    steps: int
+    """Steps that have this timestep, from `first` on."""
+    each: int = 1
+    """Calls of one step."""
+    calls: int = 0
 
 
 @dataclass

@@ -1,5 +1,7 @@
 """Block influence of a language model's layers, and perplexity without some of them, on two pieces of a text:
-measured on one, checked on the other. Writes the file that `drop-layers{importance=...}` reads.
+measured on one, checked on the other and on texts of their own. Writes the file that
+`drop-layers{importance=...}` reads. `--rule linear` drops exactly --count layers and fits what stands in for
+them on --fit samples; those of --samples choose.
 
 `--published` prints perplexities of SmolLM2-135M without given layers beside figures that this code did not
 measure, on 1,022 positions of Python's own reference (`pydoc_data.topics`: objects, execmodel, naming,
@@ -9,6 +11,7 @@ exceptions).
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,14 +21,17 @@ from typing import Any
 import torch
 
 from tilewright.compiler.influence import Rule
-from tilewright.frontends.api import evaluate
+from tilewright.frontends.api import next_token_loss
 from tilewright.frontends.calibration import token_windows
 from tilewright.frontends.commands.evaluate import read_text
-from tilewright.frontends.influence import measure_influence, perplexities_without
+from tilewright.frontends.influence import logits_in, measure_influence, perplexities_without
 from tilewright.frontends.loaded_model import Call, LoadedModel
 from tilewright.frontends.loaders import resolve
+from tilewright.frontends.stand_ins import measure_stand_ins
 
 RULES: tuple[Rule, ...] = ("influence", "perplexity", "shifted")
+Texts = dict[str, tuple[Sequence[Call], float]]
+"""What to check on: name -> samples, and the whole model's perplexity on them."""
 PUBLISHED: dict[tuple[int, ...], float] = {
     (14,): 1.08,
     (14, 25): 1.26,
@@ -38,12 +44,23 @@ PUBLISHED: dict[tuple[int, ...], float] = {
 """Layers of SmolLM2-135M -> perplexity without them over that of the whole model, 14.1."""
 
 
-def held_out(model: LoadedModel, calls: Sequence[Call], pipeline: str) -> float:
-    """Perplexity ratio of the model behind a pipeline, eager, on other text."""
+def held_out(model: LoadedModel, texts: Texts, pipeline: str) -> str:
+    """Perplexity ratios of the model behind a pipeline, eager, on other text."""
     torch._dynamo.reset()
     options: dict[str, Any] = {"pipeline": pipeline, "lower": "eager", "kernels": False, "replay": False}
     candidate = torch.compile(model.module, backend="tilewright", options=options, dynamic=False)
-    return evaluate(model.module, candidate, calls, labels=True).ratio
+    ratios = {name: perplexity(candidate, calls) / whole for name, (calls, whole) in texts.items()}
+    return "  ".join(f"{name} x {ratio:.3f}" for name, ratio in ratios.items())
+
+
+@torch.no_grad()
+def perplexity(model: Any, calls: Sequence[Call]) -> float:
+    """Of next tokens, over all samples."""
+    total, count = 0.0, 0
+    for args, kwargs in calls:
+        loss, seen = next_token_loss(logits_in(model(*args, **kwargs)), kwargs["input_ids"])
+        total, count = total + loss, count + seen
+    return math.exp(min(total / count, 700.0))
 
 
 def published(model: LoadedModel) -> None:
@@ -62,16 +79,94 @@ def published(model: LoadedModel) -> None:
         print(f"{names:<26} x {perplexity / whole:.2f} ({PUBLISHED[tuple(layers)]:.2f})", flush=True)
 
 
+def linear(model: LoadedModel, text: str, given: argparse.Namespace, texts: Texts, file: Path) -> None:
+    """Fit, choose and check the maps of rule `linear`."""
+    layers = [int(n) for n in given.layers.split("+")] if given.layers else []
+    calls, source = token_windows(
+        model.tokenizer, text, length=given.length, samples=given.fit + given.samples, every=given.every
+    )
+    # Every so many samples one is held out: it is of the same text, not of its end.
+    held = {round((i + 0.5) * len(calls) / given.samples) for i in range(given.samples)}
+    parts = [[c for i, c in enumerate(calls) if (i in held) == wanted] for wanted in (False, True)]
+    found = measure_stand_ins(
+        model.module, [*parts[0], *parts[1]], held=len(parts[1]), count=given.count, layers=layers,
+        pool=given.pool, source=source, progress=said,
+    )  # fmt: skip
+    found.save(file)
+    names = "+".join(map(str, found.dropped()))
+    count = len(found.dropped())
+    print(f"linear     k={count}  {names:<16} x {found.ratio:.3f}  ridge {found.ridge:g}  {source}")
+    how = f"count={count},rule=linear,importance={file},max_share=1,max_ppl_ratio=1e9"
+    print(f"           held out: {held_out(model, texts, f'drop-layers{{{how}}}')}", flush=True)
+
+
+def ordered(model: LoadedModel, text: str, given: argparse.Namespace, texts: Texts, file: Path) -> None:
+    """Measure and check the other rules."""
+    calls, source = token_windows(
+        model.tokenizer, text, length=given.length, samples=given.samples, every=given.every
+    )
+    rules = [rule for rule in RULES if given.rule in (None, rule)]
+    found = measure_influence(
+        model.module, calls, count=given.count, rules=rules, pool=given.pool, source=source, progress=said
+    )
+    print("block influence: " + " ".join(f"{v:.3f}" for v in found.influence))
+    print(f"perplexity {found.perplexity:.2f} on {source}")
+    found.save(file)
+    for rule in rules:
+        for k in range(1, given.count + 1):
+            layers, ratio = found.chosen(k, rule)
+            line = f"{rule:<10} k={k}  {'+'.join(map(str, sorted(layers))):<16} x {ratio:.3f}"
+            if texts and (k in (1, given.count) or k % 2 == 0):
+                how = f"count={k},rule={rule},importance={file},max_share=1,max_ppl_ratio=1e9"
+                line += f"  held out: {held_out(model, texts, f'drop-layers{{{how}}}')}"
+            print(line, flush=True)
+
+
+def said(line: str) -> None:
+    """Progress."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def checks(model: LoadedModel, text: str, given: argparse.Namespace) -> Texts:
+    """The texts to check on: what is behind the samples of the text, and other files."""
+    used = given.length * given.every * (given.samples + (given.fit if given.rule == "linear" else 0))
+    places = [("the same text", text, used)] if given.check else []
+    places += [(Path(file).stem, read_text(file), 0) for file in given.others]
+    found: Texts = {}
+    tokenizer: Any = model.tokenizer
+    for name, held, first in places:
+        most = (len(tokenizer(held, add_special_tokens=False)["input_ids"]) - first) // given.length
+        samples = max(1, min(given.check, most))
+        calls, where = token_windows(model.tokenizer, held, length=given.length, samples=samples, first=first)
+        found[name] = calls, perplexity(model.module, calls)
+        print(f"checked on {name}, perplexity {found[name][1]:.2f}: {where}", flush=True)
+    return found
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="drop_table", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("model", nargs="?", default="smollm2")
     parser.add_argument("--text", metavar="FILE", help="UTF-8 text (default: a bundled page)")
+    parser.add_argument(
+        "--others",
+        nargs="*",
+        default=[],
+        metavar="FILE",
+        help="other texts to check on",
+    )
     parser.add_argument("--length", type=int, default=256, metavar="N", help="tokens of a sample")
     parser.add_argument("--samples", type=int, default=1, metavar="N", help="samples to measure on")
-    parser.add_argument("--check", type=int, default=1, metavar="N", help="samples behind them to check on")
+    parser.add_argument("--every", type=int, default=1, metavar="N", help="each Nth window is a sample")
+    parser.add_argument("--fit", type=int, default=32, metavar="N", help="samples that `linear` is fitted on")
+    parser.add_argument(
+        "--check", type=int, default=1, metavar="N", help="at most so many samples of a text to check on"
+    )
     parser.add_argument("--count", type=int, default=4, metavar="K", help="layers to drop at most")
+    parser.add_argument("--layers", default="", metavar="A+B", help="for `linear` (default: the best run)")
     parser.add_argument("--pool", type=int, default=12, metavar="N", help="candidates of a greedy step")
-    parser.add_argument("--rule", choices=RULES, help="only this rule (default: all)")
+    parser.add_argument(
+        "--rule", choices=(*RULES, "linear"), help="only this rule (default: all that go by an order)"
+    )
     parser.add_argument("--write", metavar="FILE", help="where the importance data goes")
     parser.add_argument(
         "--published", action="store_true", help="only known sets of SmolLM2's layers, beside known figures"
@@ -83,32 +178,11 @@ def main(argv: list[str] | None = None) -> int:
     if given.published:
         published(model)
         return 0
-    text, used = read_text(given.text), given.length * given.samples
-    calls, source = token_windows(model.tokenizer, text, length=given.length, samples=given.samples)
-    rules = [rule for rule in RULES if given.rule in (None, rule)]
-    found = measure_influence(
-        model.module, calls, count=given.count, rules=rules, pool=given.pool, source=source,
-        progress=lambda line: print(line, file=sys.stderr, flush=True),
-    )  # fmt: skip
-    print("block influence: " + " ".join(f"{v:.3f}" for v in found.influence))
-    print(f"perplexity {found.perplexity:.2f} on {source}")
+    text = read_text(given.text)
     with TemporaryDirectory() as folder:
-        path = Path(given.write or Path(folder) / "importance.json")
-        found.save(path)
-        other: list[Call] = []
-        if given.check:
-            other, where = token_windows(
-                model.tokenizer, text, length=given.length, samples=given.check, first=used
-            )
-            print(f"held out: {where}")
-        for rule in rules:
-            for k in range(1, given.count + 1):
-                layers, ratio = found.chosen(k, rule)
-                line = f"{rule:<10} k={k}  {'+'.join(map(str, sorted(layers))):<16} x {ratio:.3f}"
-                if other and k in (1, 2, given.count):
-                    how = f"count={k},rule={rule},importance={path},max_share=1,max_ppl_ratio=1e9"
-                    line += f"  held out x {held_out(model, other, f'drop-layers{{{how}}}'):.3f}"
-                print(line, flush=True)
+        measure = linear if given.rule == "linear" else ordered
+        texts = checks(model, text, given)
+        measure(model, text, given, texts, Path(given.write or Path(folder) / "importance"))
     return 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import fx
@@ -14,20 +15,23 @@ from tilewright.compiler.diagnostics import OptionError
 from tilewright.compiler.graph import copy_source
 from tilewright.compiler.influence import Influence, Shifts
 from tilewright.compiler.legality import STATE
+from tilewright.compiler.stand_in import StandIn, StandIns
+from tilewright.passes.skip._stand_ins import Place, place_of, put
 
 _HALVES = {"attention": ("self-attention", "cross-attention", "mixer"), "mlp": ("mlp", "conv")}
 
 
 @dataclass(frozen=True)
 class Cut:
-    """What read `exit` will read `entry` times `gain` plus `shift`; `writes` of state that only the part
-    between them makes go too."""
+    """What read `exit` will read `entry` times `gain` plus `shift`, or plus the map of `place`; `writes` of
+    state that only the part between them makes go too."""
 
     entry: fx.Node
     exit: fx.Node
     writes: tuple[fx.Node, ...]
     gain: float = 1.0
     shift: torch.Tensor | None = None
+    place: Place | None = None
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,12 @@ class Detours:
     gains: Sequence[float] = ()
     """Of each layer of the model; empty for 1."""
     shifts: Shifts = field(default_factory=dict)
+    stand_ins: Sequence[StandIn] = ()
+
+    def place(self, structure: BlockStructure, layer: int, block: int) -> Place | None:
+        """Where a linear map goes in front of a block of a layer, None for nowhere."""
+        found = [s for s in self.stand_ins if s.first == layer]
+        return place_of(structure, found[0], block) if found else None
 
     def shift(self, layer: int, block: int) -> torch.Tensor | None:
         """What is added behind a block of a layer, None for nothing."""
@@ -59,25 +69,51 @@ def chosen(structure: BlockStructure, numbers: list[int], max_share: float, log:
     return [structure.layers[n] for n in numbers]
 
 
-def by_measurement(
-    measured: Influence, count: int, rule: str, max_ratio: float, log: PassLog | None
-) -> list[int]:
-    """The layers that a measured order drops first; OptionError where perplexity would grow too much."""
-    numbers, ratio = measured.chosen(count, rule)
-    if ratio > max_ratio:
+def measured(
+    program: Program,
+    structure: BlockStructure,
+    path: Path,
+    rule: str,
+    count: int,
+    keep_variance: bool,
+    most: float,
+) -> tuple[list[int], float, Detours]:
+    """(the `count` layers that a file of measurements drops, the perplexity ratio without them, what goes
+    around them). OptionError for another count than the file's and for a ratio above `most`, FactError for
+    another model's file."""
+    if rule == "linear":
+        maps = StandIns.load(path)
+        maps.check(program, structure)
+        if len(maps.dropped()) != count:
+            raise OptionError(
+                f"drop-layers: count = {count}: {path} holds linear maps for {len(maps.dropped())} layers",
+                remedy="give that count, or measure for this one",
+            )
+        _check_growth(maps.dropped(), maps.ratio, most)
+        return maps.dropped(), maps.ratio, Detours(stand_ins=maps.maps)
+    found = Influence.load(path)
+    found.check(program, len(structure.layers))
+    numbers, ratio = found.chosen(count, rule) if count else ([], 1.0)
+    _check_growth(sorted(numbers), ratio, most)
+    shifts = found.shifts_of(count) if rule == "shifted" else {}
+    return sorted(numbers), ratio, Detours(found.gain if keep_variance else (), shifts)
+
+
+def _check_growth(numbers: list[int], ratio: float, most: float) -> None:
+    """OptionError where perplexity grew too much without these layers."""
+    if ratio > most:
         raise OptionError(
-            f"drop-layers: without layers {sorted(numbers)} perplexity grew {ratio:.3f} times when measured, "
-            f"above max_ppl_ratio={max_ratio:g}",
+            f"drop-layers: without layers {numbers} perplexity grew {ratio:.3f} times when measured, above "
+            f"max_ppl_ratio={most:g}",
             remedy="drop fewer layers, or raise max_ppl_ratio where speculation makes up for it",
         )
-    if log is not None:
-        log.note(f"layers {sorted(numbers)} by {rule}: perplexity x {ratio:.3f} when measured")
-    return sorted(numbers)
 
 
-def around(program: Program, cut: Cut) -> fx.Node:
-    """What a cut's readers read: its entry, shifted, or scaled where its gain differs from 1 by a percent or
-    more."""
+def around(program: Program, cut: Cut, log: PassLog) -> fx.Node:
+    """What a cut's readers read: its entry, shifted, mapped, or scaled where its gain differs from 1 by a
+    percent or more."""
+    if cut.place is not None:
+        return put(program, cut.place, cut.entry, cut.exit, log)
     if cut.shift is None and abs(cut.gain - 1.0) < 0.01:
         return cut.entry
     found = _detour(program, cut.entry, cut.exit, cut.gain, cut.shift)
@@ -103,14 +139,18 @@ def _detour(
 def copy_around(
     program: Program, structure: BlockStructure, numbers: Sequence[int], detours: Detours
 ) -> None:
-    """Make every exit of these layers a scaled or shifted copy of its entry and leave the rest where it
-    is."""
+    """Make every exit of these layers a scaled, shifted or mapped copy of its entry and leave the rest where
+    it is."""
     moved: dict[fx.Node, fx.Node] = {}
     for number in numbers:
         for i, block in enumerate(structure.layers[number].blocks):
             entry = moved.get(block.entry, block.entry)
             gain = detours.gains[number] if detours.gains else 1.0
-            copy = _detour(program, entry, block.exit, gain, detours.shift(number, i))
+            place = detours.place(structure, number, i)
+            if place is not None:
+                copy = put(program, place, entry, block.exit)
+            else:
+                copy = _detour(program, entry, block.exit, gain, detours.shift(number, i))
             args = copy.args
             block.exit.replace_all_uses_with(copy)
             copy.args = args
@@ -125,7 +165,14 @@ def cuts_of(structure: BlockStructure, layer: Layer, part: str, detours: Detours
     if part == "all":
         gain = detours.gains[layer.index] if detours.gains else 1.0
         return [
-            Cut(b.entry, b.exit, _own_writes(b, set(b.nodes)), gain, detours.shift(layer.index, i))
+            Cut(
+                b.entry,
+                b.exit,
+                _own_writes(b, set(b.nodes)),
+                gain,
+                detours.shift(layer.index, i),
+                detours.place(structure, layer.index, i),
+            )
             for i, b in enumerate(layer.blocks)
         ]
     return [cut for block in layer.blocks for cut in _halves(structure, block, part, log)]

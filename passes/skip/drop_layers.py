@@ -4,7 +4,8 @@ paper: arXiv:2403.03853 (ShortGPT). A residual block whose output is close to it
 exit reads its entry. Which layers may go is measured (`tilewright.frontends.influence`), never guessed by
 position: a layer next to a harmless one can be a cliff. The dropped layers' caches are not written any more.
 `keep_variance` scales what goes around a layer to the RMS that its output had (Presto!, arXiv:2410.05167);
-`rule=shifted` puts the mean of the stream back to what it was.
+`rule=shifted` puts the mean of the stream back to what it was; `rule=linear` lets the linear layer in front
+of a dropped stretch give what it gave as far as a linear map can (arXiv:2505.02819, ReplaceMe).
 """
 
 from __future__ import annotations
@@ -19,8 +20,7 @@ from tilewright.compiler import Exactness, Example, GraphPass, PassLog, Program,
 from tilewright.compiler.blocks import BlockStructure, find_blocks
 from tilewright.compiler.diagnostics import PipelineError
 from tilewright.compiler.graph import dead_code, output_node
-from tilewright.compiler.influence import Influence
-from tilewright.passes.skip._cuts import Cut, Detours, around, by_measurement, chosen, copy_around, cuts_of
+from tilewright.passes.skip._cuts import Cut, Detours, around, chosen, copy_around, cuts_of, measured
 from tilewright.passes.skip._drop_examples import drop_examples
 
 _DONE = "tw_dropped_layers"
@@ -48,9 +48,10 @@ class DropLayers(GraphPass):
     """Drop this many layers, by the measurements in `importance`."""
     importance: str = ""
     """A file of measurements (`tilewright.frontends.influence`), of this very model."""
-    rule: Literal["influence", "perplexity", "shifted"] = "perplexity"
+    rule: Literal["influence", "perplexity", "shifted", "linear"] = "perplexity"
     """Which measured order `count` follows: least block influence, or least perplexity one by one, or that
-    with the mean of the stream restored behind each dropped layer."""
+    with the mean of the stream restored behind each dropped layer; `linear`: a file of `count` layers with
+    the maps that stand in for them (`tilewright.frontends.stand_ins`)."""
     max_ppl_ratio: float = 1.15
     """Refuse `count` where the file says that perplexity grows by more than this factor."""
     keep_variance: bool = False
@@ -71,8 +72,9 @@ class DropLayers(GraphPass):
             raise self.option_error("importance", "a file belongs to count or keep_variance, and only there")
         if self.keep_variance and self.part != "all":
             raise self.option_error("keep_variance", "gains are measured for whole layers: part=all")
-        if self.rule == "shifted" and (not self.count or self.keep_variance or self.part != "all"):
-            raise self.option_error("rule", "shifts go with count, part=all and without keep_variance")
+        moved = self.rule in ("shifted", "linear")
+        if moved and (not self.count or self.keep_variance or self.part != "all"):
+            raise self.option_error("rule", "it goes with count, part=all and without keep_variance")
         if not 0.0 <= self.max_share <= 1.0:
             raise self.option_error("max_share", "expected 0 to 1")
         if not self.max_ppl_ratio >= 1.0:
@@ -91,7 +93,7 @@ class DropLayers(GraphPass):
             for write in cut.writes:
                 program.graph.erase_node(write)
             log.applied(cut.exit, rule=self.part, removed=[cut.exit])
-            cut.exit.replace_all_uses_with(around(program, cut))
+            cut.exit.replace_all_uses_with(around(program, cut, log))
         if cuts:
             output_node(program.graph).meta[_DONE] = self.text()
             removed = dead_code(program.graph)
@@ -122,14 +124,11 @@ class DropLayers(GraphPass):
         """(layers to drop, what goes around them)."""
         if not self.importance or structure.refusal:
             return self.numbers(), Detours()
-        measured = Influence.load(Path(self.importance))
-        measured.check(program, len(structure.layers))
-        numbers = self.numbers()
-        if self.count:
-            numbers = by_measurement(measured, self.count, self.rule, self.max_ppl_ratio, log)
-        if self.rule == "shifted":
-            return numbers, Detours(shifts=measured.shifts_of(self.count))
-        return numbers, Detours(measured.gain if self.keep_variance else ())
+        given = (self.rule, self.count, self.keep_variance, self.max_ppl_ratio)
+        numbers, ratio, detours = measured(program, structure, Path(self.importance), *given)
+        if log is not None and self.count:
+            log.note(f"layers {numbers} by {self.rule}: perplexity x {ratio:.3f} when measured")
+        return numbers if self.count else self.numbers(), detours
 
     def reference(self, program: Program) -> None:
         """Every chosen exit is a copy of its entry, times the gain or plus the shift; nothing is removed."""

@@ -132,3 +132,8 @@ def test_windows_of_a_text():
     assert source.endswith("tokens 5-17")
     with pytest.raises(OptionError, match="the text has 20"):
         token_windows(Tokenizer(), "x" * 20, length=8, samples=3)
+    found, source = token_windows(Tokenizer(), "x" * 20, length=4, samples=2, first=1, every=3)
+    assert [call[1]["input_ids"].tolist() for call in found] == [[[1, 2, 3, 4]], [[13, 14, 15, 16]]]
+    assert source.endswith("tokens 1-17, one window in 3")
+    with pytest.raises(OptionError, match="every = 4, need 21 tokens; the text has 20"):
+        token_windows(Tokenizer(), "x" * 20, length=4, samples=2, first=1, every=4)

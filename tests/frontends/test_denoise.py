@@ -85,6 +85,17 @@ def test_each_phase_has_its_program_and_state() -> None:
     assert seen == ["dense", "dense", "search"]
 
 
+def test_steps_that_share_a_timestep_are_counted_for_each_branch() -> None:
+    """Guidance may start late, or the first timestep be shared: no count of calls before tells how many."""
+    runner = StepRunner(lambda **_: None)
+    with runner.request("a", [20.0, 20.0, 10.0]):
+        for step, time in enumerate([20.0, 20.0, 10.0]):
+            for name in ("cond", "uncond"):
+                with runner.branch(name):
+                    runner(timestep=time)
+                assert runner.step == step
+
+
 def test_the_noisiest_token_tells_the_step() -> None:
     """A pipeline that is given its first frame passes a timestep per token, 0 for those of the frame."""
     runner = StepRunner(lambda **_: None)

@@ -71,8 +71,38 @@ def test_clock_goes_by_value() -> None:
     assert [clock.step(t) for t in (1000.0, 1000.0, 980.0, 990.0, 20.0, 0.0)] == [0, 0, 1, 0, 49, 49]
     with pytest.raises(StepStateError, match="before the first"):
         clock.step(1200.0)
-    with pytest.raises(StepStateError, match="falling"):
-        StepClock([3.0, 3.0])
+    with pytest.raises(StepStateError, match="none above the last"):
+        StepClock([3.0, 4.0])
+    with pytest.raises(StepStateError, match="at least one"):
+        StepClock([])
+
+
+def test_clock_tells_close_timesteps_apart() -> None:
+    """Steps less than half a unit apart, as of a flow sampler's last ones or in units of 1."""
+    times = [0.9, 0.6, 0.55, 0.1, 0.0]
+    assert [StepClock(times).step(t) for t in times] == [0, 1, 2, 3, 4]
+    assert StepClock([1000.0, 981.0, 960.0]).step(980.625) == 1, "rounded on the way"
+
+
+def test_clock_counts_the_calls_of_one_timestep() -> None:
+    clock = StepClock([30.0, 20.0, 20.0, 10.0, 10.0, 10.0])
+    calls = [("c", 30.0, 0), ("u", 30.0, 0), ("c", 20.0, 1), ("u", 20.0, 1), ("c", 20.0, 2), ("u", 20.0, 2)]
+    calls += [(b, 10.0, s) for s in (3, 4, 5) for b in ("c", "u")]
+    for branch, time, step in calls:
+        assert clock.step(time, branch) == step
+    with pytest.raises(StepStateError, match="call 4 of branch 'c' at timestep 10.0: 3 steps have it"):
+        clock.step(10.0, "c")
+
+
+def test_clock_counts_where_nearly_equal_timesteps_are_rounded_to_one() -> None:
+    clock = StepClock([999.0, 199.8004, 199.8])
+    assert [clock.step(t) for t in (999.0, 199.5, 199.5)] == [0, 1, 2]
+
+
+def test_clock_counts_two_calls_a_step_that_have_no_branch() -> None:
+    clock = StepClock([30.0, 20.0, 20.0, 10.0, 10.0])
+    times = [30.0] * 2 + [20.0] * 4 + [10.0] * 4
+    assert [clock.step(t) for t in times] == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
 
 
 def test_two_interleaved_requests_and_branches_never_see_each_other() -> None:
