@@ -45,7 +45,14 @@ def load_package(folder: str | Path, entry: str = "") -> Callable[..., tuple[Ten
         entry = next(iter(rows))
     if entry not in rows:
         raise OptionError(f"the package has no entry {entry!r}", remedy=nearest(entry, rows))
-    row = rows[entry]
+    return opened_entry(folder, manifest, rows[entry])
+
+
+def opened_entry(
+    folder: Path, manifest: dict[str, Any], row: dict[str, Any]
+) -> Callable[..., tuple[Tensor, ...]]:
+    """One entry point of a package whose files were checked, from its row of the manifest. LoadError for an
+    archive that no export writes."""
     for name in (row["file"], *row["operators"]):
         if name not in manifest["files"]:
             raise LoadError(f"{show(name)} is not among its files", where=str(folder))
