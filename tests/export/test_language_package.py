@@ -254,6 +254,22 @@ def test_missing_and_foreign_configurations(copy: Path) -> None:
         tw.load_language_model(copy)
 
 
+def test_the_command_line(pair: Pair, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", str(folder), "--tokens", "6", "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    tokens = torch.arange(3, 11)[None]
+    want = pair[1].generate(tokens, max_new_tokens=6, do_sample=False)[0].tolist()
+    assert said["text"] == str(want)
+    assert (said["prompt_tokens"], said["new_tokens"]) == (8, len(want) - 8)
+    for words in (["--eager"], ["--pipeline", "cpu-int4"], ["--no-kernels"], ["--fact", "a=1"]):
+        assert main(["run", str(folder), *words]) == 2
+        assert f"{words[0]}: {folder} was exported" in capsys.readouterr().err
+    assert main(["run", str(folder), "--tokens", "50"]) == 2
+    assert "hold 57 tokens: the package has buffers of 40" in capsys.readouterr().err
+    assert main(["explain", str(folder)]) == 2
+    assert "is an export, which was rewritten already" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_smollm2(tmp_path: Path) -> None:
     """The tokens of the torch.compile pipeline, and a tokenizer that came along."""
