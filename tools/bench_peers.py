@@ -206,8 +206,8 @@ def taking_turns(sides: Mapping[str, Run], case: Case, rounds: int) -> dict[str,
 def generating(
     module: Any, pipeline: str, package: Path, wanted: Sequence[str], count: int, rounds: int
 ) -> dict[str, Times]:
-    """`generate()` of `count` tokens after 16: eager, compiled and over a package, of which those `wanted`;
-    seconds per token, whole calls."""
+    """`generate()` of `count` tokens after 16, which no token ends: eager, compiled and over a package, of
+    which those `wanted`; seconds per token, whole calls."""
     tokens, plain = some_tokens(16), module.forward
 
     def text(model: Any, forward: Any = None, cache: str | None = None) -> Tensor:
@@ -215,7 +215,7 @@ def generating(
             model.forward = forward
         found: Tensor = model.generate(
             tokens, attention_mask=torch.ones_like(tokens), cache_implementation=cache, do_sample=False,
-            max_new_tokens=count, min_new_tokens=count,
+            max_new_tokens=count, eos_token_id=model.config.vocab_size,
         )  # fmt: skip
         return found
 

@@ -131,7 +131,7 @@ class PackageCache(Cache):  # type: ignore[misc]
 
     def __init__(self, shapes: list[list[int]], dtype: torch.dtype) -> None:
         self.shapes, self.filled = shapes, _Filled()
-        self.buffers = [torch.zeros(shape, dtype=dtype) for shape in shapes]  # not touched: no memory yet
+        self.buffers = [torch.zeros(shape, dtype=dtype) for shape in shapes]
         pairs = zip(self.buffers[0::2], self.buffers[1::2], strict=True)
         super().__init__(layers=[_Layer(key, value, self.filled) for key, value in pairs])
 

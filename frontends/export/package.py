@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from tilewright.compiler.diagnostics import LoadError, OptionError, nearest
+from tilewright.compiler.paging import page_out_files
 from tilewright.frontends.export.artifact import checked_manifest
 from tilewright.frontends.model_files import show
 from tilewright.kernels.common.operators import load_operator
@@ -67,6 +68,7 @@ def open_package(package: Path, operators: list[Path]) -> Callable[..., tuple[Te
     # The loader itself: `aoti_load_package` around it imports all of Inductor and looks for a compiler.
     loader: Any = torch._C._aoti  # type: ignore[attr-defined]
     loaded = loader.AOTIModelPackageLoader(str(package), "model", False, 1, -1)
+    page_out_files("/data/aotinductor/model/")  # it unpacked a library and copied the weights out of it
 
     def call(*tensors: Tensor) -> tuple[Tensor, ...]:
         return tuple(loaded.boxed_run(list(tensors)))

@@ -58,8 +58,8 @@ def prompt(seed: int, count: int = 9) -> Tensor:
 
 
 def without_stop(**more: Any) -> GenerationConfig:
-    """Greedy, 20 tokens: nothing of the defaults."""
-    return GenerationConfig(**{"max_new_tokens": 20, "do_sample": False, "eos_token_id": None, **more})
+    """Greedy, 20 tokens, ended by a token that there is not."""
+    return GenerationConfig(**{"max_new_tokens": 20, "do_sample": False, "eos_token_id": VOCABULARY, **more})
 
 
 def same(pair: Pair, tokens: Tensor, **how: Any) -> Tensor:
@@ -74,6 +74,7 @@ def test_requests_in_turn(pair: Pair) -> None:
     texts = [
         same(pair, prompt(i, n), generation_config=without_stop()) for i, n in enumerate((20, 9, 2, 1, 9))
     ]
+    assert [text.shape[1] for text in texts] == [40, 29, 22, 21, 29]
     assert len({tuple(text[0, -20:].tolist()) for text in texts}) == 5, "the prompts matter"
     assert len(set(texts[0][0, -20:].tolist())) > 4, "the tokens are not all one"
 
