@@ -19,7 +19,7 @@ from tilewright.frontends.cache_argument import cache_in
 from tilewright.frontends.export.artifact import checked_manifest
 from tilewright.frontends.export.description import read_description
 from tilewright.frontends.export.package import opened_entry
-from tilewright.frontends.hugging_face import tokenizer_in
+from tilewright.frontends.hugging_face import reading, tokenizer_in
 from tilewright.frontends.model_files import show
 
 _CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
@@ -45,10 +45,31 @@ def load_language_model(folder: str | Path) -> PackagedModel:
             remedy="export a language model with --format pt2 --capacity TOKENS",
         )
     config, defaults = read_description(folder, manifest["files"])
-    entries = (opened_entry(folder, manifest, rows[name]) for name in ("prefill", "decode"))
-    model = PackagedModel(config, _Programs.of(rows, *entries), tokenizer_in(folder))
+    with reading(folder):
+        tokenizer = tokenizer_in(folder)
+    most = _longest_prefill(rows["prefill"], folder)
+    given = {row["name"]: row for row in rows["decode"]["inputs"]}
+    buffers = [given[name] for name in rows["decode"]["written"]]
+    prefill, step = (opened_entry(folder, manifest, rows[name]) for name in ("prefill", "decode"))
+    dtype = _DTYPES[buffers[0]["dtype"]]
+    model = PackagedModel(
+        config, _Programs(prefill, step, [row["shape"] for row in buffers], dtype, most), tokenizer
+    )
     model.generation_config = defaults
     return model
+
+
+def _longest_prefill(row: dict[str, Any], folder: Path) -> int | None:
+    """How many tokens prefill takes at once, at least 2; None: no bound. LoadError where it is one number."""
+    (tokens,) = (given["shape"][1] for given in row["inputs"] if given["name"] == "input_ids")
+    if not isinstance(tokens, str):
+        raise LoadError(
+            f"its prefill takes {show(tokens)} tokens and no other number",
+            where=str(folder),
+            remedy="export without --static",
+        )
+    bounds = row["dynamic"].get(tokens, (2, None))
+    return None if bounds[1] is None else int(bounds[1])
 
 
 @dataclass(frozen=True)
@@ -61,26 +82,7 @@ class _Programs:
     """[1, Hkv, C, D] of keys and values of each layer in turn."""
     dtype: torch.dtype
     most: int | None
-    """Tokens that prefill takes at once, at least 2; None: no bound."""
-
-    @classmethod
-    def of(
-        cls,
-        rows: dict[str, Any],
-        prefill: Callable[..., tuple[Tensor, ...]],
-        step: Callable[..., tuple[Tensor, ...]],
-    ) -> _Programs:
-        """From the manifest's rows. LoadError for a prefill that takes one length alone."""
-        (tokens,) = (row["shape"][1] for row in rows["prefill"]["inputs"] if row["name"] == "input_ids")
-        if not isinstance(tokens, str):
-            raise LoadError(
-                f"its prefill takes {show(tokens)} tokens and no other number",
-                remedy="export without --static",
-            )
-        given = {row["name"]: row for row in rows["decode"]["inputs"]}
-        buffers = [given[name] for name in rows["decode"]["written"]]
-        _, most = rows["prefill"]["dynamic"].get(tokens, (2, None))
-        return cls(prefill, step, [row["shape"] for row in buffers], _DTYPES[buffers[0]["dtype"]], most)
+    """Tokens that prefill takes at once; None: no bound."""
 
     @property
     def capacity(self) -> int:
@@ -189,8 +191,8 @@ class PackagedModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         the package does not follow, and texts that exceed the capacity.
         """
         cache = self._cache_of(given)
-        held, count = cache.filled.tokens, input_ids.shape[-1]
-        self._check(input_ids, attention_mask, given, held)
+        held = cache.filled.tokens
+        count = self._checked_count(input_ids, attention_mask, given, held)
         if count > 1 and not held:
             positions = torch.arange(count)[None]
             logits, *rows = self._programs.prefill(input_ids.to(torch.int64).contiguous(), positions)
@@ -216,10 +218,15 @@ class PackagedModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
             )
         return found
 
-    def _check(
+    def _checked_count(
         self, input_ids: Tensor, attention_mask: Tensor | None, given: dict[str, Any], held: int
-    ) -> None:
-        """OptionError for a call that the programs cannot answer rightly."""
+    ) -> int:
+        """The number of new tokens; OptionError for a call that the programs cannot answer rightly."""
+        for name, value in given.items():
+            if value is not None and value is not False and (name, value) != ("return_dict", True):
+                raise OptionError(f"{name} is given, which the package does not follow")
+        if input_ids.dtype not in (torch.int64, torch.int32):
+            raise OptionError(f"input_ids is {input_ids.dtype}: expected int64")
         if input_ids.dim() != 2 or input_ids.shape[0] != 1 or not input_ids.shape[1]:
             raise OptionError(
                 f"input_ids has the shape {tuple(input_ids.shape)}: the package takes one text, [1, S]",
@@ -240,9 +247,7 @@ class PackagedModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
                 f"attention_mask hides {hidden} of {attention_mask.shape[-1]} tokens",
                 remedy="the package attends to all: give one text without padding",
             )
-        for name, value in given.items():
-            if value is not None and value is not False and (name, value) != ("return_dict", True):
-                raise OptionError(f"{name} is given, which the package does not follow")
+        return int(input_ids.shape[1])
 
     def _check_room(self, tokens: int) -> None:
         """OptionError when the buffers have fewer rows than so many tokens take."""

@@ -187,6 +187,8 @@ def test_the_capacity(pair: Pair) -> None:
         (prompt(1), {"output_attentions": True, "return_dict_in_generate": True}, "output_attentions"),
         (torch.tensor([[8, 9, VOCABULARY]]), {}, f"the token {VOCABULARY}: expected 0 to {VOCABULARY - 1}"),
         (torch.tensor([[8, 9, -1]]), {}, "the token -1: expected 0"),
+        (torch.ones(1, 5), {}, "input_ids is torch.float32: expected int64"),
+        (prompt(1), {"inputs_embeds": torch.ones(1, 9, 48)}, "inputs_embeds is given"),
     ],
 )  # fmt: skip
 def test_what_a_package_cannot_do(pair: Pair, tokens: Tensor, how: dict[str, Any], match: str) -> None:
@@ -248,7 +250,14 @@ def test_missing_and_foreign_configurations(copy: Path) -> None:
     rewrite(copy, "config.json", None)
     with pytest.raises(LoadError, match=r"has no config\.json"):
         tw.load_language_model(copy)
+    rewrite(copy, "config.json", text)
     manifest = read_manifest(copy)
+    shape = manifest["entries"][0]["inputs"][0]["shape"]
+    assert shape == [1, "sequence"]
+    shape[1] = 17
+    (copy / MANIFEST).write_bytes(render(manifest))
+    with pytest.raises(LoadError, match="its prefill takes 17 tokens and no other number"):
+        tw.load_language_model(copy)
     manifest["entries"] = manifest["entries"][:1]
     (copy / MANIFEST).write_bytes(render(manifest))
     with pytest.raises(LoadError, match="prefill and decode steps over buffers"):
