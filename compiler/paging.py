@@ -25,15 +25,34 @@ def page_out(tensor: torch.Tensor) -> None:
     first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
     length = (start + size) // mmap.PAGESIZE * mmap.PAGESIZE - first
     if length > 0 and _maps_a_file(first):
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(length), _MADV_PAGEOUT)
+        _advise(first, length)
+
+
+def page_out_files(part: str) -> None:
+    """Let the pages of files mapped to be read leave memory, of those with `part` in their path; a hint."""
+    if sys.platform != "linux":
+        return
+    for line in _mappings():
+        span, mode, _, _, _, *path = line.split(maxsplit=5)
+        if mode == "r--p" and path and part in path[0]:
+            low, high = (int(end, 16) for end in span.split("-"))
+            _advise(low, high - low)
+
+
+def _advise(first: int, length: int) -> None:
+    ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(length), _MADV_PAGEOUT)
+
+
+def _mappings() -> list[str]:
+    """A line for each mapping of this process: span, mode, offset, device, inode and path."""
+    return Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace").splitlines()
 
 
 def _maps_a_file(address: int) -> bool:
     """Whether the mapping that holds an address has a file behind it."""
-    with Path("/proc/self/maps").open(encoding="utf-8", errors="replace") as lines:
-        for line in lines:
-            span, _, _, _, inode = line.split()[:5]
-            low, high = (int(end, 16) for end in span.split("-"))
-            if low <= address < high:
-                return inode != "0"
+    for line in _mappings():
+        span, _, _, _, inode = line.split()[:5]
+        low, high = (int(end, 16) for end in span.split("-"))
+        if low <= address < high:
+            return inode != "0"
     return False

@@ -89,21 +89,17 @@ def load_gguf(path: Path, *, name: str | None = None) -> LoadedModel:
 def _load_transformers(
     folder: Path, raw: dict[str, Any], elements: int, name: str, files: Checkpoint
 ) -> LoadedModel:
-    with _reading(folder):
-        from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
-    where, kind = str(folder / "config.json"), raw.get("model_type")
+    with reading(folder):
+        from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
+    where = str(folder / "config.json")
     quantized = check_method(raw, where)
-    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
-        raise LoadError(f"model_type is {show(kind)}, which transformers does not know", where=where)
-    with _reading(folder / "config.json"):
-        config_class = CONFIG_MAPPING[kind]
-        config = config_class.from_dict(
-            {k: v for k, v in raw.items() if k not in (*_UNTRUSTED, "quantization_config")}
-        )
+    config = described_config(raw, folder / "config.json")
+    with reading(folder / "config.json"):
+        config_class = type(config)
         generates = config_class in MODEL_FOR_CAUSAL_LM_MAPPING and _wants_lm_head(raw)
         mapping = MODEL_FOR_CAUSAL_LM_MAPPING if generates else MODEL_MAPPING
         if config_class not in mapping:
-            raise LoadError(f"model_type {kind} has no model class to load", where=where)
+            raise LoadError(f"model_type {config.model_type} has no model class to load", where=where)
         model_class = mapping[config_class]
         model_class = model_class[0] if isinstance(model_class, (tuple, list)) else model_class
     layers: list[StoredLinear] = []
@@ -114,13 +110,13 @@ def _load_transformers(
         layers = find_layers(quantized, files, empty, where)
         _check_size(lambda: empty, elements + weight_count(layers), where)
     without: Any = without_weights(model_class, [layer.name for layer in layers]) if layers else model_class
-    with _reading(folder):
+    with reading(folder):
         module, found = without.from_pretrained(
             folder, config=config, dtype=torch.float32, use_safetensors=True, local_files_only=True,
             trust_remote_code=False, output_loading_info=True,
             attn_implementation="sdpa" if getattr(model_class, "_supports_sdpa", False) else "eager",
         )  # fmt: skip
-        tokenizer = _tokenizer(folder)
+        tokenizer = tokenizer_in(folder)
     _check_complete(found, folder, {tensor for layer in layers for tensor in layer.tensors})
     module.__class__ = model_class
     _own_memory(module.eval())
@@ -128,6 +124,22 @@ def _load_transformers(
     if generates:
         return LoadedModel(name, "causal-lm", module, tokenizer, causal_lm_examples(module))
     return LoadedModel(name, "module", module, tokenizer, encoder_examples(module))
+
+
+def described_config(raw: Mapping[str, Any], path: Path) -> Any:
+    """The configuration that a config.json at `path` describes, without entries that choose code or files."""
+    with reading(path):
+        from transformers import CONFIG_MAPPING
+    kind = raw.get("model_type")
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
+        raise LoadError(f"model_type is {show(kind)}, which transformers does not know", where=str(path))
+    with reading(path):
+        return CONFIG_MAPPING[kind].from_dict(trusted(raw))
+
+
+def trusted(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json without entries that choose code or files, or say how quantized weights are stored."""
+    return {k: v for k, v in raw.items() if k not in (*_UNTRUSTED, "quantization_config")}
 
 
 def _wants_lm_head(raw: Mapping[str, Any]) -> bool:
@@ -138,7 +150,7 @@ def _wants_lm_head(raw: Mapping[str, Any]) -> bool:
 def _load_diffusers(
     folder: Path, raw: dict[str, Any], files: list[Path], elements: int, name: str
 ) -> LoadedModel:
-    with _reading(folder):
+    with reading(folder):
         from diffusers import WanTransformer3DModel
     where = str(folder / "config.json")
     if raw["_class_name"] != "WanTransformer3DModel":
@@ -146,7 +158,7 @@ def _load_diffusers(
         raise LoadError(f"_class_name is {show(raw['_class_name'])}", where=where, remedy=remedy)
     described = {k: v for k, v in raw.items() if not k.startswith("_") and k not in _UNTRUSTED}
     _check_size(lambda: WanTransformer3DModel.from_config(described), elements, where)
-    with _reading(folder):
+    with reading(folder):
         module = WanTransformer3DModel.from_config(described).float()
     replace_weights(module, files)
     return LoadedModel(name, "dit", module.eval(), None, wan_examples(module))
@@ -160,7 +172,8 @@ def _own_memory(module: nn.Module) -> None:
         page_out(mapped)  # so that file and copy are never in memory at once
 
 
-def _tokenizer(folder: Path) -> Any | None:
+def tokenizer_in(folder: Path) -> Any | None:
+    """The tokenizer whose files lie in a folder; None where there are none."""
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         return None
     from transformers import AutoTokenizer
@@ -179,7 +192,7 @@ def _dequantize(path: Path, target: Path) -> None:
 
 
 def _convert(path: Path, alone: Path, info: GgufInfo, target: Path) -> None:
-    with _reading(path):
+    with reading(path):
         from safetensors.torch import save_model
         from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -187,7 +200,7 @@ def _convert(path: Path, alone: Path, info: GgufInfo, target: Path) -> None:
         config = AutoConfig.from_pretrained(alone, **given)
     _check_numbers(config.to_dict(), len(info.tensors), str(path))
     _check_size(lambda: AutoModelForCausalLM.from_config(config), info.elements, str(path))
-    with _reading(path):
+    with reading(path):
         module, found = AutoModelForCausalLM.from_pretrained(
             alone, config=config, dtype=torch.float32, output_loading_info=True, **given
         )
@@ -231,7 +244,7 @@ def _check_numbers(values: Mapping[str, Any], tensors: int, where: str) -> None:
 
 
 def _without_memory(build: Any, where: str) -> nn.Module:
-    with _reading(Path(where)), torch.device("meta"):
+    with reading(Path(where)), torch.device("meta"):
         module: nn.Module = build()
     return module
 
@@ -260,7 +273,7 @@ def _check_complete(found: Mapping[str, Any], path: Path, used: Collection[str] 
 
 
 @contextmanager
-def _reading(path: Path) -> Iterator[None]:
+def reading(path: Path) -> Iterator[None]:
     """Turn whatever a third-party reader raises about a foreign file into one LoadError; keep it quiet."""
     try:
         with _quiet():

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tilewright.compiler.diagnostics import LoadError, nearest
+from tilewright.frontends.export.artifact import is_artifact
 from tilewright.frontends.foreign_files import refuse_onnx, refuse_pt2
 from tilewright.frontends.loaded_model import Call, LoadedModel
 from tilewright.frontends.model_files import model_file, show
@@ -72,6 +73,9 @@ def _from_path(path: Path) -> LoadedModel:
     from tilewright.frontends.hugging_face import load_folder, load_gguf
 
     if os.path.isdir(path):
+        if is_artifact(path):
+            remedy = "`tilewright run` and `tilewright.load_language_model` take an exported language model"
+            raise LoadError("is an export, which was rewritten already", where=str(path), remedy=remedy)
         return load_folder(path)
     model_file(path)
     if path.suffix == ".gguf":

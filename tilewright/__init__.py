@@ -19,6 +19,7 @@ if (_root / "setup.py").is_file() and str(_root) not in __path__:
 if TYPE_CHECKING:
     from tilewright.frontends.api import Executable, evaluate, explain, optimize
     from tilewright.frontends.export.api import export
+    from tilewright.frontends.export.language_package import load_language_model
     from tilewright.frontends.kv_cache import kv_cache
     from tilewright.frontends.kv_prefix import prefix_cache
     from tilewright.frontends.speculate import speculate
@@ -32,6 +33,7 @@ _PUBLIC = {
     "explain": "tilewright.frontends.api",
     "export": "tilewright.frontends.export.api",
     "kv_cache": "tilewright.frontends.kv_cache",
+    "load_language_model": "tilewright.frontends.export.language_package",
     "offload_weights": "tilewright.frontends.weight_offload",
     "optimize": "tilewright.frontends.api",
     "prefix_cache": "tilewright.frontends.kv_prefix",
@@ -46,6 +48,7 @@ __all__ = [
     "explain",
     "export",
     "kv_cache",
+    "load_language_model",
     "offload_weights",
     "optimize",
     "prefix_cache",

@@ -18,9 +18,10 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -120,8 +121,7 @@ def tilewright_side(module: Any, pipeline: str) -> Run:
 
 
 def package_side(folder: Path) -> Run:
-    """A pt2 package: the step writes into buffers, and a prompt's keys and values are copied into them, which
-    is not timed. Its prefill gives the logits of every token, where the other sides give the last one's."""
+    """A pt2 package: a step writes into buffers. Copying those of a prompt into them is not timed."""
     step, prefill = (load_package(folder, name) for name in ("decode", "prefill"))
     row = next(row for row in read_manifest(folder)["entries"] if row["name"] == "decode")
     shapes = {given["name"]: given["shape"] for given in row["inputs"]}
@@ -203,25 +203,39 @@ def taking_turns(sides: Mapping[str, Run], case: Case, rounds: int) -> dict[str,
     return found
 
 
-def generating(module: Any, pipeline: str, count: int, rounds: int) -> dict[str, Times]:
-    """`generate()` of `count` tokens after 16, eager and compiled: seconds per token, whole calls."""
+def generating(
+    module: Any, pipeline: str, package: Path, wanted: Sequence[str], count: int, rounds: int
+) -> dict[str, Times]:
+    """`generate()` of `count` tokens after 16, which no token ends: eager, compiled and over a package, of
+    which those `wanted`; seconds per token, whole calls."""
     tokens, plain = some_tokens(16), module.forward
-    compiled = torch.compile(plain, backend="tilewright", options={"pipeline": pipeline})
-    sides = {"eager": (plain, None), "tilewright": (compiled, "static")}
+
+    def text(model: Any, forward: Any = None, cache: str | None = None) -> Tensor:
+        if forward is not None:
+            model.forward = forward
+        found: Tensor = model.generate(
+            tokens, attention_mask=torch.ones_like(tokens), cache_implementation=cache, do_sample=False,
+            max_new_tokens=count, eos_token_id=model.config.vocab_size,
+        )  # fmt: skip
+        return found
+
+    sides: dict[str, Callable[[], Tensor]] = {"eager": partial(text, module, plain)}
+    if "tilewright" in wanted:
+        compiled = torch.compile(plain, backend="tilewright", options={"pipeline": pipeline})
+        sides["tilewright"] = partial(text, module, compiled, "static")
+    if "tilewright package" in wanted:
+        sides["tilewright package"] = partial(text, tw.load_language_model(package))
     found: dict[str, Times] = {}
     for number in range(rounds + 1):
-        for name, (forward, cache) in sides.items():
-            module.forward = forward
+        for name, run in sides.items():
+            time.sleep(PAUSE)
             started = time.perf_counter()
-            text = module.generate(
-                tokens, attention_mask=torch.ones_like(tokens), cache_implementation=cache, do_sample=False,
-                max_new_tokens=count, min_new_tokens=count,
-            )  # fmt: skip
+            token = int(run()[0, -1])
             seconds = (time.perf_counter() - started) / count
             if number:
                 found[name].seconds.append(seconds)
             else:
-                found[name] = Times(int(text[0, -1]))
+                found[name] = Times(token)
     module.forward = plain
     return found
 
@@ -286,9 +300,10 @@ def main(arguments: list[str] | None = None) -> int:
     module: Any = resolve(MODEL).module
     with tempfile.TemporaryDirectory() as work, ExitStack() as stack:
         sides = sides_of(options, module, Path(work), stack)
+        package = options.package or Path(work) / "pt2"
         for name in options.case or [*CASES, "generate"]:
             if name == "generate":
-                found = generating(module, options.pipeline, 64, min(options.rounds, 3))
+                found = generating(module, options.pipeline, package, [*sides], 64, min(options.rounds, 3))
             else:
                 found = taking_turns(sides, CASES[name], options.rounds)
             table(name, found)

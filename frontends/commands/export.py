@@ -34,6 +34,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a language model decodes over buffers of so many tokens: input and output at once (onnx), or"
         " inputs that a step writes into (pt2)",
     )
+    parser.add_argument(
+        "--logits",
+        metavar="WHICH",
+        help="a language model's prefill computes those of all tokens or of the last (default of pt2 with"
+        " --capacity)",
+    )
 
 
 def run(args: argparse.Namespace) -> Result:
@@ -42,7 +48,7 @@ def run(args: argparse.Namespace) -> Result:
 
     options = compile_options(args)
     axes = parse_axes(args.dynamic)
-    check_request(args.format, Path(args.output), args.operators, args.capacity)
+    check_request(args.format, Path(args.output), args.operators, args.capacity, args.logits)
     manifest = export(
         args.model,  # loaded there: its weights leave memory while nothing reads them
         path=args.output,
@@ -53,6 +59,7 @@ def run(args: argparse.Namespace) -> Result:
         length=args.length,
         operators=args.operators,
         capacity=args.capacity,
+        logits=args.logits,
         weights=args.weights,
         progress=step,
         **options,

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import argparse
 import time
+from pathlib import Path
 from typing import Any
 
 from tilewright.compiler.diagnostics import OptionError
 from tilewright.frontends.cli import Result
 from tilewright.frontends.commands.evaluate import read_text
 from tilewright.frontends.commands.shared import add_model, add_pipeline, compile_options, load, step
+from tilewright.frontends.export.artifact import is_artifact
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     add_pipeline(parser)
+    parser.epilog = "MODEL may also be a language model exported with --format pt2 --capacity TOKENS."
     parser.add_argument("--prompt", default="The capital of Italy is", help="text to continue")
     parser.add_argument("--prompt-file", metavar="FILE", help="UTF-8 text to continue, instead of --prompt")
     parser.add_argument("--tokens", type=int, default=32, metavar="N", help="tokens to generate (default 32)")
@@ -29,6 +32,8 @@ def run(args: argparse.Namespace) -> Result:
     prompt = read_text(args.prompt_file) if args.prompt_file else args.prompt
     if not prompt:
         raise OptionError("--prompt is empty", remedy="give at least one word")
+    if is_artifact(Path(args.model)):
+        return _package(args, prompt)
     model = load(args)
     if model.kind == "causal-lm":
         tokens = _prompt(args, model, prompt)
@@ -100,6 +105,61 @@ def _through_cache(args: argparse.Namespace, model: Any, tokens: Any) -> Result:
     lines.append(f"keys and values: {moved['held_bytes'] / 2**20:.1f} MiB held")
     if moved.keys() > {"held_bytes"}:
         lines[-1] += _moves(moved)
+    return Result(data, lines)
+
+
+class _Clock:
+    """A streamer that notes when tokens come, the prompt first."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: Any) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        """Nothing is held back."""
+
+
+def _package(args: argparse.Namespace, prompt: str) -> Result:
+    """Greedy `generate()` of transformers over an exported language model."""
+    import torch
+
+    from tilewright.frontends.export.artifact import read_manifest
+    from tilewright.frontends.export.language_package import load_language_model
+    from tilewright.frontends.loaded_model import LoadedModel
+
+    compiled = {"--pipeline": args.pipeline != "exact", "--fact": args.fact, "--no-kernels": args.no_kernels}
+    for option, value in {**compiled, "--eager": args.eager, "--weights": args.weights}.items():
+        if value:
+            raise OptionError(f"{option}: {args.model} was exported, and is compiled already")
+    folder = Path(args.model)
+    with step(f"loading {args.model}"):
+        module = load_language_model(folder)
+    tokens = _prompt(args, LoadedModel(folder.name, "causal-lm", module, module.tokenizer, {}), prompt)
+    clock = _Clock()
+    with step("generating"):
+        text = module.generate(
+            tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=args.tokens, do_sample=False,
+            streamer=clock,
+        )  # fmt: skip
+    begun, first, *_, last = [*clock.times, clock.times[-1]]
+    new = len(clock.times) - 1
+    words = module.tokenizer.decode(text[0]) if module.tokenizer is not None else str(text[0].tolist())
+    data = {
+        "model": folder.name,
+        "pipeline": read_manifest(folder)["pipeline"]["text"],
+        "text": words,
+        "prompt_tokens": tokens.shape[1],
+        "new_tokens": new,
+        "first_token_seconds": first - begun,
+        "tokens_per_second": (new - 1) / (last - first) if new > 1 else 0.0,
+    }
+    lines = [words, ""]
+    lines.append(
+        f"{new} tokens, {data['tokens_per_second']:.1f} tokens/s after a first token of "
+        f"{data['first_token_seconds']:.2f} s"
+    )
     return Result(data, lines)
 
 

@@ -138,6 +138,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
+def is_artifact(folder: Path) -> bool:
+    """Whether a folder holds the manifest of an export, in whatever state the rest is."""
+    path = folder / MANIFEST
+    return path.is_file() and FORMAT.encode() in read_capped(path, MANIFEST_CAP)
+
+
 def faults(folder: Path) -> list[str]:
     """Everything that is not as the export left it, one line each; empty for an intact artifact.
 

@@ -22,6 +22,8 @@ Axes = dict[str, dict[int, str]]
 """Input name -> axis -> the user's name of a size that may change between calls."""
 PREFILL_TOKENS, PAST_TOKENS = 17, 13
 """Example sizes; no other size of a model is likely to equal them."""
+LOGITS = ("all", "last")
+"""Of which tokens prefill computes them."""
 
 
 class _Flat(nn.Module):
@@ -48,12 +50,18 @@ class _Decoder(nn.Module):
     (input_ids [B, S], position_ids [B, S], key and value [B, Hkv, P, D] of each layer) -> (logits [B, S, V],
     key and value [B, Hkv, P + S, D] of each layer). Without keys and values the cache is empty. `held`: they
     are buffers of P tokens, filled up to the first of position_ids and going out with S tokens more;
-    `in_place`: the S tokens are written into the buffers, and the logits alone go out.
+    `in_place`: the S tokens are written into the buffers, and the logits alone go out. `last`: the logits are
+    those of the last token, [B, 1, V].
     """
 
-    def __init__(self, inner: nn.Module, *, held: bool = False, in_place: bool = False) -> None:
+    def __init__(
+        self, inner: nn.Module, *, held: bool = False, in_place: bool = False, last: bool = False
+    ) -> None:
         super().__init__()
         self.inner, self._held, self._in_place, self._cache = inner, held, in_place, cache_name(inner)
+        self._last = last
+        keeps = last and "logits_to_keep" in inspect.signature(inner.forward).parameters
+        self._keep = {"logits_to_keep": 1} if keeps else {}
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         from transformers import DynamicCache
@@ -67,13 +75,13 @@ class _Decoder(nn.Module):
         else:
             for layer, (key, value) in enumerate(zip(past[0::2], past[1::2], strict=True)):
                 cache.update(key, value, layer)
-        out: Any = self.inner(
-            input_ids=input_ids, position_ids=position_ids, use_cache=True, **{self._cache: cache}
-        )
+        given = {"input_ids": input_ids, "position_ids": position_ids, self._cache: cache, **self._keep}
+        out: Any = self.inner(use_cache=True, **given)
+        logits = out.logits[:, -1:] if self._last else out.logits
         if self._in_place:
-            return (out.logits,)
+            return (logits,)
         states = [t for layer in cache.layers for t in (layer.keys, layer.values)]
-        return (out.logits, *states)
+        return (logits, *states)
 
 
 @dataclass
@@ -172,12 +180,18 @@ def entry_of(
 
 
 def decoder_entries(
-    module: nn.Module, *, dynamic: bool, capacity: int | None = None, in_place: bool = False
+    module: nn.Module,
+    *,
+    dynamic: bool,
+    capacity: int | None = None,
+    in_place: bool = False,
+    last: bool = False,
 ) -> list[Entry]:
     """`prefill` (dynamic `sequence`) and `decode` (one token, dynamic `past`) of a causal language model.
 
     capacity: the keys and values of `decode` are buffers of that many tokens, shared by input and output, or
     with `in_place` inputs that it writes into. OptionError for one that the model has no positions for.
+    last: prefill gives the logits of its last token alone.
     """
     config: Any = module.config
     generator = torch.Generator().manual_seed(1)
@@ -191,12 +205,13 @@ def decoder_entries(
     old = [f"past.{i}.{part}" for i in layers for part in ("key", "value")]
     new = ["logits", *[f"present.{i}.{part}" for i in layers for part in ("key", "value")]]
     names = ["input_ids", "position_ids"]
-    prefill = Entry("prefill", step, [tokens[:, :first], positions[:, :first]], names, new)
+    start = _Decoder(module, last=last).eval()
+    prefill = Entry("prefill", start, [tokens[:, :first], positions[:, :first]], names, new)
     at = slice(PAST_TOKENS, PAST_TOKENS + 1)
     if capacity is not None:
         past = _buffers(past, capacity, getattr(config, "max_position_embeddings", None))
-    last = step if capacity is None else _Decoder(module, held=True, in_place=in_place).eval()
-    decode = Entry("decode", last, [tokens[:, at], positions[:, at], *past], [*names, *old], new)
+    one = step if capacity is None else _Decoder(module, held=True, in_place=in_place).eval()
+    decode = Entry("decode", one, [tokens[:, at], positions[:, at], *past], [*names, *old], new)
     if capacity is not None and in_place:
         decode.written, decode.outputs = old, new[:1]
     elif capacity is not None:
@@ -226,15 +241,23 @@ def entries_of(
     length: int | None,
     capacity: int | None = None,
     in_place: bool = False,
+    logits: str | None = None,
 ) -> list[Entry]:
-    """The entry points of a loaded model: the pair of a language model, or one example call."""
+    """The entry points of a loaded model: the pair of a language model, or one example call.
+
+    logits: of LOGITS; by default `last` for steps that write into buffers, which are for generation.
+    """
     if loaded.kind == "causal-lm" and kind is None and not axes:
-        return decoder_entries(loaded.module, dynamic=not static, capacity=capacity, in_place=in_place)
-    if capacity is not None:
-        raise OptionError(
-            f"capacity = {capacity} belongs to the decode step of a language model",
-            remedy="leave out the call and the dynamic axes, or the capacity",
+        last = logits == "last" if logits is not None else in_place and capacity is not None
+        return decoder_entries(
+            loaded.module, dynamic=not static, capacity=capacity, in_place=in_place, last=last
         )
+    for name, value in (("capacity", capacity), ("logits", logits)):
+        if value is not None:
+            raise OptionError(
+                f"{name} = {value} belongs to the prefill and decode of a language model",
+                remedy=f"leave out the call and the dynamic axes, or {name}",
+            )
     args, kwargs = loaded.example(kind, length=length)
     return [entry_of(kind or next(iter(loaded.examples)), loaded.module, args, kwargs, axes)]
 

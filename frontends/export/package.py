@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from tilewright.compiler.diagnostics import LoadError, OptionError, nearest
+from tilewright.compiler.paging import page_out_files
 from tilewright.frontends.export.artifact import checked_manifest
 from tilewright.frontends.model_files import show
 from tilewright.kernels.common.operators import load_operator
@@ -45,7 +46,14 @@ def load_package(folder: str | Path, entry: str = "") -> Callable[..., tuple[Ten
         entry = next(iter(rows))
     if entry not in rows:
         raise OptionError(f"the package has no entry {entry!r}", remedy=nearest(entry, rows))
-    row = rows[entry]
+    return opened_entry(folder, manifest, rows[entry])
+
+
+def opened_entry(
+    folder: Path, manifest: dict[str, Any], row: dict[str, Any]
+) -> Callable[..., tuple[Tensor, ...]]:
+    """One entry point of a package whose files were checked, from its row of the manifest. LoadError for an
+    archive that no export writes."""
     for name in (row["file"], *row["operators"]):
         if name not in manifest["files"]:
             raise LoadError(f"{show(name)} is not among its files", where=str(folder))
@@ -60,6 +68,7 @@ def open_package(package: Path, operators: list[Path]) -> Callable[..., tuple[Te
     # The loader itself: `aoti_load_package` around it imports all of Inductor and looks for a compiler.
     loader: Any = torch._C._aoti  # type: ignore[attr-defined]
     loaded = loader.AOTIModelPackageLoader(str(package), "model", False, 1, -1)
+    page_out_files("/data/aotinductor/model/")  # it unpacked a library and copied the weights out of it
 
     def call(*tensors: Tensor) -> tuple[Tensor, ...]:
         return tuple(loaded.boxed_run(list(tensors)))

@@ -197,3 +197,19 @@ def test_a_cache_is_set_back_to_the_start_of_a_call() -> None:
         for _ in range(2):
             assert run(tokens[:, 5:], 5)[1] == want
             assert int(cache.get_seq_length()) == 6
+
+
+def test_whole_texts_are_timed_by_the_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model itself stands for its package: the same tokens, and nothing of it is changed."""
+    from tilewright.frontends.loaders import resolve
+
+    module: Any = resolve("tiny-llama").module
+    monkeypatch.setattr(bench_peers, "some_tokens", lambda count: torch.arange(3, 3 + count)[None])
+    monkeypatch.setattr(bench_peers.tw, "load_language_model", lambda folder: module, raising=False)
+    plain = module.forward
+    found = bench_peers.generating(module, "exact", Path("made"), ["eager", "tilewright package"], 4, 2)
+    assert list(found) == ["eager", "tilewright package"]
+    assert len({times.token for times in found.values()}) == 1
+    assert [len(times.seconds) for times in found.values()] == [2, 2]
+    assert list(bench_peers.generating(module, "exact", Path("made"), ["eager"], 2, 1)) == ["eager"]
+    assert module.forward == plain
