@@ -145,7 +145,8 @@ def explain(
     """
     parsed = CompileOptions.parse({"pipeline": pipeline, "costs": True, "keep_graphs": True, **options})
     collecting = _Collecting(parsed, run=False, measure=measure, model=name)
-    compiled = torch.compile(model, backend=collecting)
+    # This call's sizes, whatever was compiled before: Dynamo turns a size that changed into a symbol.
+    compiled = torch.compile(model, backend=collecting, dynamic=False)
     with recorded_breaks() as breaks, torch.no_grad():
         compiled(*args, **dict(kwargs or {}))
     reports = _largest_first(collecting.reports)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+import tilewright as tw
 from tilewright.compiler.replay import relative_rms
 from tilewright.frontends.compile import REPORTS
 
@@ -264,3 +265,9 @@ def test_a_graph_that_is_not_understood_is_left_alone_and_said_so(caplog: pytest
         assert torch.equal(got, gradient(x))
     assert "autocast" in REPORTS[-1].left_alone
     assert "left as it was" in caplog.text
+
+
+def test_explain_is_of_the_sizes_given_whatever_was_compiled_before() -> None:
+    model = Block().eval()
+    for batch in (2, 3):
+        assert not tw.explain(model, inputs(batch=batch)).sizes
