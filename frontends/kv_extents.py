@@ -15,7 +15,8 @@ from tilewright.compiler.diagnostics import OptionError
 from tilewright.kernels.paged.call import callable_for
 from tilewright.kernels.paged.cpp_core import CHUNK
 from tilewright.runtime.kv_store.extents import ExtentLayout
-from tilewright.runtime.kv_store.tier import ExtentKey, TierManager
+from tilewright.runtime.kv_store.tier import TierManager
+from tilewright.runtime.kv_store.tier_state import ExtentKey
 
 WHOLE = 8 * CHUNK
 """Tokens; the kernels cut no run of so few among threads, whatever else they compute."""

@@ -17,7 +17,8 @@ from tilewright.frontends.kv_layer import PagedLayer
 from tilewright.passes.memory.offload_kv import OffloadKV
 from tilewright.runtime.kv_store.extents import ExtentFile, ExtentLayout, ExtentStore
 from tilewright.runtime.kv_store.links import HostExtents
-from tilewright.runtime.kv_store.tier import ExtentKey, TierManager
+from tilewright.runtime.kv_store.tier import TierManager
+from tilewright.runtime.kv_store.tier_state import ExtentKey
 from tilewright.runtime.store import user_folder
 
 

@@ -16,7 +16,7 @@ from tilewright.passes.memory import _shadow as shadows
 from tilewright.passes.memory._paged_sites import first_of
 from tilewright.passes.memory._shadow import Shadow, shifted
 from tilewright.passes.memory.shadow_kv import ShadowKV
-from tilewright.runtime.kv_store.tier import ExtentKey
+from tilewright.runtime.kv_store.tier_state import ExtentKey
 
 
 def check_rotation(layers: list[PagedLayer], config: Any) -> None:

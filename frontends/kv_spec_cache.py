@@ -80,7 +80,7 @@ class SpecTier:
         ahead = Ahead(slow, index)
         self.counters.fetches += 1
         self.counters.bytes_read += index.numel() * slow.row_bytes
-        self._threads.submit(ahead.job, Urgency.PREFETCH)
+        self._threads.submit([(ahead.job, Urgency.PREFETCH)])
         return ahead
 
     def arrived(self, ahead: Ahead) -> Tensor | None:

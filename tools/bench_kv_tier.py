@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from tilewright.runtime.kv_store.extents import ExtentFile, aligned, checksum
-from tilewright.runtime.kv_store.tier import ExtentKey, TierManager
+from tilewright.runtime.kv_store.tier import TierManager
+from tilewright.runtime.kv_store.tier_state import ExtentKey
 
 GOALS = {"prefetched": 2.2, "cold": 1.1}
 """The most that a read may take over its other side."""

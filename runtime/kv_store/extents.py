@@ -15,6 +15,7 @@ import mmap
 import os
 import secrets
 import stat
+import threading
 import zlib
 from collections.abc import Hashable
 from dataclasses import dataclass
@@ -38,7 +39,11 @@ class ExtentError(KVStoreError):
 
 
 class ExtentStore(Protocol):
-    """A slow tier of one session: whole extents by id. `read` may run on several threads at once."""
+    """A slow tier of one session: whole extents by id.
+
+    Calls may run on several threads at once, of one extent only reads. An extent may change while it is
+    written: that version is then never read.
+    """
 
     label: str
     """What the tier is, for reports."""
@@ -221,6 +226,8 @@ class ExtentFile:
         self._records: dict[Hashable, _Record] = {}
         self._free: list[int] = []
         self._slots = 0
+        self._places = threading.Lock()
+        """Held while a place in the file is taken or given back, never during a transfer."""
         parent = open_private_folder(folder)
         try:
             name = f"session-{secrets.token_hex(16)}.kv"
@@ -250,13 +257,15 @@ class ExtentFile:
         record = self._records.get(extent)
         if record is not None and record.version == version:
             return False
-        self._records.pop(extent, None)  # a write that fails halfway leaves neither version
-        slot = record.slot if record else self._free.pop() if self._free else self._slots
-        self._slots = max(self._slots, slot + 1)
+        with self._places:
+            self._records.pop(extent, None)  # a write that fails halfway leaves neither version
+            slot = record.slot if record else self._free.pop() if self._free else self._slots
+            self._slots = max(self._slots, slot + 1)
         try:
             self._transfer(data, slot, write=True)
         except ExtentError:
-            self._free.append(slot)
+            with self._places:
+                self._free.append(slot)
             raise
         self._records[extent] = _Record(slot, version, checksum(data))
         return True
@@ -273,8 +282,9 @@ class ExtentFile:
 
     def drop(self, extent: Hashable) -> None:
         """Forget an extent; its place is used again."""
-        if record := self._records.pop(extent, None):
-            self._free.append(record.slot)
+        with self._places:
+            if record := self._records.pop(extent, None):
+                self._free.append(record.slot)
 
     def close(self) -> None:
         """Close the file, which removes it; no transfer may be under way. Twice is fine."""

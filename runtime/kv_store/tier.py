@@ -10,73 +10,26 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import NamedTuple
 
 from torch import Tensor
 
 from tilewright.runtime.kv_store.errors import KVStoreError
-from tilewright.runtime.kv_store.extents import ExtentStore, aligned
-from tilewright.runtime.kv_store.transfers import Job, Ticket, TransferThreads, Urgency
+from tilewright.runtime.kv_store.extents import ExtentError, ExtentStore, aligned
+from tilewright.runtime.kv_store.tier_state import ExtentKey, Fetch, Placed, TierCounters
+from tilewright.runtime.kv_store.transfers import Job, TransferThreads, Urgency
 
 
 class TierError(KVStoreError):
     """The fast tier cannot do what was asked: all frames are pinned, or an extent to be evicted is."""
 
 
-class ExtentKey(NamedTuple):
-    """Names an extent."""
-
-    session: int
-    layer: int
-    run: int
-    """Which run of pages of the layer."""
-
-
-@dataclass
-class TierCounters:
-    """What moved; bytes and numbers of extents."""
-
-    hits: int = 0
-    """Asked for on demand and resident."""
-    misses: int = 0
-    """Asked for on demand and neither resident nor on its way."""
-    late: int = 0
-    """Asked for on demand while an earlier read of it was still under way."""
-    prefetched: int = 0
-    dropped: int = 0
-    """Prefetches given up for want of a frame."""
-    failed: int = 0
-    """Reads that ended in an error."""
-    bytes_read: int = 0
-    bytes_written: int = 0
-    clean_evictions: int = 0
-    """Evicted without a write: the slow tier had that version already."""
-
-
-@dataclass
-class _Extent:
-    frame: int | None = None
-    version: int = 0
-    dirty: bool = False
-    pins: int = 0
-    loading: Job | None = None
-
-
-class Fetch(Ticket):
-    """The ticket of a fetch: on demand it pins its extents until `TierManager.release`."""
-
-    def __init__(self, keys: Sequence[ExtentKey], jobs: list[Job], *, pinned: bool) -> None:
-        super().__init__(jobs)
-        self.keys = tuple(keys)
-        self.pinned = pinned
-
-
 class TierManager:
     """Frames of the fast tier, least recently used out first. Safe to use from several threads.
 
-    A write to the slow tier runs on the thread that needs the frame, with the manager held; reads run on the
-    transfer threads.
+    Transfers run on the transfer threads. Changed extents that are next to be evicted are written ahead; one
+    that comes to its eviction unwritten is written by the thread that needs the frame, with the manager held.
+    A write ahead that fails leaves its extent as it was, resident and changed: the error is that of the
+    write at its eviction, which only its own session makes; another session takes another extent.
     """
 
     def __init__(
@@ -97,9 +50,13 @@ class TierManager:
         self.frames = fast_bytes // extent_bytes
         self._memory = aligned(self.frames * extent_bytes).view(self.frames, extent_bytes)
         self._free = list(range(self.frames))
-        self._extents: dict[ExtentKey, _Extent] = {}
+        self._extents: dict[ExtentKey, Placed] = {}
         self._recent: OrderedDict[ExtentKey, None] = OrderedDict()
         """Extents that have a frame, least recently used first."""
+        self._changes: OrderedDict[ExtentKey, None] = OrderedDict()
+        """Those of them to be written ahead, in the same order."""
+        self._requests = self._evicted = 0
+        """Of an extent to be in its frame; the number of the latest that evicted one."""
         self._stores: dict[int, ExtentStore] = {}
         self._sessions = 0
         self._open_store = open_store
@@ -155,7 +112,9 @@ class TierManager:
                 entry = self._extents[key]
                 entry.version += 1
                 entry.dirty = True
-            self.release(ticket)
+                self._changes[key] = None
+                self._use(key, entry)
+                self.release(ticket)
 
     @contextmanager
     def resident(self, keys: Sequence[ExtentKey]) -> Iterator[list[Tensor]]:
@@ -175,6 +134,7 @@ class TierManager:
         """
         demand = urgency is Urgency.DEMAND
         jobs: list[Job] = []
+        queue: list[tuple[Job, Urgency]] = []
         with self._changed:
             for key in keys:
                 if key not in self._extents:
@@ -182,7 +142,7 @@ class TierManager:
             pinned: list[ExtentKey] = []
             try:
                 for key in keys:
-                    if job := self._begin(key, urgency):
+                    if job := self._begin(key, urgency, queue):
                         jobs.append(job)
                     if demand:
                         self._extents[key].pins += 1
@@ -191,6 +151,10 @@ class TierManager:
                 for key in pinned:
                     self._extents[key].pins -= 1
                 raise
+            finally:
+                self._write_ahead(queue)
+                if queue:
+                    self._threads.submit(queue)
         return Fetch(keys, jobs, pinned=demand)
 
     def prefetch(self, keys: Sequence[ExtentKey]) -> Fetch:
@@ -267,15 +231,27 @@ class TierManager:
             self._free.append(frame)
             return False
         self._memory[frame].zero_()
-        self._extents[key] = _Extent(frame, pins=1)
-        self._recent[key] = None
+        self._extents[key] = entry = Placed(frame, pins=1)
+        self._use(key, entry)
+        queue: list[tuple[Job, Urgency]] = []
+        self._write_ahead(queue)
+        if queue:
+            self._threads.submit(queue)
         return True
 
-    def _begin(self, key: ExtentKey, urgency: Urgency) -> Job | None:
-        """Start the read of an extent that needs one; the job to wait for, if any. Runs held."""
+    def _use(self, key: ExtentKey, entry: Placed) -> None:
+        """Make a resident extent the last to be evicted."""
+        self._requests += 1
+        entry.used = self._requests
+        for order in (self._recent, self._changes) if key in self._changes else (self._recent,):
+            order[key] = None
+            order.move_to_end(key)
+
+    def _begin(self, key: ExtentKey, urgency: Urgency, queue: list[tuple[Job, Urgency]]) -> Job | None:
+        """Queue the read of an extent that needs one; the job to wait for, if any. Runs held."""
         entry, demand = self._extents[key], urgency is Urgency.DEMAND
         if entry.frame is None:
-            frame = self._await_frame(key) if demand else self._take_frame()
+            frame = self._await_frame(key) if demand else self._take_frame(key)
             if frame is None:
                 self.counters.dropped += 1
                 return None
@@ -287,16 +263,19 @@ class TierManager:
             else:
                 self.counters.misses += demand
                 self.counters.prefetched += not demand
-                return self._load(key, entry, frame, urgency)
-        self._recent.move_to_end(key)
+                entry.frame, entry.loading = frame, self._reading(key, entry, frame)
+                queue.append((entry.loading, urgency))
+                self._use(key, entry)
+                return entry.loading
+        self._use(key, entry)
         if entry.loading is None:
             self.counters.hits += demand
         elif demand:
             self.counters.late += 1
-            self._threads.submit(entry.loading, urgency)  # before the other prefetches
+            queue.append((entry.loading, urgency))  # before the other prefetches
         return entry.loading
 
-    def _load(self, key: ExtentKey, entry: _Extent, frame: int, urgency: Urgency) -> Job:
+    def _reading(self, key: ExtentKey, entry: Placed, frame: int) -> Job:
         store, memory = self._stores[key.session], self._memory[frame]
 
         def read() -> None:
@@ -314,54 +293,98 @@ class TierManager:
                         self._vacate(key, entry)
                     self._changed.notify_all()
 
-        entry.frame, entry.loading = frame, Job(read)
-        self._recent[key] = None
-        self._threads.submit(entry.loading, urgency)
-        return entry.loading
+        return Job(read)
+
+    def _write_ahead(self, queue: list[tuple[Job, Urgency]]) -> None:
+        """Queue writes of the changed extents in the half of the frames that goes first, while extents are
+        evicted at all. Each is tried once after a change."""
+        if self._free or self._requests - self._evicted > self.frames:
+            return
+        for key in tuple(self._changes):
+            entry = self._extents[key]
+            if self._requests - entry.used < self.frames // 2:
+                return
+            if not entry.pins and not entry.moving and entry.frame is not None:
+                del self._changes[key]
+                entry.writing = self._writing(key, entry, self._memory[entry.frame])
+                queue.append((entry.writing, Urgency.WRITE))
+
+    def _writing(self, key: ExtentKey, entry: Placed, memory: Tensor) -> Job:
+        store = self._stores[key.session]
+
+        def write() -> None:
+            version, done, written = entry.version, False, False
+            try:
+                written = store.write(key, version, memory)
+                done = True
+            finally:
+                with self._changed:
+                    entry.writing = None
+                    self.counters.failed += not done
+                    self.counters.written_ahead += written
+                    self.counters.bytes_written += self.extent_bytes if written else 0
+                    if done and entry.version == version:
+                        entry.dirty = False
+                    self._changed.notify_all()
+
+        return Job(write)
 
     def _await_frame(self, key: ExtentKey) -> int:
         """A frame, waiting for prefetches under way if there is no other; TierError where all are pinned."""
-        while (frame := self._take_frame()) is None:
-            if not any(e.loading is not None and not e.pins for e in self._extents.values()):
+        while (frame := self._take_frame(key)) is None:
+            if not any(e.moving and not e.pins for e in self._extents.values()):
                 raise TierError(
-                    f"no frame for extent {tuple(key)}: all {self.frames} of the fast tier are pinned"
+                    f"no frame for extent {tuple(key)}: all {self.frames} of the fast tier are pinned, or of "
+                    "other sessions that cannot write them"
                 )
             self._changed.wait()
         return frame
 
-    def _take_frame(self) -> int | None:
-        """A free frame, evicting the least recently used extent that may go; None where none may."""
+    def _take_frame(self, wanted: ExtentKey) -> int | None:
+        """A free frame, evicting the least recently used extent that may go; None where none may.
+
+        ExtentError where it is of the session of `wanted` and cannot be written.
+        """
         if not self._free:
             for key in self._recent:
                 entry = self._extents[key]
-                if not entry.pins and entry.loading is None:
+                if entry.pins or entry.moving:
+                    continue
+                try:
                     self._evict(key, entry)
-                    break
+                except ExtentError:
+                    if key.session == wanted.session:
+                        raise
+                    continue  # its own session is told when it asks for a frame
+                break
         return self._free.pop() if self._free else None
 
-    def _evict(self, key: ExtentKey, entry: _Extent) -> None:
+    def _evict(self, key: ExtentKey, entry: Placed) -> None:
         if not self._write_back(key, entry):
             self.counters.clean_evictions += 1
+        self._evicted = self._requests
         self._vacate(key, entry)
 
-    def _write_back(self, key: ExtentKey, entry: _Extent) -> bool:
+    def _write_back(self, key: ExtentKey, entry: Placed) -> bool:
         """Whether anything was written; on an error the extent stays resident and changed."""
         if not entry.dirty or entry.frame is None:
             return False
         written = self._stores[key.session].write(key, entry.version, self._memory[entry.frame])
         entry.dirty = False
+        self._changes.pop(key, None)
         self.counters.bytes_written += self.extent_bytes if written else 0
         return written
 
-    def _vacate(self, key: ExtentKey, entry: _Extent) -> None:
+    def _vacate(self, key: ExtentKey, entry: Placed) -> None:
         if entry.frame is not None:
             self._free.append(entry.frame)
             entry.frame = None
             del self._recent[key]
+            self._changes.pop(key, None)
 
-    def _settled(self, key: ExtentKey) -> _Extent:
+    def _settled(self, key: ExtentKey) -> Placed:
         """An extent that nothing is moving; KVStoreError where it does not exist."""
-        while (entry := self._extents.get(key)) is not None and entry.loading is not None:
+        while (entry := self._extents.get(key)) is not None and entry.moving:
             self._changed.wait()
         if entry is None:
             raise KVStoreError(f"there is no extent {tuple(key)}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from enum import IntEnum
 
 from tilewright.runtime.kv_store.errors import KVStoreError
@@ -19,7 +19,9 @@ class Urgency(IntEnum):
 
     DEMAND = 0
     """Somebody waits for it."""
-    PREFETCH = 1
+    WRITE = 1
+    """An extent that is to be evicted soon and has changed: few, and behind all prefetches too late."""
+    PREFETCH = 2
 
 
 class Job:
@@ -93,13 +95,15 @@ class TransferThreads:
         for thread in self._threads:
             thread.start()
 
-    def submit(self, job: Job, urgency: Urgency) -> None:
-        """Queue a job. A job that waits already may be queued again, more urgent."""
+    def submit(self, jobs: Iterable[tuple[Job, Urgency]]) -> None:
+        """Queue jobs. A job that waits already may be queued again, more urgent."""
         with self._ready:
             if self._closed:
                 raise KVStoreError("the transfer threads are closed")
-            heapq.heappush(self._queue, (int(urgency), next(self._order), job))
-            self._ready.notify()
+            for job, urgency in jobs:
+                heapq.heappush(self._queue, (int(urgency), next(self._order), job))
+            if self._queue:
+                self._ready.notify()  # one: a thread that finds more wakes the next, not who submits
 
     def close(self) -> None:
         """Finish what is queued and end the threads; twice is fine."""
@@ -116,4 +120,6 @@ class TransferThreads:
                 if not self._queue:
                     return
                 job = heapq.heappop(self._queue)[2]
+                if self._queue:
+                    self._ready.notify()
             job.run()

@@ -10,7 +10,8 @@ from tilewright.compiler.diagnostics import OptionError
 from tilewright.frontends.kv_extents import ExtentLayer
 from tilewright.runtime.kv_store.extents import ExtentError, ExtentFile, ExtentLayout
 from tilewright.runtime.kv_store.links import SimLink
-from tilewright.runtime.kv_store.tier import ExtentKey, TierManager
+from tilewright.runtime.kv_store.tier import TierManager
+from tilewright.runtime.kv_store.tier_state import ExtentKey
 
 HEADS, KEY_HEADS, PAGE, SIZE = 6, 2, 16, 64
 LAYOUT = ExtentLayout(4, KEY_HEADS, PAGE, SIZE, SIZE, torch.float32)

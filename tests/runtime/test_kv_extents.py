@@ -231,12 +231,12 @@ def test_urgent_transfers_overtake_and_errors_come_to_the_waiter():
     gate = threading.Event()
     threads = TransferThreads(1)
     blocker = Job(gate.wait)
-    threads.submit(blocker, Urgency.PREFETCH)
+    threads.submit([(blocker, Urgency.PREFETCH)])
     jobs = {name: Job(lambda name=name: order.append(name)) for name in ("early", "late", "urgent")}
     for name in ("early", "late"):
-        threads.submit(jobs[name], Urgency.PREFETCH)
-    threads.submit(jobs["urgent"], Urgency.DEMAND)
-    threads.submit(jobs["late"], Urgency.DEMAND)
+        threads.submit([(jobs[name], Urgency.PREFETCH)])
+    threads.submit([(jobs["urgent"], Urgency.DEMAND)])
+    threads.submit([(jobs["late"], Urgency.DEMAND)])
     with pytest.raises(KVStoreError, match=r"more than 0\.01 s"):
         Ticket([blocker]).wait(0.01)
     gate.set()
@@ -247,21 +247,21 @@ def test_urgent_transfers_overtake_and_errors_come_to_the_waiter():
         raise ValueError("a defect")
 
     bad = Job(fail)
-    threads.submit(bad, Urgency.DEMAND)
+    threads.submit([(bad, Urgency.DEMAND)])
     with pytest.raises(ValueError, match="a defect"):
         Ticket([bad]).wait(10)
     threads.close()
     with pytest.raises(KVStoreError, match="closed"):
-        threads.submit(Job(gate.wait), Urgency.DEMAND)
+        threads.submit([(Job(gate.wait), Urgency.DEMAND)])
 
 
 def test_who_waits_does_what_no_thread_has_begun():
     gate = threading.Event()
     threads = TransferThreads(1)
     blocker, ran = Job(gate.wait), []
-    threads.submit(blocker, Urgency.DEMAND)
+    threads.submit([(blocker, Urgency.DEMAND)])
     job = Job(lambda: ran.append(threading.current_thread()))
-    threads.submit(job, Urgency.DEMAND)
+    threads.submit([(job, Urgency.DEMAND)])
     Ticket([job]).wait()
     assert ran == [threading.current_thread()]
     gate.set()

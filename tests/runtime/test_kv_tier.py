@@ -17,17 +17,18 @@ import torch
 from tilewright.runtime.kv_store.errors import KVStoreError
 from tilewright.runtime.kv_store.extents import BLOCK, ExtentError, ExtentFile, FileIO
 from tilewright.runtime.kv_store.links import HostExtents, SimLink
-from tilewright.runtime.kv_store.tier import ExtentKey, TierError, TierManager
+from tilewright.runtime.kv_store.tier import TierError, TierManager
+from tilewright.runtime.kv_store.tier_state import ExtentKey
 from tilewright.runtime.kv_store.transfers import TransferThreads, Urgency
 
 SIZE = 2 * BLOCK
 
 
 class FaultyIO(FileIO):
-    """Full or broken while told so; slow and short now and then if `seed` is given."""
+    """Full, short of room or broken while told so; slow and short now and then if `seed` is given."""
 
     def __init__(self, seed: int | None = None) -> None:
-        self.full = self.broken = False
+        self.full = self.short = self.broken = False
         self.choice = None if seed is None else random.Random(seed)
 
     def pread(self, fd: int, buffer: memoryview, offset: int) -> int:
@@ -41,7 +42,23 @@ class FaultyIO(FileIO):
     def pwrite(self, fd: int, buffer: memoryview, offset: int) -> int:
         if self.full or (self.choice and self.choice.random() < 0.1):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        if self.short:
+            return 0
+        if self.choice and self.choice.random() < 0.3:
+            time.sleep(0.001)
+            return super().pwrite(fd, buffer[:BLOCK], offset)
         return super().pwrite(fd, buffer, offset)
+
+
+class PromptThreads(TransferThreads):
+    """Writes ahead end before anything else happens, so that counts and the order of evictions are known."""
+
+    def submit(self, jobs) -> None:
+        jobs = list(jobs)
+        for job, urgency in jobs:
+            if urgency is Urgency.WRITE:
+                job.run()
+        super().submit([pair for pair in jobs if pair[1] is not Urgency.WRITE])
 
 
 def put(tiers: TierManager, key: ExtentKey, value: int) -> None:
@@ -62,9 +79,11 @@ def io():
 
 @pytest.fixture
 def tiers(tmp_path, io):
-    tiers = TierManager(4 * SIZE + 100, SIZE, lambda: ExtentFile(tmp_path / "kv", SIZE, io))
+    threads = PromptThreads()
+    tiers = TierManager(4 * SIZE + 100, SIZE, lambda: ExtentFile(tmp_path / "kv", SIZE, io), threads)
     yield tiers
     tiers.close()
+    threads.close()
 
 
 @pytest.fixture
@@ -79,12 +98,13 @@ def keys(tiers):
 def test_eight_extents_in_four_frames_keep_their_bytes(tiers, keys):
     assert tiers.frames == 4
     assert tiers.resident_bytes <= 4 * SIZE
-    assert tiers.counters.bytes_written == 4 * SIZE
+    assert tiers.counters.bytes_written == 6 * SIZE, "the last two are not about to go"
+    assert tiers.counters.written_ahead == 5
     assert [first_byte(tiers, key) for key in keys] == list(range(8))
     assert [first_byte(tiers, key) for key in keys] == list(range(8))
     # The second half was changed once, so it was written once; after that nothing is.
     assert tiers.counters.bytes_written == 8 * SIZE
-    assert tiers.counters.clean_evictions == 12
+    assert tiers.counters.clean_evictions == 12 + tiers.counters.written_ahead
     assert (tiers.counters.hits, tiers.counters.misses) == (0, 16)
     assert tiers.counters.bytes_read == 16 * SIZE
 
@@ -134,20 +154,81 @@ def test_a_refused_fetch_pins_nothing(tiers, keys):
 
 def test_flushed_extents_leave_without_a_write(tiers, keys):
     tiers.flush(keys)
-    written = tiers.counters.bytes_written
+    written, clean = tiers.counters.bytes_written, tiers.counters.clean_evictions
     tiers.demote(keys)
     assert tiers.counters.bytes_written == written
-    assert tiers.counters.clean_evictions == 4
+    assert tiers.counters.clean_evictions == clean + 4
 
 
 def test_a_full_disk_refuses_and_keeps_what_is_in_memory(tiers, keys, io):
     io.full = True
+    for value in range(4, 8):
+        put(tiers, keys[value], value)
     for act in (lambda: tiers.fetch([keys[0]]), lambda: tiers.demote([keys[7]]), lambda: tiers.flush(keys)):
         with pytest.raises(ExtentError, match="the disk is full"):
             act()
     assert [first_byte(tiers, key) for key in keys[4:]] == [4, 5, 6, 7]
     io.full = False
     assert [first_byte(tiers, key) for key in keys] == list(range(8))
+
+
+@pytest.mark.parametrize(("fault", "said"), [("full", "the disk is full"), ("short", "short, 0 of")])
+def test_a_write_ahead_that_fails_is_told_to_its_session_alone(tmp_path, fault, said):
+    ios = [FaultyIO(), FaultyIO()]
+    order = iter(ios)
+    threads = PromptThreads()
+    tiers = TierManager(4 * SIZE, SIZE, lambda: ExtentFile(tmp_path / "kv", SIZE, next(order)), threads)
+    first, second = (
+        [ExtentKey(session, 0, run) for run in range(6)]
+        for session in (tiers.open_session(), tiers.open_session())
+    )
+    setattr(ios[0], fault, True)
+    for value, key in enumerate(first[:2]):
+        put(tiers, key, value)
+    for value, key in enumerate(second):
+        put(tiers, key, 10 + value)
+    assert tiers.counters.failed == 2
+    assert [first_byte(tiers, key) for key in second] == list(range(10, 16))
+    assert [first_byte(tiers, key) for key in first[:2]] == [0, 1], "what cannot be written stays"
+    assert [first_byte(tiers, key) for key in second] == list(range(10, 16))
+    with pytest.raises(ExtentError, match=said):
+        put(tiers, first[2], 2)
+    setattr(ios[0], fault, False)
+    put(tiers, first[2], 2)
+    assert [first_byte(tiers, key) for key in second + first[:3]] == [*range(10, 16), 0, 1, 2]
+    tiers.close()
+    threads.close()
+
+
+def test_an_extent_that_changes_while_it_is_written_stays_changed():
+    begun, go = threading.Event(), threading.Event()
+
+    class Slow(HostExtents):
+        def write(self, extent, version, data):
+            if extent.run == 0 and not begun.is_set():
+                data = data.clone()
+                begun.set()
+                assert go.wait(30)
+            return super().write(extent, version, data)
+
+    tiers = TierManager(4 * SIZE, SIZE, Slow)
+    session = tiers.open_session()
+    keys = [ExtentKey(session, 0, run) for run in range(5)]
+    for run in (1, 2, 3, 0, 4):
+        put(tiers, keys[run], 1)
+    first_byte(tiers, keys[4])
+    assert begun.wait(30), "written ahead"
+    others = tiers.fetch([keys[1], keys[3], keys[4]])
+    tiers.wait(others)
+    dropped = tiers.counters.dropped
+    tiers.prefetch([keys[2]])
+    assert tiers.counters.dropped == dropped + 1, "nothing else takes its frame meanwhile"
+    tiers.release(others)
+    put(tiers, keys[0], 2)
+    go.set()
+    tiers.demote(keys[:1])
+    assert first_byte(tiers, keys[0]) == 2
+    tiers.close()
 
 
 def test_a_failed_read_reaches_whoever_waits_and_leaves_no_pin(tiers, keys, io):
@@ -240,9 +321,11 @@ def random_schedule(seed: int, tiers: TierManager, faults: bool) -> None:
         except KVStoreError as error:
             problem = error
         # Legal at any step: a refusal over a pinned extent, and a full disk where there are faults.
-        assert problem is None or (
-            bool(pinned) if isinstance(problem, TierError) else faults and "the disk is full" in str(problem)
-        )
+        if isinstance(problem, TierError):
+            assert pinned or faults
+        elif problem is not None:
+            assert faults
+            assert "the disk is full" in str(problem)
         assert tiers.resident_bytes <= tiers.frames * SIZE
     for ticket in pinned:
         tiers.release(ticket)
@@ -263,13 +346,15 @@ def random_schedule(seed: int, tiers: TierManager, faults: bool) -> None:
 
 @pytest.mark.parametrize("faults", [False, True])
 def test_100_random_schedules_equal_an_oracle(tmp_path, faults):
-    threads = TransferThreads()
+    threads, ahead = TransferThreads(), 0
     for seed in range(100):
         io = FaultyIO(seed if faults else None)
         tiers = TierManager(4 * SIZE, SIZE, lambda io=io: ExtentFile(tmp_path / "kv", SIZE, io), threads)
         random_schedule(seed, tiers, faults)
+        ahead += tiers.counters.written_ahead
         tiers.close()
     threads.close()
+    assert ahead > 100
 
 
 @pytest.mark.parametrize("tier", ["disk", "host", "emulated"])
@@ -333,7 +418,8 @@ PROCESS = """
 import hashlib, sys
 from pathlib import Path
 from tilewright.runtime.kv_store.extents import ExtentFile
-from tilewright.runtime.kv_store.tier import ExtentKey, TierManager
+from tilewright.runtime.kv_store.tier import TierManager
+from tilewright.runtime.kv_store.tier_state import ExtentKey
 seed, size = int(sys.argv[2]), int(sys.argv[3])
 tiers = TierManager(2 * size, size, lambda: ExtentFile(Path(sys.argv[1]), size))
 session = tiers.open_session()
