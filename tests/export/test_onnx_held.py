@@ -144,7 +144,7 @@ def test_capacities_that_make_no_sense(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="formats onnx and pt2, not kernels"):
         tw.export(model, pipeline="exact", path=tmp_path / "out", format="kernels", capacity=32)
     axes = {"input_ids": {1: "length"}}
-    with pytest.raises(OptionError, match="decode step of a language model"):
+    with pytest.raises(OptionError, match="the prefill and decode of a language model"):
         tw.export(model, pipeline="exact", path=tmp_path / "out", dynamic=axes, capacity=32)
     with pytest.raises(OptionError, match="not a module"):
         tw.export(torch.nn.Linear(3, 4), (torch.randn(2, 3),), path=tmp_path / "out", capacity=32)
