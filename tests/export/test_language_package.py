@@ -282,16 +282,17 @@ def test_the_command_line(pair: Pair, folder: Path, capsys: pytest.CaptureFixtur
 
 @pytest.mark.slow
 def test_smollm2(tmp_path: Path) -> None:
-    """The tokens of the torch.compile pipeline, and a tokenizer that came along."""
+    """The model's own tokens where weights are kept; in 4 and 8 bits its answer, by the tokenizer that came."""
     loaded = resolve("smollm2")
-    tw.export(loaded, pipeline="cpu-int4", path=tmp_path / "out", format="pt2", capacity=64)
-    ours = tw.load_language_model(tmp_path / "out")
-    tokens = ours.tokenizer("The capital of Italy is", return_tensors="pt")
-    options = {"pipeline": "cpu-int4"}
-    module: Any = loaded.module
-    module.forward = torch.compile(module.forward, backend="tilewright", options=options)
+    tokens = loaded.tokenizer("The capital of Italy is", return_tensors="pt")
     how = without_stop(max_new_tokens=24)
-    want = module.generate(**tokens, generation_config=how, cache_implementation="static")
-    got = ours.generate(**tokens, generation_config=how)
-    assert got.tolist() == want.tolist()
-    assert "Rome" in ours.tokenizer.decode(got[0])
+    module: Any = loaded.module
+    want = module.generate(**tokens, generation_config=how)
+    for pipeline in ("exact", "cpu-int4"):
+        folder = tmp_path / pipeline
+        tw.export(loaded, pipeline=pipeline, path=folder, format="pt2", capacity=64)
+        ours = tw.load_language_model(folder)
+        got = ours.generate(**tokens, generation_config=how)
+        assert "Rome" in ours.tokenizer.decode(got[0])
+        if pipeline == "exact":
+            assert got.tolist() == want.tolist()
