@@ -282,7 +282,7 @@ def test_the_command_line(pair: Pair, folder: Path, capsys: pytest.CaptureFixtur
 
 @pytest.mark.slow
 def test_smollm2(tmp_path: Path) -> None:
-    """The model's own tokens where weights are kept; in 4 and 8 bits its answer, by the tokenizer that came."""
+    """The model's own tokens where weights are kept, its answer in 4 and 8 bits; its tokenizer."""
     loaded = resolve("smollm2")
     tokens = loaded.tokenizer("The capital of Italy is", return_tensors="pt")
     how = without_stop(max_new_tokens=24)
