@@ -8,7 +8,6 @@ text only (safetensors), and carry a fingerprint of the model's weights.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,16 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, fx
 
 from tilewright.compiler import ops
 from tilewright.compiler.dataflow import see_through
-from tilewright.compiler.diagnostics import FactError, LoadError, nearest
+from tilewright.compiler.described_tensors import read_described, write_described
+from tilewright.compiler.diagnostics import FactError, nearest
 from tilewright.compiler.program import Program
 from tilewright.compiler.schema import arguments
-from tilewright.compiler.whole_file import written_whole
 
 FORMAT = "tilewright-calibration-1"
 BASIS_PASSES = (
@@ -41,7 +38,6 @@ LARGEST_HESSIAN = 8192
 _SAMPLED = 4096
 _OPTIONAL = ("hessian", "means", "energy")
 """What a file holds for a layer only where it was wanted."""
-_MAX_BYTES = 16 << 30
 
 
 @dataclass
@@ -149,26 +145,14 @@ class Statistics:
                 if value is not None:
                     tensors[f"{len(rows) - 1}.{kind}"] = value.contiguous()
         head = {k: getattr(self, k) for k in ("fingerprint", "vocabulary", "samples", "source", "quantile")}
-        metadata = {"format": FORMAT, "statistics": json.dumps({**head, "layers": rows}, sort_keys=True)}
-        with written_whole(path) as file:
-            save_file(tensors, file, metadata=metadata)
+        write_described(path, FORMAT, {**head, "layers": rows}, tensors)
 
     @classmethod
     def load(cls, path: Path) -> Statistics:
         """Read a file that `save` wrote; LoadError names what is wrong with any other."""
-        where = str(path)
-        try:
-            if Path(path).stat().st_size > _MAX_BYTES:
-                raise LoadError(f"is larger than {_MAX_BYTES} bytes", where=where)
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("format") != FORMAT:
-                    raise LoadError("is no calibration file", where=where, remedy="make one with `calibrate`")
-                return _parsed(json.loads(metadata["statistics"]), file.keys(), file.get_tensor)
-        except OSError as error:
-            raise LoadError(f"cannot be read: {error.strerror or error}", where=where) from error
-        except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise LoadError(f"is damaged: {error}", where=where) from error
+        missing, remedy = "is no calibration file", "make one with `calibrate`"
+        with read_described(path, FORMAT, missing=missing, remedy=remedy) as (data, file):
+            return _parsed(data, file.keys(), file.get_tensor)
 
 
 def _parsed(data: Any, names: Any, tensor: Callable[[str], Tensor]) -> Statistics:

@@ -8,7 +8,6 @@ what reads the stream is a norm, and a few tokens of huge values would decide a 
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -16,20 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, fx
 
 from tilewright.compiler import ops
 from tilewright.compiler.blocks import Block, BlockStructure
 from tilewright.compiler.calibration import fingerprint
-from tilewright.compiler.diagnostics import FactError, LoadError
+from tilewright.compiler.described_tensors import read_described, write_described
+from tilewright.compiler.diagnostics import FactError
 from tilewright.compiler.program import Program
 from tilewright.compiler.schema import arguments
-from tilewright.compiler.whole_file import written_whole
 
 FORMAT = "tilewright-stand-ins-1"
-_MAX_BYTES = 4 << 30
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,31 +142,14 @@ class StandIns:
                 tensors[f"{i}.{j}.weight"], tensors[f"{i}.{j}.bias"] = weight.contiguous(), bias.contiguous()
         names = ("fingerprint", "layers", "ratio", "ridge", "tokens", "source")
         head = {name: getattr(self, name) for name in names} | {"maps": rows}
-        with written_whole(path) as file:
-            save_file(
-                tensors, file, metadata={"format": FORMAT, "stand_ins": json.dumps(head, sort_keys=True)}
-            )
+        write_described(path, FORMAT, head, tensors)
 
     @classmethod
     def load(cls, path: Path) -> StandIns:
         """Read a file that `save` wrote; LoadError names what is wrong with any other."""
-        where = str(path)
-        try:
-            if Path(path).stat().st_size > _MAX_BYTES:
-                raise LoadError(f"is larger than {_MAX_BYTES} bytes", where=where)
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("format") != FORMAT:
-                    raise LoadError("holds no linear maps", where=where, remedy="measure with rule linear")
-                return _parsed(json.loads(metadata["stand_ins"]), file.get_tensor)
-        except OSError as error:
-            raise LoadError(f"cannot be read: {error.strerror or error}", where=where) from error
-        except SafetensorError as error:
-            raise LoadError(
-                f"holds no linear maps: {error}", where=where, remedy="measure with rule linear"
-            ) from error
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise LoadError(f"is damaged: {error}", where=where) from error
+        missing, remedy = "holds no linear maps", "measure with rule linear"
+        with read_described(path, FORMAT, missing=missing, remedy=remedy) as (data, file):
+            return _parsed(data, file.get_tensor)
 
 
 def _shape(structure: BlockStructure, block: Block, front: bool) -> tuple[int, ...]:

@@ -235,15 +235,15 @@ def test_files_are_whole_and_of_this_model(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["maps"]
     with safe_open(path, framework="pt") as file:
         head, tensors = file.metadata(), {n: file.get_tensor(n) for n in file.keys()}  # noqa: SIM118
-    inner = json.loads(head["stand_ins"])
+    inner = json.loads(head["statistics"])
     turned = [dict(inner["maps"][1]), dict(inner["maps"][0])]
     for change, more, message in (
         ({"format": "x"}, {}, "no linear maps"),
-        ({"stand_ins": json.dumps({**inner, "maps": turned})}, {}, "not behind those of before"),
-        ({"stand_ins": json.dumps({**inner, "layers": 3})}, {}, "do not exist"),
-        ({"stand_ins": json.dumps({**inner, "ratio": math.nan})}, {}, "no finite number"),
-        ({"stand_ins": json.dumps({**inner, "maps": 1})}, {}, "damaged"),
-        ({"stand_ins": "{"}, {}, "damaged"),
+        ({"statistics": json.dumps({**inner, "maps": turned})}, {}, "not behind those of before"),
+        ({"statistics": json.dumps({**inner, "layers": 3})}, {}, "do not exist"),
+        ({"statistics": json.dumps({**inner, "ratio": math.nan})}, {}, "no finite number"),
+        ({"statistics": json.dumps({**inner, "maps": 1})}, {}, "damaged"),
+        ({"statistics": "{"}, {}, "damaged"),
         ({}, {"0.0.bias": torch.zeros(3)}, r"map 0 has shapes \[24, 40\], \[3\]"),
         ({}, {"1.0.weight": torch.full((24, 40), math.inf)}, "map 1 is not finite"),
     ):
