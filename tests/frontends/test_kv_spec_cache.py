@@ -7,6 +7,7 @@ import itertools
 import threading
 import time
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ import tilewright as tw
 from tilewright.compiler.diagnostics import OptionError
 from tilewright.frontends import kv_spec_generate
 from tilewright.frontends.bundled_models import BUNDLED
-from tilewright.frontends.kv_spec_cache import SpecCacheLayer, SpecTier
+from tilewright.frontends.kv_spec_cache import FetchCounters, SpecCacheLayer, SpecTier
 from tilewright.frontends.kv_spec_generate import generate_with_guesses
 from tilewright.passes.memory.spec_cache_kv import SpecCacheKV
 from tilewright.runtime.kv_store.errors import KVStoreError
@@ -376,6 +377,21 @@ class Held(HostRows):
         return super().read(index)
 
 
+class Awaited(LinkedRows):
+    """Rows over a link whose first reads end only when somebody has found one late."""
+
+    def __init__(self, *how: Any, link: SimLink, counters: FetchCounters) -> None:
+        super().__init__(*how, link)
+        self.counters = counters
+
+    def read(self, index: torch.Tensor) -> torch.Tensor:
+        end = time.monotonic() + 30
+        while not self.counters.late:
+            assert time.monotonic() < end, "nobody waited"
+            time.sleep(0.001)
+        return super().read(index)
+
+
 class Broken(HostRows):
     def read(self, index: torch.Tensor) -> torch.Tensor:
         raise KVStoreError("the slow tier is gone")
@@ -384,9 +400,10 @@ class Broken(HostRows):
 def test_late_rows_are_waited_for_or_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     model, given = make_model(), prompts(2, 41)
     want, _ = guessing(model, given, FEW + "budget=9}", 12)
-    link = SimLink(1e9, 0.004)
     with tw.kv_cache(model, FEW + "budget=9}") as cache:
-        cache.placement.open_rows = lambda *how: LinkedRows(*how, link)
+        cache.placement.open_rows = partial(
+            Awaited, link=SimLink(1e9, 0.001), counters=cache.placement.counters
+        )
         how = {"past_key_values": cache, "custom_generate": generate_with_guesses}
         assert torch.equal(generate(model, given, 12, **how), want)
         seen = cache.statistics()
