@@ -248,7 +248,7 @@ def test_a_failed_read_reaches_whoever_waits_and_leaves_no_pin(tiers, keys, io):
 
 
 def test_a_late_prefetch_is_waited_for_and_counted():
-    tiers = TierManager(SIZE, SIZE, lambda: SimLink(1e12, 0.05))
+    tiers = TierManager(SIZE, SIZE, lambda: SimLink(1e12, 0.3))
     session = tiers.open_session()
     keys = [ExtentKey(session, 0, run) for run in range(2)]
     for value, key in enumerate(keys):
@@ -451,7 +451,7 @@ def test_two_processes_on_one_folder_keep_their_own(tmp_path):
 
 
 def test_a_demand_overtakes_prefetches(tmp_path):
-    tiers = TierManager(8 * SIZE, SIZE, lambda: SimLink(1e12, 0.02))
+    tiers = TierManager(8 * SIZE, SIZE, lambda: SimLink(1e12, 0.15))
     session = tiers.open_session()
     keys = [ExtentKey(session, 0, run) for run in range(8)]
     for value, key in enumerate(keys):
