@@ -28,29 +28,14 @@ def page_out(tensor: torch.Tensor) -> None:
         _advise(first, length)
 
 
-def page_out_files(part: str) -> None:
-    """Let the pages of files mapped to be read leave memory, of those with `part` in their path; a hint."""
-    if sys.platform != "linux":
-        return
-    for line in _mappings():
-        span, mode, _, _, _, *path = line.split(maxsplit=5)
-        if mode == "r--p" and path and part in path[0]:
-            low, high = (int(end, 16) for end in span.split("-"))
-            _advise(low, high - low)
-
-
 def _advise(first: int, length: int) -> None:
     ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(length), _MADV_PAGEOUT)
 
 
-def _mappings() -> list[str]:
-    """A line for each mapping of this process: span, mode, offset, device, inode and path."""
-    return Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace").splitlines()
-
-
 def _maps_a_file(address: int) -> bool:
     """Whether the mapping that holds an address has a file behind it."""
-    for line in _mappings():
+    maps = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace")
+    for line in maps.splitlines():
         span, _, _, _, inode = line.split()[:5]
         low, high = (int(end, 16) for end in span.split("-"))
         if low <= address < high:

@@ -35,10 +35,11 @@ _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt", ".h5", ".msgpack")
 
 @dataclass(frozen=True)
 class TensorHeader:
-    """One tensor of a file: dtype as the format spells it, shape in elements."""
+    """One tensor of a file: dtype as the format spells it, shape in elements, its first byte in the file."""
 
     dtype: str
     shape: tuple[int, ...]
+    start: int
 
 
 def check_safetensors(path: Path) -> dict[str, TensorHeader]:
@@ -61,10 +62,10 @@ def check_safetensors(path: Path) -> dict[str, TensorHeader]:
     metadata = entries.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise LoadError("its __metadata__ is not a table of texts", where=where)
-    return _check_entries(entries, size - 8 - length, where)
+    return _check_entries(entries, 8 + length, size, where)
 
 
-def _check_entries(entries: Mapping[str, Any], buffer: int, where: str) -> dict[str, TensorHeader]:
+def _check_entries(entries: Mapping[str, Any], start: int, size: int, where: str) -> dict[str, TensorHeader]:
     tensors: dict[str, TensorHeader] = {}
     spans: list[tuple[int, int, str]] = []
     for name, entry in entries.items():
@@ -81,7 +82,7 @@ def _check_entries(entries: Mapping[str, Any], buffer: int, where: str) -> dict[
         if (end - begin) * 8 != math.prod(shape) * DTYPE_BITS[dtype]:
             what = f"tensor {show(name)} of {dtype} {show(shape)} does not have {end - begin} bytes"
             raise LoadError(what, where=where)
-        tensors[name] = TensorHeader(dtype, tuple(shape))
+        tensors[name] = TensorHeader(dtype, tuple(shape), start + begin)
         spans.append((begin, end, name))
     position = 0
     for begin, end, name in sorted(spans):
@@ -93,9 +94,9 @@ def _check_entries(entries: Mapping[str, Any], buffer: int, where: str) -> dict[
             )
             raise LoadError(f"tensor {show(name)} {kind}", where=where)
         position = end
-    if position != buffer:
+    if start + position != size:
         raise LoadError(
-            f"its tensors need {position} bytes and it has {buffer}",
+            f"its tensors need {position} bytes and it has {size - start}",
             where=where,
             remedy="is the download complete?",
         )

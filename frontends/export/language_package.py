@@ -18,7 +18,7 @@ from tilewright.compiler.diagnostics import LoadError, OptionError
 from tilewright.frontends.cache_argument import cache_in
 from tilewright.frontends.export.artifact import checked_manifest
 from tilewright.frontends.export.description import read_description
-from tilewright.frontends.export.package import opened_entry
+from tilewright.frontends.export.package import opened_entries
 from tilewright.frontends.hugging_face import reading, tokenizer_in
 from tilewright.frontends.model_files import show
 
@@ -50,7 +50,7 @@ def load_language_model(folder: str | Path) -> PackagedModel:
     most = _longest_prefill(rows["prefill"], folder)
     given = {row["name"]: row for row in rows["decode"]["inputs"]}
     buffers = [given[name] for name in rows["decode"]["written"]]
-    prefill, step = (opened_entry(folder, manifest, rows[name]) for name in ("prefill", "decode"))
+    prefill, step = opened_entries(folder, manifest, [rows[name] for name in ("prefill", "decode")])
     dtype = _DTYPES[buffers[0]["dtype"]]
     model = PackagedModel(
         config, _Programs(prefill, step, [row["shape"] for row in buffers], dtype, most), tokenizer

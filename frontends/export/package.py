@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import stat
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from tilewright.compiler.diagnostics import LoadError, OptionError, nearest
-from tilewright.compiler.paging import page_out_files
 from tilewright.frontends.export.artifact import checked_manifest
+from tilewright.frontends.export.package_weights import read_weights, weights_of
 from tilewright.frontends.model_files import show
 from tilewright.kernels.common.operators import load_operator
 
@@ -46,31 +46,49 @@ def load_package(folder: str | Path, entry: str = "") -> Callable[..., tuple[Ten
         entry = next(iter(rows))
     if entry not in rows:
         raise OptionError(f"the package has no entry {entry!r}", remedy=nearest(entry, rows))
-    return opened_entry(folder, manifest, rows[entry])
+    (opened,) = opened_entries(folder, manifest, [rows[entry]])
+    return opened
 
 
-def opened_entry(
-    folder: Path, manifest: dict[str, Any], row: dict[str, Any]
+def opened_entries(
+    folder: Path, manifest: dict[str, Any], rows: list[dict[str, Any]]
+) -> list[Callable[..., tuple[Tensor, ...]]]:
+    """Entry points of a package whose files were checked, from their rows of the manifest; they share their
+    weights. LoadError for an archive that no export writes."""
+    for row in rows:
+        for name in (row["file"], *row["operators"], *row["weights"]):
+            if name not in manifest["files"]:
+                raise LoadError(f"{show(name)} is not among its files", where=str(folder))
+        check_archive(folder / row["file"])
+    weights = read_weights(folder / name for name in dict.fromkeys(n for row in rows for n in row["weights"]))
+    return [
+        open_package(folder / row["file"], [folder / name for name in row["operators"]], weights)
+        for row in rows
+    ]
+
+
+def open_package(
+    package: Path, operators: list[Path], weights: Mapping[str, Tensor]
 ) -> Callable[..., tuple[Tensor, ...]]:
-    """One entry point of a package whose files were checked, from its row of the manifest. LoadError for an
-    archive that no export writes."""
-    for name in (row["file"], *row["operators"]):
-        if name not in manifest["files"]:
-            raise LoadError(f"{show(name)} is not among its files", where=str(folder))
-    check_archive(folder / row["file"])
-    return open_package(folder / row["file"], [folder / name for name in row["operators"]])
+    """Load checked files: first the operators that the package calls, then the package, over `weights`.
 
-
-def open_package(package: Path, operators: list[Path]) -> Callable[..., tuple[Tensor, ...]]:
-    """Load checked files: first the operators that the package calls, then the package."""
+    It reads the weights where they are: no copy is made. LoadError when one that it asks for is not there.
+    """
     for path in operators:
         load_operator(path.stem, path)
     # The loader itself: `aoti_load_package` around it imports all of Inductor and looks for a compiler.
     loader: Any = torch._C._aoti  # type: ignore[attr-defined]
     loaded = loader.AOTIModelPackageLoader(str(package), "model", False, 1, -1)
-    page_out_files("/data/aotinductor/model/")  # it unpacked a library and copied the weights out of it
+    try:
+        given = weights_of(package.stem, loaded.get_constant_fqns(), weights)
+    except KeyError as error:
+        raise LoadError(
+            f"asks for the weight {error}, which no file beside it has", where=str(package)
+        ) from None
+    loaded.load_constants(given, use_inactive=False, check_full_update=True, user_managed=True)
 
     def call(*tensors: Tensor) -> tuple[Tensor, ...]:
+        assert given is not None, "the weights live as long as the package"
         return tuple(loaded.boxed_run(list(tensors)))
 
     return call

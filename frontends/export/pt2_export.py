@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._inductor.package import package_aoti
 
 from tilewright.compiler.diagnostics import BuildError, ExportError
 from tilewright.compiler.ops import semantic_op
@@ -28,6 +29,12 @@ from tilewright.frontends.export.captured import (
 )
 from tilewright.frontends.export.entries import Entry
 from tilewright.frontends.export.package import check_archive, open_package
+from tilewright.frontends.export.package_weights import (
+    content_name,
+    own_name,
+    read_weights,
+    write_weights,
+)
 from tilewright.frontends.export.parity import check_parity
 from tilewright.frontends.export.runner import RUNNER, RUNNER_TEXT
 from tilewright.frontends.lowering import lower
@@ -35,12 +42,21 @@ from tilewright.kernels.common.cpp import NAMESPACE
 from tilewright.kernels.table import host_target
 from tilewright.runtime.build import LIBRARY
 
+_OPTIONS = {
+    **INDUCTOR_PATCHES,
+    "size_asserts": True,
+    "aot_inductor.package": True,
+    # Weights are handed over, neither linked into the library nor pickled: `_store` writes them.
+    "aot_inductor.package_constants_in_so": False,
+    "aot_inductor.package_constants_on_disk_format": "pickle_weights",
+}
+
 
 def write_pt2(
     artifact: Artifact, name: str, entries: list[Entry], options: CompileOptions, progress: Progress
 ) -> dict[str, Any]:
     """Capture, rewrite, lower, compile and check every entry point; returns the manifest's description."""
-    rows, held = [], dict[str, Tensor]()
+    rows, held, stored = [], dict[str, Tensor](), dict[str, str]()
     for entry in entries:
         with progress(f"{entry.name}: capturing and rewriting"):
             captured = capture(entry, options, name)
@@ -52,12 +68,14 @@ def write_pt2(
         operators = _write_operators(artifact, captured)
         file = f"{entry.name}.pt2"
         with progress(f"{entry.name}: compiling"):
-            _compile(captured, artifact.path(file))
+            weights = _compile(captured, artifact.path(file))
+            files = _store(artifact, entry.name, weights, stored)
+            del weights
             release_memory()
         with progress(f"{entry.name}: checking"):
             check_archive(artifact.folder / file)
-            parity = check_parity(captured, defined, _Opened(artifact.folder, file, operators))
-        extra = {**shapes, "file": file, "operators": operators, "parity": parity}
+            parity = check_parity(captured, defined, _Opened(artifact.folder, file, operators, files))
+        extra = {**shapes, "file": file, "operators": operators, "weights": files, "parity": parity}
         rows.append(describe_entry(captured, extra))
         held |= captured.weights()
         del captured, defined
@@ -69,13 +87,14 @@ def write_pt2(
 class _Opened:
     """A package, opened when first called: its weights and the model's are not in memory at once."""
 
-    def __init__(self, folder: Path, file: str, operators: list[str]) -> None:
+    def __init__(self, folder: Path, file: str, operators: list[str], weights: list[str]) -> None:
         self._package, self._operators = folder / file, [folder / name for name in operators]
+        self._weights = [folder / name for name in weights]
         self._call: Callable[..., tuple[Tensor, ...]] | None = None
 
     def __call__(self, tensors: list[Tensor]) -> list[Tensor]:
         if self._call is None:
-            self._call = open_package(self._package, self._operators)
+            self._call = open_package(self._package, self._operators, read_weights(self._weights))
         return list(self._call(*tensors))
 
 
@@ -101,7 +120,21 @@ def _write_operators(artifact: Artifact, captured: Captured) -> list[str]:
     return names
 
 
-def _compile(captured: Captured, path: Path) -> None:
+def _store(artifact: Artifact, program: str, weights: dict[str, Tensor], stored: dict[str, str]) -> list[str]:
+    """Write the weights that no file has yet; the files that hold those of the program.
+
+    stored: name -> file, of the programs before it and then of this one.
+    """
+    new = {name: tensor for name, tensor in weights.items() if name not in stored}
+    if new:
+        file = f"{program}.safetensors"
+        write_weights(artifact.path(file), new)
+        stored |= dict.fromkeys(new, file)
+    return sorted({stored[name] for name in weights})
+
+
+def _compile(captured: Captured, path: Path) -> dict[str, Tensor]:
+    """Write a package without weights; what its program reads, by the names of `package_weights`."""
     entry = captured.entry
     symbol = torch.export.Dim.DYNAMIC  # type: ignore[attr-defined]
     shapes = tuple({axis: symbol for axis in entry.axes.get(name, {})} or None for name in entry.inputs)
@@ -114,11 +147,18 @@ def _compile(captured: Captured, path: Path) -> None:
                 strict=False,
                 prefer_deferred_runtime_asserts_over_guards=True,
             )
-            torch._inductor.aoti_compile_and_package(
-                exported, package_path=str(path), inductor_configs={**INDUCTOR_PATCHES, "size_asserts": True}
+            made: Any = torch._inductor.aot_compile(
+                exported.module(check_guards=False), tuple(entry.tensors), options=_OPTIONS
             )
     except torch._inductor.exc.InductorError as error:
         raise BuildError(f"{entry.name}: {str(error).splitlines()[0][:300]}") from error
+    package_aoti(str(path), [file for file in made if isinstance(file, str)])
+    (found,) = [part for part in made if not isinstance(part, str)]
+    bound = set(exported.state_dict)
+    return {
+        name if name in bound else own_name(entry.name, name): tensor.detach()
+        for name, (tensor, _) in found.items()
+    }
 
 
 def bound_module(program: Program) -> fx.GraphModule:
@@ -126,7 +166,6 @@ def bound_module(program: Program) -> fx.GraphModule:
     graph, root = copy_graph(program.graph), nn.Module()
     kinds = {spec.name: spec for spec in program.inputs}
     values = dict(zip(kinds, program.example_inputs, strict=True))
-    held = 0
     for node in list(graph.nodes):
         if node.op == "placeholder" and kinds[node.name].kind is InputKind.WEIGHT:
             if kinds[node.name].mutated:
@@ -140,8 +179,9 @@ def bound_module(program: Program) -> fx.GraphModule:
         else:
             continue
         if node.users:
-            name, held = f"tensor_{held}", held + 1
-            root.register_buffer(name, tensor.detach())
+            name = content_name(tensor)
+            if not hasattr(root, name):
+                root.register_buffer(name, tensor.detach().contiguous())
             with graph.inserting_after(node):
                 read = graph.get_attr(name)
             read.meta = dict(node.meta)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import mmap
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from tilewright.compiler.paging import page_out, page_out_files
+from tilewright.compiler.paging import page_out
 from tilewright.frontends.weight_offload import offload_weights
 
 
@@ -31,21 +30,6 @@ def test_mapped_pages_leave_and_come_back(tmp_path) -> None:
     assert resident() < before - 0.9 * size
     assert torch.equal(model.weight, want), "also what was written since"
     assert resident() > before - 0.1 * size
-
-
-def test_pages_of_files_of_one_place_leave(tmp_path) -> None:
-    """Whole files, found by their path, which are mapped to be read alone."""
-    size, held = 8 << 20, []
-    for name in ("here", "there"):
-        (tmp_path / name).write_bytes(bytes(range(256)) * (size >> 8))
-        with (tmp_path / name).open("rb") as file:
-            held.append(mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ))
-    want = [bytes(h) for h in held]
-    before = resident()
-    page_out_files(f"{tmp_path}/here")
-    after = resident()
-    assert 0.9 * size < before - after < 1.1 * size, "of one file"
-    assert [bytes(h) for h in held] == want
 
 
 def test_other_tensors_stay_as_they_are() -> None:

@@ -68,7 +68,7 @@ def artifact(folder: Path, members: dict[str, bytes]) -> Path:
 
     with new_artifact(folder) as made:
         archive(made.path("call.pt2"), members)
-        row = {"name": "call", "file": "call.pt2", "operators": []}
+        row = {"name": "call", "file": "call.pt2", "operators": [], "weights": []}
         made.finish({"kind": "pt2", "entries": [row]})
     return folder
 
@@ -180,7 +180,7 @@ def run_without_python(folder: Path, manifest: dict, x: torch.Tensor) -> torch.T
     (folder / "x.bin").write_bytes(x.numpy().tobytes())
     (entry,) = manifest["entries"]
     words = [str(folder / "run"), str(folder / "out" / entry["file"])]
-    words += [str(folder / "out" / name) for name in entry["operators"]]
+    words += [str(folder / "out" / name) for name in (*entry["operators"], *entry["weights"])]
     words += ["--", f"float32:{'x'.join(map(str, x.shape))}:{folder / 'x.bin'}"]
     done = subprocess.run(words, cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

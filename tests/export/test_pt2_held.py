@@ -99,8 +99,8 @@ def test_a_package_that_writes_something_else_is_refused(
     """The parity check looks at what is written: right logits are not enough."""
     opened = pt2_export.open_package
 
-    def spoiling(package: Path, operators: list[Path]) -> Any:
-        step = opened(package, operators)
+    def spoiling(package: Path, operators: list[Path], weights: dict[str, Tensor]) -> Any:
+        step = opened(package, operators, weights)
 
         def call(*tensors: Tensor) -> tuple[Tensor, ...]:
             made = step(*tensors)

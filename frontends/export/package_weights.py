@@ -1,0 +1,75 @@
+"""The weights of an exported package: safetensors files beside its programs, which share what is equal.
+
+A weight is named after its content, so that prefill and decode of one model have one copy of it, on disk and
+in memory. What a compiler adds to a program on its own is named after the program.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from tilewright.compiler.diagnostics import LoadError
+from tilewright.frontends.model_files import open_model_file, show
+from tilewright.frontends.safetensors_check import check_safetensors
+
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32,
+    "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+
+
+def content_name(tensor: Tensor) -> str:
+    """A name that tensors of equal dtype, shape and values share, a legal identifier."""
+    digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}\n".encode())
+    digest.update(_bytes(tensor.contiguous()).numpy().data)
+    return f"w{digest.hexdigest()[:32]}"
+
+
+def write_weights(path: Path, weights: Mapping[str, Tensor]) -> None:
+    """A safetensors file of these; tensors that share memory get their own."""
+    whole: dict[int, Tensor] = {}
+    for name, tensor in weights.items():
+        storage = tensor.untyped_storage()
+        alone = storage.nbytes() == tensor.nbytes and tensor.is_contiguous()
+        if alone and whole.setdefault(storage.data_ptr(), tensor) is tensor:
+            continue
+        weights = {**weights, name: tensor.clone(memory_format=torch.contiguous_format)}
+    save_file(dict(weights), path)
+
+
+def read_weights(paths: Iterable[Path]) -> dict[str, Tensor]:
+    """All tensors of files that `write_weights` wrote, in memory of their own; LoadError for other files."""
+    found = {}
+    for path in paths:
+        rows = check_safetensors(path)
+        with open_model_file(path) as (file, _):
+            for name, row in sorted(rows.items(), key=lambda item: item[1].start):
+                if row.dtype not in _DTYPES:
+                    raise LoadError(f"{show(name)} has the dtype {row.dtype}", where=str(path))
+                tensor = torch.empty(row.shape, dtype=_DTYPES[row.dtype])
+                file.seek(row.start)
+                if file.readinto(_bytes(tensor).numpy().data) != tensor.nbytes:
+                    raise LoadError("became shorter while it was read", where=str(path))
+                found[name] = tensor
+    return found
+
+
+def weights_of(program: str, names: Iterable[str], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those that one program asks for, by the names it knows them by; KeyError for one that is not there."""
+    return {name: weights[name] if name in weights else weights[own_name(program, name)] for name in names}
+
+
+def own_name(program: str, name: str) -> str:
+    """The name in a file of what a compiler added to one program."""
+    return f"{program}.{name}"
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.detach().reshape(-1).view(torch.uint8)
