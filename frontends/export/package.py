@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import stat
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tilewright.compiler.diagnostics import LoadError, OptionError, nearest
 from tilewright.frontends.export.artifact import checked_manifest
-from tilewright.frontends.export.package_weights import read_weights, weights_of
+from tilewright.frontends.export.package_weights import Weights, read_weights
 from tilewright.frontends.model_files import show
 from tilewright.kernels.common.operators import load_operator
 
@@ -67,9 +67,7 @@ def opened_entries(
     ]
 
 
-def open_package(
-    package: Path, operators: list[Path], weights: Mapping[str, Tensor]
-) -> Callable[..., tuple[Tensor, ...]]:
+def open_package(package: Path, operators: list[Path], weights: Weights) -> Callable[..., tuple[Tensor, ...]]:
     """Load checked files: first the operators that the package calls, then the package, over `weights`.
 
     It reads the weights where they are: no copy is made. LoadError when one that it asks for is not there.
@@ -80,7 +78,7 @@ def open_package(
     loader: Any = torch._C._aoti  # type: ignore[attr-defined]
     loaded = loader.AOTIModelPackageLoader(str(package), "model", False, 1, -1)
     try:
-        given = weights_of(package.stem, loaded.get_constant_fqns(), weights)
+        given = weights.of(package.stem, loaded.get_constant_fqns())
     except KeyError as error:
         raise LoadError(
             f"asks for the weight {error}, which no file beside it has", where=str(package)
@@ -88,7 +86,7 @@ def open_package(
     loaded.load_constants(given, use_inactive=False, check_full_update=True, user_managed=True)
 
     def call(*tensors: Tensor) -> tuple[Tensor, ...]:
-        assert given is not None, "the weights live as long as the package"
+        assert weights is not None, "they live as long as the package"
         return tuple(loaded.boxed_run(list(tensors)))
 
     return call

@@ -7,6 +7,7 @@ in memory. What a compiler adds to a program on its own is named after the progr
 from __future__ import annotations
 
 import hashlib
+import weakref
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -44,9 +45,30 @@ def write_weights(path: Path, weights: Mapping[str, Tensor]) -> None:
     save_file(dict(weights), path)
 
 
-def read_weights(paths: Iterable[Path]) -> dict[str, Tensor]:
+class Weights:
+    """Tensors by name, whose memory ends with this object.
+
+    PyTorch's loader keeps a reference to each tensor that it was given without copying it, for ever.
+    """
+
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        self._tensors = tensors
+        weakref.finalize(self, _empty, list(tensors.values()))
+
+    def of(self, program: str, names: Iterable[str]) -> dict[str, Tensor]:
+        """Those that one program asks for, by the names it knows them by; KeyError for one not there."""
+        tensors = self._tensors
+        return {n: tensors[n] if n in tensors else tensors[own_name(program, n)] for n in names}
+
+
+def _empty(tensors: list[Tensor]) -> None:
+    for tensor in tensors:
+        tensor.set_()  # type: ignore[call-overload]
+
+
+def read_weights(paths: Iterable[Path]) -> Weights:
     """All tensors of files that `write_weights` wrote, in memory of their own; LoadError for other files."""
-    found = {}
+    found = dict[str, Tensor]()
     for path in paths:
         rows = check_safetensors(path)
         with open_model_file(path) as (file, _):
@@ -58,12 +80,7 @@ def read_weights(paths: Iterable[Path]) -> dict[str, Tensor]:
                 if file.readinto(_bytes(tensor).numpy().data) != tensor.nbytes:
                     raise LoadError("became shorter while it was read", where=str(path))
                 found[name] = tensor
-    return found
-
-
-def weights_of(program: str, names: Iterable[str], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Those that one program asks for, by the names it knows them by; KeyError for one that is not there."""
-    return {name: weights[name] if name in weights else weights[own_name(program, name)] for name in names}
+    return Weights(found)
 
 
 def own_name(program: str, name: str) -> str:

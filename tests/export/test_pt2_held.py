@@ -15,6 +15,7 @@ from tilewright.compiler.diagnostics import ParityError
 from tilewright.frontends.example_calls import causal_lm_examples
 from tilewright.frontends.export import pt2_export
 from tilewright.frontends.export.package import load_package
+from tilewright.frontends.export.package_weights import Weights
 from tilewright.frontends.loaded_model import LoadedModel
 from tilewright.kernels.table import host_target
 
@@ -99,7 +100,7 @@ def test_a_package_that_writes_something_else_is_refused(
     """The parity check looks at what is written: right logits are not enough."""
     opened = pt2_export.open_package
 
-    def spoiling(package: Path, operators: list[Path], weights: dict[str, Tensor]) -> Any:
+    def spoiling(package: Path, operators: list[Path], weights: Weights) -> Any:
         step = opened(package, operators, weights)
 
         def call(*tensors: Tensor) -> tuple[Tensor, ...]:
