@@ -1,4 +1,4 @@
-"""Letting go of memory that a file still holds."""
+"""Letting go of memory that a file still holds, or that nothing holds."""
 
 from __future__ import annotations
 
@@ -13,23 +13,29 @@ _MADV_PAGEOUT = 21
 """Linux 5.4: pages that a file holds leave memory and are read again when used; written ones stay."""
 
 
-def page_out(tensor: torch.Tensor) -> None:
+def page_out(tensor: torch.Tensor) -> bool:
     """Let the whole pages of a CPU tensor that maps a file leave memory; values stay.
 
-    A hint: nothing happens to other tensors, and where the system does not know it.
+    A hint: nothing happens to other tensors, and where the system does not know it. Returns whether the
+    tensor maps a file.
     """
     plain = type(tensor.data) is torch.Tensor and tensor.layout == torch.strided
     if sys.platform != "linux" or not plain or tensor.device.type != "cpu" or not tensor.is_contiguous():
-        return
+        return False
     start, size = tensor.data_ptr(), tensor.numel() * tensor.element_size()
     first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
     length = (start + size) // mmap.PAGESIZE * mmap.PAGESIZE - first
-    if length > 0 and _maps_a_file(first):
-        _advise(first, length)
-
-
-def _advise(first: int, length: int) -> None:
+    if length <= 0 or not _maps_a_file(first):
+        return False
     ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(length), _MADV_PAGEOUT)
+    return True
+
+
+def give_back_freed() -> None:
+    """What is freed inside of the C library's heap goes back to the system (glibc keeps it otherwise)."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _maps_a_file(address: int) -> bool:

@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from tilewright.compiler.diagnostics import FactError
-from tilewright.compiler.paging import page_out
+from tilewright.compiler.paging import give_back_freed, page_out
 
 
 class InputKind(Enum):
@@ -216,8 +216,8 @@ class Program:
         names, whole = self._from_weights(sources, compute)
         given = [self._input_named(n) for n in names]
         value = whole(*given)
-        for source in given:
-            page_out(source)
+        if any([page_out(source) for source in given]):
+            give_back_freed()  # what rounding one weight took, before the next takes as much again
         node = self.constant(value, sources[0], prefix="tw_derived_")
         node.meta["derived"] = name
         self.derived.append(Derived(str(node.target), names, whole))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import tempfile
 from collections.abc import Iterable
 from itertools import chain
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tilewright.compiler.diagnostics import OptionError
+from tilewright.compiler.paging import give_back_freed
 
 _PIECE = 1 << 24
 
@@ -49,15 +49,8 @@ def offload_weights(model: nn.Module, folder: Path | str = "/var/tmp") -> int:
             for tensor in group:
                 where = (tensor.storage_offset(), tensor.shape, tensor.stride())
                 tensor.data = torch.empty(0, dtype=tensor.dtype).set_(storage, *where)  # type: ignore[call-overload]
-    _give_back_freed()
+    give_back_freed()
     return moved
-
-
-def _give_back_freed() -> None:
-    """What is freed inside of the C library's heap goes back to the system (glibc keeps it otherwise)."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
 
 
 def _plain(tensors: Iterable[Tensor]) -> list[Tensor]:

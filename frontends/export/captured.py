@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import hashlib
 import inspect
@@ -18,7 +17,7 @@ from torch import Tensor
 from torch.fx.experimental import proxy_tensor
 
 from tilewright.compiler.diagnostics import CaptureError, ExportError
-from tilewright.compiler.paging import page_out
+from tilewright.compiler.paging import give_back_freed, page_out
 from tilewright.compiler.pipeline import Pipeline
 from tilewright.compiler.program import InputKind, Program
 from tilewright.compiler.report import Report
@@ -164,9 +163,7 @@ def release_memory() -> None:
     """
     getattr(proxy_tensor, "_FAKE_TENSOR_ID_TO_PROXY_MAP_FOR_EXPORT", {}).clear()
     gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it
-    if trim is not None:
-        trim(0)
+    give_back_freed()
 
 
 def shape_row(captured: Captured, side: str) -> list[dict[str, Any]]:
