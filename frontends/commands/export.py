@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from tilewright.frontends.cli import Result
 from tilewright.frontends.commands.shared import add_model, add_pipeline, compile_options, step
@@ -68,9 +69,15 @@ def run(args: argparse.Namespace) -> Result:
     lines = [f"{args.output}: {args.format}, {len(manifest['files'])} files, {size / 1e6:.1f} MB"]
     for entry in manifest["entries"]:
         figures = "".join(
-            f", {name}: {found['program']:.1e} from the program, {found['model']:.1e} from the model"
+            f", {name}: {found['program']:.1e} from the program{_rounding(found)}, "
+            f"{found['model']:.1e} from the model"
             for name, found in entry.get("parity", {}).items()
             if isinstance(found, dict)
         )
         lines.append(f"{entry['name']}: {entry['exactness']}{figures}")
     return Result(manifest, lines)
+
+
+def _rounding(found: dict[str, Any]) -> str:
+    """How much of the distance from the program its own steps of few bits explain."""
+    return f" (which one rounding a layer moves by {found['rounding']:.1e})" if "rounding" in found else ""

@@ -28,7 +28,9 @@ def check_parity(
     PyTorch comes first, so that `run` may open the export when it is called, after the model's weights that a
     file holds have left memory. program: the rewritten program before lowering. Result: worst relative RMS
     against that `program`, and against the original `model`, of the outputs and of the inputs that the entry
-    point writes into. ParityError when the former exceeds what the formats explain.
+    point writes into; where activations are cut to few bits also how far the program moves (`rounding`) when
+    each of its quantized layers is off by one rounding. ParityError when the first exceeds what the formats
+    explain.
     """
     fresh = _Fresh(captured)
     places = [captured.entry.inputs.index(name) for name in captured.entry.written]
@@ -37,7 +39,8 @@ def check_parity(
         given = fresh(tensors)
         return [*_tensors(call(given)), *[given[i] for i in places]]
 
-    limit = INT8_LIMIT if _cuts_activations(program) else ROUNDING_LIMIT
+    cuts = _cuts_activations(program)
+    limit = INT8_LIMIT if cuts else ROUNDING_LIMIT
     found: dict[str, Any] = {"limit": limit}
     calls = {"example": captured.entry.tensors, "other sizes": captured.entry.resized()}
     wanted = {}
@@ -48,17 +51,41 @@ def check_parity(
                     original = results(lambda given: captured.entry.module(*given), tensors)
                 rewritten = results(lambda given: program(*captured.inputs_for(given)), tensors)
                 wanted[name] = tensors, original, rewritten
+                found[name] = {}
+                if cuts:
+                    nudged = results(lambda given: _Nudged(program).run(*captured.inputs_for(given)), tensors)
+                    found[name]["rounding"] = _worst(nudged, rewritten)
     captured.entry.release()
     for name, (tensors, original, rewritten) in wanted.items():
         with torch.no_grad():
             got = results(run, tensors)
-        found[name] = {"program": _worst(got, rewritten), "model": _worst(got, original)}
+        found[name] |= {"program": _worst(got, rewritten), "model": _worst(got, original)}
         if not found[name]["program"] <= limit:
             raise ParityError(
                 f"{captured.entry.name}: the export differs from the program by "
                 f"{found[name]['program']:.1e}, limit {limit:.0e} ({name})"
             )
     return found
+
+
+class _Nudged(fx.Interpreter):
+    """A program whose quantized layers are off by one rounding, as sums in another order are."""
+
+    def __init__(self, program: fx.GraphModule) -> None:
+        super().__init__(program)
+        self._noise = torch.Generator().manual_seed(0)
+
+    def run_node(self, n: fx.Node) -> Any:
+        """The node's value, multiplied by 1 + epsilon of its dtype times standard normal numbers."""
+        value = super().run_node(n)
+        if not _is_quantized(n):
+            return value
+        nudged = [self._nudged(tensor) for tensor in _tensors(value)]
+        return nudged[0] if isinstance(value, Tensor) else nudged
+
+    def _nudged(self, tensor: Tensor) -> Tensor:
+        noise = torch.randn(tensor.shape, generator=self._noise)
+        return (tensor * (1 + torch.finfo(tensor.dtype).eps * noise)).to(tensor.dtype)
 
 
 class _Fresh:
@@ -79,10 +106,15 @@ class _Fresh:
 
 def _cuts_activations(program: fx.GraphModule) -> bool:
     """True when a quantized linear layer takes activations of 8 or 4 bits, whole numbers or small floats."""
-    nodes = [n for n in program.graph.nodes if "quantized_linear" in str(n.target)]
     return any(
-        re.search(r"\.(?:int8-(?:group|token|static)|int4-token|fp8-token)\.", str(n.args[-1])) for n in nodes
+        re.search(r"\.(?:int8-(?:group|token|static)|int4-token|fp8-token)\.", str(n.args[-1]))
+        for n in program.graph.nodes
+        if _is_quantized(n)
     )
+
+
+def _is_quantized(node: fx.Node) -> bool:
+    return "quantized_linear" in str(node.target)
 
 
 def _tensors(values: Any) -> list[Tensor]:

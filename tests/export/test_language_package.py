@@ -290,7 +290,13 @@ def test_smollm2(tmp_path: Path) -> None:
     want = module.generate(**tokens, generation_config=how)
     for pipeline in ("exact", "cpu-int4"):
         folder = tmp_path / pipeline
-        tw.export(loaded, pipeline=pipeline, path=folder, format="pt2", capacity=64)
+        manifest = tw.export(loaded, pipeline=pipeline, path=folder, format="pt2", capacity=64)
+        stored = [manifest["files"][f"{row['name']}.safetensors"]["bytes"] for row in manifest["entries"]]
+        assert stored[1] < 0.001 * stored[0], "decode has the weights of prefill"
+        if pipeline == "cpu-int4":
+            for row in manifest["entries"]:
+                found = row["parity"]["example"]
+                assert 0 < found["program"] < 2 * found["rounding"], "steps of int8 explain the distance"
         ours = tw.load_language_model(folder)
         got = ours.generate(**tokens, generation_config=how)
         assert "Rome" in ours.tokenizer.decode(got[0])
