@@ -46,6 +46,8 @@ _OPTIONS = {
     **INDUCTOR_PATCHES,
     "size_asserts": True,
     "aot_inductor.package": True,
+    # What is not a kernel is one long function that calls them: -O1 takes twice as long over it for nothing.
+    "aot_inductor.compile_wrapper_opt_level": "O0",
     # Weights are handed over, neither linked into the library nor pickled: `_store` writes them.
     "aot_inductor.package_constants_in_so": False,
     "aot_inductor.package_constants_on_disk_format": "pickle_weights",
