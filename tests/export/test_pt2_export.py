@@ -84,11 +84,13 @@ def test_a_pickle_is_never_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_damage_and_foreign_manifests(tmp_path: Path) -> None:
     folder = artifact(tmp_path / "out", GOOD)
-    manifest = read_manifest(folder)
-    manifest["entries"][0]["operators"] = ["../evil.so"]
-    (folder / MANIFEST).write_bytes(render(manifest))
-    with pytest.raises(LoadError, match="not among its files"):
-        load_package(folder)
+    for part, name in (("operators", "../evil.so"), ("weights", "../evil.safetensors")):
+        manifest = read_manifest(folder)
+        (row,) = manifest["entries"]
+        manifest["entries"] = [{**row, "operators": [], "weights": [], part: [name]}]
+        (folder / MANIFEST).write_bytes(render(manifest))
+        with pytest.raises(LoadError, match=f"{name}' is not among its files"):
+            load_package(folder)
     data = bytearray((folder / "call.pt2").read_bytes())
     data[40] ^= 1
     (folder / "call.pt2").write_bytes(data)
