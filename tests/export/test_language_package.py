@@ -13,9 +13,11 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, Stoppi
 
 import tilewright as tw
 from tilewright.compiler.diagnostics import LoadError, OptionError
+from tilewright.frontends.cache_argument import cache_name
 from tilewright.frontends.cli import main
 from tilewright.frontends.example_calls import causal_lm_examples
 from tilewright.frontends.export.artifact import MANIFEST, read_manifest, render
+from tilewright.frontends.export.entries import decoder_entries
 from tilewright.frontends.export.language_package import PackagedModel
 from tilewright.frontends.loaded_model import LoadedModel
 from tilewright.frontends.loaders import resolve
@@ -278,6 +280,28 @@ def test_the_command_line(pair: Pair, folder: Path, capsys: pytest.CaptureFixtur
     assert "hold 57 tokens: the package has buffers of 40" in capsys.readouterr().err
     assert main(["explain", str(folder)]) == 2
     assert "is an export, which was rewritten already" in capsys.readouterr().err
+
+
+class AllLogits(LlamaForCausalLM):  # type: ignore[misc]
+    """A model that cannot be asked for the logits of its last token alone, with the cache's older name."""
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor, past_key_values: Any, use_cache: bool) -> Any:
+        cache = {cache_name(super()): past_key_values}
+        return super().forward(input_ids, position_ids=position_ids, use_cache=use_cache, **cache)
+
+
+def test_a_model_that_gives_all_logits_and_names_its_cache_as_before() -> None:
+    module = tiny().module
+    other = AllLogits(module.config).eval()
+    other.load_state_dict(module.state_dict())
+    for model in (module, other):
+        prefill, decode = decoder_entries(model, dynamic=True, capacity=CAPACITY, in_place=True, last=True)
+        with torch.no_grad():
+            (logits, *_), (step,) = (entry.module(*entry.tensors) for entry in (prefill, decode))
+            whole = module(prefill.tensors[0]).logits
+            torch.testing.assert_close(logits, whole[:, -1:], rtol=1e-5, atol=1e-5)
+            before = module(torch.cat([prefill.tensors[0][:, :13], decode.tensors[0]], 1)).logits
+            torch.testing.assert_close(step, before[:, -1:], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.slow
