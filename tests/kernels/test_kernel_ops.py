@@ -243,7 +243,7 @@ def test_source_is_deterministic_and_named_by_its_text(op: str, arch: str) -> No
     assert name.startswith(f"{op}_")
     assert name in text
     assert "off" not in name
-    assert ("_mm512" in text) == (arch == "avx512" and not op.startswith("quantized"))
+    assert ("_mm512" in text) == (arch == "avx512")
     assert ("bf16" in text) is False
 
 
