@@ -55,6 +55,9 @@ class CustomOperators:
         if isinstance(found, Refusal):
             self.refused[op.name] = found.reason
             return None
+        if found.family.needs_torch(found.key):
+            self.refused[op.name] = "the kernel computes with torch"
+            return None
         given, _ = found.rewrite_args(tuple(arguments(node).values()))
         pairs = zip(_arguments(found), given, strict=True)
         if any(isinstance(value, fx.Node) != (kind == "tensor") for (kind, _), value in pairs):

@@ -96,7 +96,7 @@ def format_text(form: AnyFormat, space: str, arch: str) -> str:
         )
     else:
         activation, wide = ACTIVATION_WORD[form.activation], form.grid == "wide"
-        shape = Shape(form.bits, form.group, form.has_offset, activation, wide, vnni=arch == "avx512")
+        shape = Shape(form.bits, form.group, form.has_offset, activation, wide, avx512=arch == "avx512")
         rest = _INTEGER_ROW if shape.is_integer else _FLOAT_ROW
         parts = (geometry(shape), activations(shape), dot(shape))
         given, step = (", float step", ", step") if shape.is_static else ("", "")

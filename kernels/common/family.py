@@ -77,6 +77,8 @@ class KernelFamily:
     """Arguments on the meta device whose configurations are the defaults that resource tables show."""
     archs: tuple[str, ...] = tuple(arch for archs in ARCHS.values() for arch in archs)
     """What it has kernels for, of the kinds of target in `generate`; `configure` refuses others."""
+    needs_torch: Callable[[KernelKey], bool] = lambda key: False
+    """Whether a CPU kernel computes with torch, not just on its tensors and threads."""
 
     def source(self, key: KernelKey) -> tuple[str, str]:
         """(op name, source text); the name is the semantic op and a digest of the text. LoweringError for a

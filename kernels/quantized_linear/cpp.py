@@ -1,8 +1,9 @@
 """C++ for quantized_linear and quantized_linear_multi: any number of rows of x, one kernel.
 
 One row (decode) is bound by reading the weights: each thread walks `streams` ranges of 8-row blocks side by
-side, as kernels/linear does; the activations are quantized once for all weights. More rows (prefill) share an
-unpacked panel of 16 weight rows that stays in cache, taken from a common counter by whichever thread is free.
+side, as kernels/linear does, and a few rows take turns; the activations are quantized once for all weights.
+More rows (prefill) share an unpacked panel of 16 weight rows that stays in cache, taken from a common counter
+by whichever thread is free.
 """
 
 from __future__ import annotations
@@ -23,8 +24,11 @@ from tilewright.runtime.contracts import KernelKey
 
 SERIAL_BYTES = 32768
 """Below this many bytes of packed weights one thread does all of a single row."""
+FEW, FEW_WIDE = 3, 8
+"""So many rows of x at most take turns over the weights, as a rule and of floats on AVX-512: unpacking a
+panel costs more."""
 SLAB = 768
-"""Rows of x made ready together, a multiple of both tiles: bounds the memory that a thread keeps."""
+"""Rows of x made ready together, a multiple of every tile: bounds the memory that a thread keeps."""
 
 
 def names(key: KernelKey) -> list[tuple[str, str | None]]:
@@ -88,28 +92,29 @@ struct Place {{
 }};
 
 template <int S>
-inline void blocks_of_streams(const Place* at, const Row& row, int64_t K32, int64_t bytes) {{
+inline void blocks_of_streams(const Place* at, const Row& row, int64_t m, int64_t K32, int64_t bytes) {{
   const uint8_t* start[S];
   for (int s = 0; s < S; ++s) start[s] = at[s].weight->data + at[s].block * bytes;
   Vec sum[S];
   dot_blocks<S>(start, row, K32, sum);
-  for (int s = 0; s < S; ++s) store(*at[s].weight, 0, at[s].block, sum[s]);
+  for (int s = 0; s < S; ++s) store(*at[s].weight, m, at[s].block, sum[s]);
 }}
 
-// Blocks [first, last) of the list, in {STREAMS} ranges side by side.
-inline void walk(const Weight* weights, int64_t first, int64_t last, const Row& row, int64_t K32) {{
+// Blocks [first, last) of the list times row m of x, in {STREAMS} ranges side by side.
+inline void walk(const Weight* weights, int64_t first, int64_t last, const Row& row, int64_t m,
+                 int64_t K32) {{
   const int64_t each = (last - first) / {STREAMS}, bytes = block_bytes(K32);
   if (each > 0) {{
     Place at[{STREAMS}] = {{{places}}};
     for (int64_t i = 0; i < each; ++i) {{
-      blocks_of_streams<{STREAMS}>(at, row, K32, bytes);
+      blocks_of_streams<{STREAMS}>(at, row, m, K32, bytes);
       if (i + 1 < each)
         for (Place& place : at) place.next();
     }}
   }}
   for (int64_t i = first + each * {STREAMS}; i < last; ++i) {{
     Place at(weights, i);
-    blocks_of_streams<1>(&at, row, K32, bytes);
+    blocks_of_streams<1>(&at, row, m, K32, bytes);
   }}
 }}"""
 
@@ -129,8 +134,34 @@ inline void rows_of_panel(const Weight& w, int64_t block, const Weights* panel, 
 }}"""
 
 
-def _many() -> str:
-    return f"""{rows_of_panel()}
+_STEPS = """  int64_t m = 0;
+  for (; m + kTile <= M; m += kTile) rows_of_panel<kTile>(w, block, panel, rows + m, first + m, K32);FOUR
+  for (; m < M; ++m) rows_of_panel<1>(w, block, panel, rows + m, first + m, K32);"""
+_FOUR = """
+  for (; m + 4 <= M; m += 4) rows_of_panel<4>(w, block, panel, rows + m, first + m, K32);"""
+_WIDE_STEPS = """  if (M >= kTile) {
+    tiles<kTile>(w, block, panel, rows, first, M, K32);
+  } else if (M >= 4) {
+    tiles<4>(w, block, panel, rows, first, M, K32);
+  } else {
+    tiles<1>(w, block, panel, rows, first, M, K32);
+  }"""
+_TILES = """
+
+// M rows of x, at least R; those that the last tile does again come out the same. A tile of few rows takes as
+// long as one of many: its sums wait for themselves.
+template <int R>
+inline void tiles(const Weight& w, int64_t block, const Weights* panel, const Row* rows, int64_t first,
+                  int64_t M, int64_t K32) {
+  int64_t m = 0;
+  for (; m + R <= M; m += R) rows_of_panel<R>(w, block, panel, rows + m, first + m, K32);
+  if (m < M) rows_of_panel<R>(w, block, panel, rows + M - R, first + M - R, K32);
+}"""
+
+
+def _many(shape: Shape) -> str:
+    steps = _WIDE_STEPS if shape.avx512 else _STEPS.replace("FOUR", "" if shape.is_integer else _FOUR)
+    return f"""{rows_of_panel()}{_TILES * shape.avx512}
 
 // M rows of x times two blocks of 8 rows of a weight.
 inline void multiply_panel(const Weight& w, int64_t block, Weights* panel, const Row* rows, int64_t first,
@@ -138,9 +169,7 @@ inline void multiply_panel(const Weight& w, int64_t block, Weights* panel, const
   const uint8_t* data = w.data + block * block_bytes(K32);
   unpack_block(data, K32, panel, 0);
   if (block + 1 < w.blocks) unpack_block(data + block_bytes(K32), K32, panel, 1);
-  int64_t m = 0;
-  for (; m + kTile <= M; m += kTile) rows_of_panel<kTile>(w, block, panel, rows + m, first + m, K32);
-  for (; m < M; ++m) rows_of_panel<1>(w, block, panel, rows + m, first + m, K32);
+{steps}
 }}"""
 
 
@@ -229,27 +258,20 @@ def _arguments(key: KernelKey) -> list[str]:
     return [*lines, "  const Weight weights[] = {", *rows, "  };"]
 
 
-def run(key: KernelKey, *, prepares: bool, static: bool = False) -> str:
-    """The kernel op; many rows of x are made ready where a format asks for it, static: with the step that the
-    weights hold."""
-    config = config_of(key)
-    outputs = "\n".join(f"  stack[{i}] = y{i}.release();" for i in range(config["count"]))
-    first = "step_of(weights->data, weights->rows, K32)"
-    step = f", {first}" if static else ""
-    prepare = f"\n      prepare(rows[m], K32{step});" if prepares else ""
-    lines = _arguments(key)
-    for i in range(1, config["count"] if static else 0):
-        one = f"step_of(weights[{i}].data, weights[{i}].rows, K32) == {first}"
-        lines.append(require(one, "weights that share activations must hold one step"))
-    checks = "\n".join(lines)
-    return f"""// One row: every thread reads its share of all weights.
-inline void one_row(const Weight* weights, int64_t total, const T* x, int64_t K, int64_t K32) {{
-  const Row* row = scratch(1, K32);
-  widen_row(x, K, row->x);
-  prepare(*row, K32{step});
+def _row_loops(step: str, prepare: str) -> str:
+    """few_rows and many_rows; `step` is what `prepare` is given beside a row, `prepare` the call for one of
+    many."""
+    return f"""// Few rows: every thread reads its share of all weights, after the first row out of its cache.
+inline void few_rows(const Weight* weights, int64_t total, const T* x, int64_t M, int64_t K, int64_t K32) {{
+  const Row* rows = scratch(M, K32);
+  for (int64_t m = 0; m < M; ++m) {{
+    widen_row(x + m * K, K, rows[m].x);
+    prepare(rows[m], K32{step});
+  }}
   const int64_t threads = total * block_bytes(K32) < {SERIAL_BYTES} ? 1 : thread_count();
   parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {{
-    walk(weights, total * begin / threads, total * end / threads, *row, K32);
+    for (int64_t m = 0; m < M; ++m)
+      walk(weights, total * begin / threads, total * end / threads, rows[m], m, K32);
   }});
 }}
 
@@ -275,14 +297,30 @@ inline void many_rows(const Weight* weights, const T* x, int64_t first, int64_t 
       multiply_panel(*w, block * 2, memory.data(), rows, first, M, K32);
     }}
   }});
-}}
+}}"""
+
+
+def run(key: KernelKey, *, prepares: bool, few: int, static: bool = False) -> str:
+    """The kernel op. `few` rows of x at most walk over the weights one after the other; more rows are made
+    ready where a format asks for it. static: with the step that the weights hold."""
+    config = config_of(key)
+    outputs = "\n".join(f"  stack[{i}] = y{i}.release();" for i in range(config["count"]))
+    first = "step_of(weights->data, weights->rows, K32)"
+    step = f", {first}" if static else ""
+    prepare = f"\n      prepare(rows[m], K32{step});" if prepares else ""
+    lines = _arguments(key)
+    for i in range(1, config["count"] if static else 0):
+        one = f"step_of(weights[{i}].data, weights[{i}].rows, K32) == {first}"
+        lines.append(require(one, "weights that share activations must hold one step"))
+    checks = "\n".join(lines)
+    return f"""{_row_loops(step, prepare)}
 
 void run(StableIValue* stack, uint64_t, uint64_t) {{
 {checks}
   int64_t total = 0;
   for (const Weight& w : weights) total += w.blocks;
-  if (M == 1) {{
-    one_row(weights, total, x.data<T>(), K, K32);
+  if (M <= {few}) {{
+    few_rows(weights, total, x.data<T>(), M, K, K32);
   }} else {{
     for (int64_t first = 0; first < M; first += {SLAB})
       many_rows(weights, x.data<T>(), first, M - first < {SLAB} ? M - first : {SLAB}, K, K32);
@@ -306,7 +344,9 @@ constexpr int64_t kAhead = {AHEAD_BYTES};  // bytes"""
         "static": "int8 of one calibrated step",
     }
     body = (head, geometry(shape), activations(shape), dot(shape), panel(shape), store(key), _walk())
-    parts = (*body, _many(), _rows(shape), run(key, prepares=shape.is_integer, static=shape.is_static))
+    few = FEW if shape.is_integer or not shape.avx512 else FEW_WIDE
+    text = run(key, prepares=shape.is_integer, few=few, static=shape.is_static)
+    parts = (*body, _many(shape), _rows(shape), text)
     return cpp_file(
         title=f"x W^T, W int{shape.bits}, a scale per {grids}; activations {activation[shape.activation]}.",
         note="Eight weight rows lie side by side; integer products are exact.",

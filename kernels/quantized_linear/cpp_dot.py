@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tilewright.kernels.quantized_linear import cpp_vnni
+from tilewright.kernels.quantized_linear import cpp_vnni, cpp_wide
 from tilewright.kernels.quantized_linear.cpp_parts import STREAMS, Shape
 
 _ADD_FOUR = """// 4 columns of 8 rows: a code in the low bits of 2^23 is a float once 2^23 is taken off.
@@ -63,8 +63,8 @@ def _chunk_steps(shape: Shape) -> str:
 
 def dot(shape: Shape) -> str:
     """One row of x times S blocks of 8 weight rows."""
-    if shape.is_integer and shape.vnni:
-        return cpp_vnni.dot(shape)
+    if shape.avx512:
+        return cpp_vnni.dot(shape) if shape.is_integer else cpp_wide.dot(shape)
     if shape.is_integer:
         helper, zero, total = _products(shape), "_mm256_setzero_si256()", "Int"
         finish = "_mm256_cvtepi32_ps(_mm256_sub_epi32(part[s], _mm256_set1_epi32(row.shift[g])))"

@@ -145,14 +145,14 @@ inline void block_times(const Weight& w, int64_t block, const Row* rows, int64_t
   for (int m = 0; m < M; ++m) store(w, first + m, block, vload(lane[m]));
 }
 
-// Blocks [first, last) of the list of all blocks of all weights.
-inline void walk(const Weight* weights, int64_t first, int64_t last, const Row& row, int64_t K32) {
+// Blocks [first, last) of the list of all blocks of all weights, times row m of x.
+inline void walk(const Weight* weights, int64_t first, int64_t last, const Row& row, int64_t m, int64_t K32) {
   for (; first < last; ++first) {
     for (; first >= weights->blocks; ++weights) {
       first -= weights->blocks;
       last -= weights->blocks;
     }
-    block_times<1>(*weights, first, &row, 0, K32);
+    block_times<1>(*weights, first, &row, m, K32);
   }
 }"""
 
@@ -293,7 +293,7 @@ constexpr int64_t kAhead = {AHEAD_BYTES};  // bytes"""
         FLOAT_TILE_TEXT,
         cpp.rows_of_panel(*panel_scale),
         _MULTIPLY.replace("FEW", str(FEW)),
-        cpp.run(key, prepares=True),
+        cpp.run(key, prepares=True, few=1),
     )
     scales = "row" if form.group == 0 else f"{form.group} columns"
     activation = "fp8 per row" if cut else "as they are"

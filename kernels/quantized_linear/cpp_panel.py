@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tilewright.kernels.quantized_linear import cpp_vnni
+from tilewright.kernels.quantized_linear import cpp_vnni, cpp_wide
 from tilewright.kernels.quantized_linear.cpp_dot import each, unsigned
 from tilewright.kernels.quantized_linear.cpp_parts import Shape
 
@@ -13,9 +13,9 @@ INTEGER_TILE, FLOAT_TILE = 3, 6
 def panel(shape: Shape) -> str:
     """unpack_block, and tile: R rows of x times a panel."""
     if shape.is_integer:
-        product = cpp_vnni.tile(shape) if shape.vnni else _integer_tile(shape)
+        product = cpp_vnni.tile(shape) if shape.avx512 else _integer_tile(shape)
         return f"{_integer_layout(shape)}\n\n{product}"
-    return f"{_float_layout(shape)}\n\n{FLOAT_TILE_TEXT}"
+    return cpp_wide.panel(shape) if shape.avx512 else f"{_float_layout(shape)}\n\n{FLOAT_TILE_TEXT}"
 
 
 FLOAT_TILE_TEXT = f"""template <int R>
@@ -65,9 +65,9 @@ inline void unpack_block(const uint8_t* p, int64_t K32, float* to, int half) {{
 
 def _integer_layout(shape: Shape) -> str:
     keep = "\n    vstore(grids + 16, grid(tail + kGridBytes));" if shape.offset else ""
-    codes = unsigned(shape, "codes<{j}>(p)") if shape.vnni else "codes<{j}>(p)"
+    codes = unsigned(shape, "codes<{j}>(p)") if shape.avx512 else "codes<{j}>(p)"
     store = f"      _mm256_storeu_si256(reinterpret_cast<Int*>(to + {{j}} * 64), {codes});"
-    return f"""constexpr int kTile = {cpp_vnni.TILE if shape.vnni else INTEGER_TILE};
+    return f"""constexpr int kTile = {cpp_vnni.TILE if shape.avx512 else INTEGER_TILE};
 constexpr int64_t kGridFloats = {32 if shape.offset else 16};  // 16 scales{", 16 offsets" * shape.offset}
 using Weights = uint8_t;
 // A panel of 16 rows: per group its scales{" and offsets" * shape.offset}, then its codes, a byte each.

@@ -31,8 +31,8 @@ class Shape:
     """`none`, `token`, `token4`, `group` or `static`."""
     wide: bool
     """Scales of groups are float32, not float16."""
-    vnni: bool = False
-    """Integer products by AVX-512 VNNI, which takes all codes as unsigned."""
+    avx512: bool = False
+    """Vectors of 512 bits; integer products by VNNI, which takes all codes as unsigned."""
 
     @property
     def short_grids(self) -> bool:
@@ -80,6 +80,7 @@ def geometry(shape: Shape) -> str:
         else "_mm256_loadu_ps(reinterpret_cast<const float*>(p))"
     )
     count = "1" if shape.group == 0 else "(K32 + kGroup - 1) / kGroup"
+    codes = "" if shape.avx512 and not shape.is_integer else f"\n{_codes(shape.bits)}"
     chunks = "K32" if shape.group == 0 else f"(K32 - first < {shape.group // CHUNK} ? K32 - first : kGroup)"
     return f"""using Int = __m256i;
 constexpr int kBits = {shape.bits};
@@ -95,8 +96,7 @@ inline int64_t chunks_of(int64_t first, int64_t K32) {{ return {chunks}; }}
 inline int64_t block_bytes(int64_t K32) {{ return K32 * kChunkBytes + groups_of(K32) * kTailBytes; }}
 inline int64_t packed_width(int64_t K32) {{ return block_bytes(K32); }}
 inline int64_t packed_rows(int64_t rows) {{ return (rows + 7) / 8{" + 1" * shape.is_static}; }}
-{_STEP * shape.is_static}
-{_codes(shape.bits)}"""
+{_STEP * shape.is_static}{codes}"""
 
 
 _STEP = """
@@ -142,20 +142,22 @@ struct Row {
   float* mass;  // [groups]: sum of x, for the offsets
 };
 
-// Columns 1 and 3 of four are divided by 256, where their codes lie in a word.
-inline void prepare(const Row& row, int64_t K32) {
+NOTEinline void prepare(const Row& row, int64_t K32) {
   for (int64_t g = 0, c = 0; g < groups_of(K32); ++g) {
     Vec sum = vset(0.0f);
     for (int64_t last = c + chunks_of(c, K32); c < last; ++c)
       for (int u = 0; u < 4; ++u) {
         float* p = row.x + c * 32 + u * 8;
         Vec a = vload(p);
-        sum = vadd(sum, a);
-        vstore(p, vmul(a, _mm256_setr_ps(1, 1 / 256.f, 1, 1 / 256.f, 1, 1 / 256.f, 1, 1 / 256.f)));
+        sum = vadd(sum, a);STORE
       }
     row.mass[g] = vsum(sum);
   }
 }"""
+
+_PLACED_NOTE = "// Columns 1 and 3 of four are divided by 256, where their codes lie in a word.\n"
+_PLACED = """
+        vstore(p, vmul(a, _mm256_setr_ps(1, 1 / 256.f, 1, 1 / 256.f, 1, 1 / 256.f, 1, 1 / 256.f)));"""
 
 
 def range_text(largest: int) -> str:
@@ -225,8 +227,9 @@ ONCE  for (int64_t g = 0, c = 0; g < groups_of(K32); ++g) {
 def activations(shape: Shape) -> str:
     """One row of x made ready: padded to whole chunks, quantized, with what each group adds."""
     if not shape.is_integer:
-        return _PLAIN_ROW
-    signed = shape.bits == 8 and not shape.vnni
+        note, store = ("", "") if shape.avx512 else (_PLACED_NOTE, _PLACED)
+        return _PLAIN_ROW.replace("NOTE", note).replace("STORE", store)
+    signed = shape.bits == 8 and not shape.avx512
     middle = shape.middle - (128 if signed else 0)
     shift = f"{middle} * total" if middle else "0"
     scale, scaled, given = "scale", "vmul(vload(x + u * 8), vset(inverse))", ""

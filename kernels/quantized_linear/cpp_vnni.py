@@ -32,8 +32,8 @@ _LOADS = {
 }
 
 
-def _codes(shape: Shape) -> str:
-    """wide_codes<i>: two vectors of a chunk at once; spread<i>: the activations that meet them."""
+def wide_codes(shape: Shape) -> str:
+    """wide_codes<i>: two vectors of a chunk at once; place<i>: which."""
     return f"""using Wide = __m512i;
 
 // Two vectors of a chunk side by side, as 0..255.
@@ -42,13 +42,17 @@ inline Wide wide_codes(const uint8_t* p) {{
 {_LOADS[shape.bits]}
 }}
 
-// The activations of those: four columns of the first for 8 rows, then four of the second.
+// Which those are.
 template <int i>
-inline Wide spread(Wide q) {{
-  constexpr int kPlace[2] = {{{_PAIRS.get(shape.bits, "i, i + 4")}}};
-  const Wide from = _mm512_inserti64x4(_mm512_set1_epi32(kPlace[0]), _mm256_set1_epi32(kPlace[1]), 1);
+constexpr int place[2] = {{{_PAIRS.get(shape.bits, "i, i + 4")}}};"""
+
+
+_SPREAD = """// The activations of two vectors: four columns of the first for 8 rows, then four of the second.
+template <int i>
+inline Wide spread(Wide q) {
+  const Wide from = _mm512_inserti64x4(_mm512_set1_epi32(place<i>[0]), _mm256_set1_epi32(place<i>[1]), 1);
   return _mm512_permutexvar_epi32(from, q);
-}}"""
+}"""
 
 
 def dot(shape: Shape) -> str:
@@ -64,7 +68,9 @@ def dot(shape: Shape) -> str:
     offset = (
         "\n      sum[s] = vfma(grid(tail + kGridBytes), vset(row.mass[g]), sum[s]);" if shape.offset else ""
     )
-    return f"""{_codes(shape)}
+    return f"""{wide_codes(shape)}
+
+{_SPREAD}
 
 // A row of x times S blocks of 8 rows: sum[s] holds the 8 results of block s.
 template <int S>

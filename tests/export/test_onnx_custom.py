@@ -13,6 +13,7 @@ from tilewright.compiler import ops
 from tilewright.compiler.block_layout import BlockLayout
 from tilewright.compiler.diagnostics import OptionError
 from tilewright.frontends.export.onnx_file import session
+from tilewright.kernels.linear import family as linear_family
 from tilewright.kernels.table import host_target
 
 pytestmark = pytest.mark.skipif(host_target().arch == "generic", reason="no kernels for this CPU")
@@ -120,3 +121,17 @@ def test_what_has_no_kernel_stays_standard(tmp_path: Path) -> None:
     assert entry["library"] is None
     assert "float64" in entry["standard"]["linear"]
     assert not any(name.startswith("tilewright") for name in entry["operators"])
+
+
+def test_a_kernel_that_computes_with_torch_stays_standard(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if host_target().arch != "avx512":
+        pytest.skip("the kernel of many rows is made for AVX-512")
+    monkeypatch.setattr(linear_family, "library_is_narrow", lambda: True)
+    manifest = tw.export(
+        nn.Linear(7, 5), (torch.randn(32, 7),), "exact", tmp_path / "out", operators="custom"
+    )
+    (entry,) = manifest["entries"]
+    assert entry["library"] is None
+    assert "with torch" in entry["standard"]["linear"]

@@ -12,7 +12,8 @@ from tilewright.compiler.diagnostics import BuildError, ParityError
 from tilewright.compiler.ops import all_ops
 from tilewright.compiler.ops.mlp import ACTIVATIONS
 from tilewright.compiler.parity import assert_parity, float64_evaluation
-from tilewright.kernels.common.family import KernelFamily
+from tilewright.kernels.common.family import KernelFamily, config_of
+from tilewright.kernels.linear import family as linear_family
 from tilewright.kernels.load import build_kernel
 from tilewright.kernels.table import FAMILIES, KernelChoice, full_args, host_target, select_for_node
 
@@ -135,6 +136,39 @@ def test_linear_multi() -> None:
         check("linear_multi", randn(1, 1, k), weights, [None, None, None])
         for rows in (5, 8):
             check("linear_multi", randn(rows, k), weights, [randn(67), None, randn(40)])
+
+
+@pytest.fixture
+def narrow_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a processor on which torch's own product does not use AVX-512."""
+    if TARGET.arch != "avx512":
+        pytest.skip("the kernel of many rows is made for AVX-512")
+    monkeypatch.setattr(linear_family, "library_is_narrow", lambda: True)
+
+
+@pytest.mark.usefixtures("narrow_library")
+def test_linear_of_many_rows() -> None:
+    for n, k in ((1, 5), (67, 63), (193, 130)):
+        for shape in ((9, k), (2, 31, k), (1, 1, 70, k)):
+            check("linear", randn(*shape), randn(n, k), randn(n))
+    check("linear", randn(63, 40).t(), randn(67, 63))
+    check("linear_multi", randn(2, 37, 63), [randn(n, 63) for n in (67, 1, 40)], [randn(67), None, randn(40)])
+    x, weight, bias = randn(0, 63), randn(67, 63), randn(67)
+    assert choose("linear", (x, weight, bias)).op(x, weight, bias).shape == (0, 67)
+
+
+@pytest.mark.usefixtures("narrow_library")
+def test_linear_of_many_rows_checks_its_arguments() -> None:
+    x, weight, bias = randn(9, 64), randn(5, 64), randn(5)
+    choice = choose("linear", (x, weight, bias))
+    assert config_of(choice.key)["rows"] == linear_family.MANY
+    for wrong in ((x.half(), weight, bias), (x[:, :63], weight, bias), (x, weight.t(), bias)):
+        with pytest.raises(RuntimeError):
+            choice.op(*wrong)
+    with pytest.raises(RuntimeError, match="layout"):  # oneDNN would read what lies between
+        choice.op(x, weight, randn(10)[::2])
+    with pytest.raises(RuntimeError, match="layout"):
+        choice.op(x, randn(5, 128)[:, ::2], bias)
 
 
 def test_linear_multi_skips_weights_without_rows() -> None:

@@ -12,6 +12,8 @@ from tilewright.compiler.diagnostics import LoweringError
 from tilewright.compiler.ops import all_ops
 from tilewright.compiler.weight_format import WeightFormat
 from tilewright.kernels.common.abi import HEADER, TORCH_ABI
+from tilewright.kernels.common.family import config_of
+from tilewright.kernels.linear import family as linear_family
 from tilewright.kernels.table import (
     FAMILIES,
     KernelChoice,
@@ -186,6 +188,33 @@ def test_a_symbolic_number_of_rows_is_refused_for_linear_only() -> None:
         assert isinstance(select_for_node(op, args, AVX2, training=False), KernelChoice)
 
 
+@pytest.mark.parametrize("narrow", [False, True])
+def test_many_rows_go_to_the_library_that_fills_the_vector(
+    monkeypatch: pytest.MonkeyPatch, narrow: bool
+) -> None:
+    monkeypatch.setattr(linear_family, "library_is_narrow", lambda: narrow)
+    x, weight, bias = torch.randn(9, 64), torch.randn(5, 64), torch.randn(5)
+    avx512 = Target("cpu", "avx512")
+    found = select_for_node("linear", (x, weight, bias), avx512, training=False)
+    if not narrow:
+        assert isinstance(found, Refusal)
+        assert "9 rows" in found.reason
+        return
+    assert isinstance(found, KernelChoice)
+    assert found.family.needs_torch(found.key)
+    few = select_for_node("linear", (x[:8], weight, bias), avx512, training=False)
+    assert isinstance(few, KernelChoice)
+    assert config_of(few.key)["rows"] == 8
+    assert not few.family.needs_torch(few.key)
+    for args in (
+        (x.bfloat16(), weight.bfloat16(), bias.bfloat16()),
+        (x, torch.randn(5, 100)[:, :64], bias),
+        (x, weight, torch.randn(10)[::2]),
+    ):
+        assert "9 rows" in refusal("linear", *args, target=avx512)
+    assert "9 rows" in refusal("linear", x, weight, bias)
+
+
 def test_small_elementwise_work_is_left_to_fusion() -> None:
     x = torch.empty(1, 576, device="meta")
     assert "576 elements" in str(too_small("add_rms_norm", (x, x, None, 1e-6), AVX2))
@@ -214,7 +243,7 @@ def test_source_is_deterministic_and_named_by_its_text(op: str, arch: str) -> No
     assert name.startswith(f"{op}_")
     assert name in text
     assert "off" not in name
-    assert ("_mm512" in text) == (arch == "avx512" and not op.startswith("quantized"))
+    assert ("_mm512" in text) == (arch == "avx512")
     assert ("bf16" in text) is False
 
 

@@ -42,6 +42,7 @@ QUICK = [
     WeightFormat(3, 64, "symmetric", "int8-token"),
     WeightFormat(2, 0, "float-zero"),
     WeightFormat(4, 32, "float-zero", grid="wide"),
+    WeightFormat(3, 96),
 ]
 EVERY = [
     WeightFormat(bits, group, mode, activation)
@@ -277,8 +278,8 @@ def test_refusals_name_values() -> None:
 W4_OFFSET = WeightFormat(4, 64, "float-zero", "int8-token")
 MUTANTS = {
     "the shift of the code of zero": (W4A8, 1, "_mm256_set1_epi32(row.shift[g])", "_mm256_setzero_si256()"),
-    "the nibble": (W4, 1, "j % 2 ? _mm256_srli_epi16(pair, 4) : pair", "pair"),
     "the second half of a panel": (W4A8, 4, "to += kGridFloats * 4 + half * 32", "to += kGridFloats * 4"),
+    "a row of few": (W4A8, 3, "rows[m], m, K32);", "rows[0], m, K32);"),
     "streams": (W4A8, 1, "first + 2 * each", "first + 1 * each"),
     "the cut of static activations": (STATIC, 1, "cut(vmul(", "(vmul("),
     "the place of the step": (STATIC, 4, "(rows + 7) / 8 * block", "(rows - 1) / 8 * block"),
@@ -287,11 +288,18 @@ MUTANTS = {
 """(format, rows of x, text, what it becomes) for any processor."""
 MUTANTS_OF = {
     "avx2": {
+        "the nibble": (W4, 1, "j % 2 ? _mm256_srli_epi16(pair, 4) : pair", "pair"),
         "the sign of 8-bit weights": (W8A8, 1, "_mm256_sign_epi8(a, w)", "a"),
         "the offsets of a panel": (W4_OFFSET, 4, "grids + 24", "grids + 16"),
     },
     "avx512": {
         "codes of 8 bits as they lie": (W8A8, 1, "_mm512_xor_si512", "_mm512_or_si512"),
+        "the nibble": (W4, 1, "8 * b + 4 * (i % 2)", "8 * b"),
+        "the columns of the upper half": (W4, 1, "x + place<i>[1] * 4", "x + place<i>[0] * 4"),
+        "the upper half of a block": (W4, 1, "_mm512_extractf32x8_ps(both, 1)", "vset(0.0f)"),
+        "a column of a panel": (W4, 13, "to + (place<i>[1] * 4 + b)", "to + (place<i>[1] * 4)"),
+        "the offsets of a float panel": (W4, 13, "twice(grid(tail + kGridBytes))", "twice(grid(tail))"),
+        "the last tile": (W4, 13, "rows + M - R, first + M - R", "rows + M - R, first + M - R - 1"),
         "which columns lie together": (W4A8, 1, "i % 2 + 2};", "i % 2 + 1};"),
         "one half of the rows": (W4A8, 1, "_mm512_extracti64x4_epi64(part[s], 1)", "_mm256_setzero_si256()"),
         "the shift of a panel": (W4A8, 4, "_mm512_set1_epi32(rows[m].shift[g])", "_mm512_setzero_si512()"),
