@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tilewright.compiler.diagnostics import OptionError
 from tilewright.frontends.kv_choice import SharedChoice
-from tilewright.frontends.kv_extents import ExtentLayer
+from tilewright.frontends.kv_extents import ExtentLayer, Picked
 from tilewright.frontends.kv_layer import PagedLayer
 from tilewright.passes.memory.offload_kv import OffloadKV
 from tilewright.runtime.kv_store.extents import ExtentFile, ExtentLayout, ExtentStore
@@ -34,6 +34,7 @@ class Placement:
         """Makes the slow tier of one sequence; another may be set before anything is stored."""
         self._tiers: TierManager | None = None
         self._sessions: list[int] = []
+        self._picked: tuple[Tensor, list[Picked]] | None = None
         self.label = ""
         """What the slow tier is; empty before it was opened."""
 
@@ -62,6 +63,12 @@ class Placement:
             self._sessions = [self._tiers.open_session() for _ in range(batch)]
         return self._tiers, self._sessions
 
+    def picked(self, positions: Tensor, rows: ExtentRows) -> list[Picked]:
+        """Where int32 [B, 1, m] tokens of the sequences lie: found once for all layers that attend them."""
+        if self._picked is None or self._picked[0] is not positions:
+            self._picked = positions, [row.pick(positions[i, 0]) for i, row in enumerate(rows.rows)]
+        return self._picked[1]
+
     def statistics(self) -> dict[str, Any]:
         """Of this cache so far: what moved (`TierCounters`), the bytes resident, the most they may be, and
         those that a policy holds in memory beside them."""
@@ -83,7 +90,7 @@ class Placement:
         """Give back both tiers; twice is fine."""
         if self._tiers is not None:
             self._tiers.close()
-        self._tiers, self._sessions = None, []
+        self._tiers, self._sessions, self._picked = None, [], None
 
 
 class ExtentRows:
@@ -187,17 +194,18 @@ class OffloadedLayer(PagedLayer):
         logits: Tensor | None,
     ) -> Tensor:
         outs = []
+        picked = None if positions is None else self.placement.picked(positions, self.rows)
         for i, row in enumerate(self.rows.rows):
             out, _ = row.attend(
                 q[i : i + 1],
                 None if first is None else first[i : i + 1],
                 scale,
-                None if positions is None else positions[i, 0],
+                None if picked is None else picked[i],
                 self._coming(i),
                 None if logits is None else logits[i],
             )
             outs.append(out)
-        return torch.cat(outs)
+        return torch.cat(outs) if len(outs) > 1 else outs[0]
 
     def _coming(self, row: int) -> list[ExtentKey]:
         """Extents that will be wanted after those of a sequence at this layer: of the next sequence, or of
@@ -212,7 +220,8 @@ class OffloadedLayer(PagedLayer):
         after = following[0]
         length = self.get_seq_length()
         positions = None if self.choice is None else self.choice.known_for(after.index, length)
-        return after.rows.rows[0].wanted(None if positions is None else positions[0, 0])[:count]
+        picked = None if positions is None else self.placement.picked(positions, self.rows)[0]
+        return after.rows.rows[0].wanted(picked)[:count]
 
     def reset(self) -> None:
         """Forget everything."""
