@@ -167,8 +167,8 @@ class ExtentLayer:
             end = at + len(some)
             ticket = self._tiers.fetch(some)  # pinned before the hints below can evict it
             try:
-                self._tiers.prefetch(coming[max(hinted, end) : end + self._ahead])
-                hinted = end + self._ahead
+                start = max(hinted, end)
+                hinted = start + len(self._tiers.prefetch(coming[start : end + self._ahead]).keys)
                 self._tiers.wait(ticket)
                 yield some
             finally:
