@@ -69,6 +69,16 @@ class Placement:
             self._picked = positions, [row.pick(positions[i, 0]) for i, row in enumerate(rows.rows)]
         return self._picked[1]
 
+    @property
+    def latest(self) -> list[Picked] | None:
+        """Where the tokens lie that were chosen last."""
+        return None if self._picked is None else self._picked[1]
+
+    def announce(self, keys: Sequence[ExtentKey]) -> None:
+        """These extents will be wanted."""
+        if self._tiers is not None:
+            self._tiers.prefetch(keys)
+
     def statistics(self) -> dict[str, Any]:
         """Of this cache so far: what moved (`TierCounters`), the bytes resident, the most they may be, and
         those that a policy holds in memory beside them."""
@@ -182,6 +192,9 @@ class OffloadedLayer(PagedLayer):
             logits = torch.full((q.shape[0], q.shape[1], length), float("-inf"))
             out = self._attend(q, first, scale, None, logits)
             choice.choose(logits, torch.tensor(self.rows.lengths), first)
+            if (positions := choice.of(self.index, length)) is not None:
+                self.placement.picked(positions, self.rows)
+                self.placement.announce(self._coming(len(self.rows.rows) - 1))
             return out
         return self._attend(q, first, scale, choice.of(self.index, length), None)
 
@@ -201,27 +214,30 @@ class OffloadedLayer(PagedLayer):
                 None if first is None else first[i : i + 1],
                 scale,
                 None if picked is None else picked[i],
-                self._coming(i),
+                self._coming(i, q.shape[2]),
                 None if logits is None else logits[i],
             )
             outs.append(out)
         return torch.cat(outs) if len(outs) > 1 else outs[0]
 
-    def _coming(self, row: int) -> list[ExtentKey]:
-        """Extents that will be wanted after those of a sequence at this layer: of the next sequence, or of
-        the next layer, as far as that is known."""
-        rows = self.rows.rows
-        count = self.placement.policy.prefetch
-        if row + 1 < len(rows):
-            return rows[row + 1].wanted()[:count]
-        following = self.placement.layers[self.index + 1 :]
-        if not following or following[0]._rows is None:
-            return []
-        after = following[0]
-        length = self.get_seq_length()
-        positions = None if self.choice is None else self.choice.known_for(after.index, length)
-        picked = None if positions is None else self.placement.picked(positions, self.rows)[0]
-        return after.rows.rows[0].wanted(picked)[:count]
+    def _coming(self, row: int, tokens: int = 1) -> list[ExtentKey]:
+        """Extents that will be wanted after those of a sequence at this layer: of the next sequences, of the
+        next layers, and of the first ones for the next `tokens`; for a layer whose tokens are not chosen yet
+        those of the latest choice."""
+        layers, count = self.placement.layers, self.placement.policy.prefetch
+        found = self._foreseen(row + 1, tokens)
+        for layer in (*layers[self.index + 1 :], *layers[: self.index]):
+            if len(found) >= count or layer._rows is None:
+                break
+            found += layer._foreseen(0, tokens)
+        return found[:count]
+
+    def _foreseen(self, start: int, tokens: int) -> list[ExtentKey]:
+        choice, picked = self.choice, self.placement.latest
+        if choice is None or tokens > 1 or not choice.reuses(self.index, self.get_seq_length()):
+            picked = None
+        rows = enumerate(self.rows.rows[start:], start)
+        return [key for i, row in rows for key in row.wanted(None if picked is None else picked[i])]
 
     def reset(self) -> None:
         """Forget everything."""

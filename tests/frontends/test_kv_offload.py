@@ -81,6 +81,21 @@ def test_placement_and_prefetch_change_no_bit(chosen: str, tmp_path: Path) -> No
             assert torch.equal(ours, theirs)
 
 
+@pytest.mark.parametrize("chosen", ["", ",lessismore-kv{budget=120,select_layers=0x2}"])
+def test_every_extent_is_announced_before_it_is_wanted(chosen: str, tmp_path: Path) -> None:
+    """Across sequences, layers and steps: 40 extents pass through 24 frames, and none is waited for unasked."""
+    model, ids = make_model(), prompts(2)["input_ids"]
+    with torch.no_grad(), tw.kv_cache(model, offload(24, tmp_path, prefetch=6) + chosen) as cache:
+        model(ids, past_key_values=cache)
+        moved = []
+        for _ in range(8):
+            model(ids[:, -1:], past_key_values=cache)
+            moved.append(cache.statistics())
+        assert moved[-1]["misses"] == moved[3]["misses"]
+        read = moved[-1]["bytes_read"] - moved[3]["bytes_read"]
+        assert 0 < read < 4 * 30 * EXTENT, "what fits beside the layer at work stays"
+
+
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("placed", [False, True])
 def test_less_is_more_is_greedy_where_all_fits(batch: int, placed: bool, tmp_path: Path) -> None:
