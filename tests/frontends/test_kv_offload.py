@@ -83,7 +83,7 @@ def test_placement_and_prefetch_change_no_bit(chosen: str, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("chosen", ["", ",lessismore-kv{budget=120,select_layers=0x2}"])
 def test_every_extent_is_announced_before_it_is_wanted(chosen: str, tmp_path: Path) -> None:
-    """Across sequences, layers and steps: 40 extents pass through 24 frames, and none is waited for unasked."""
+    """Across sequences, layers and steps: 40 extents through 24 frames, and none is waited for unasked."""
     model, ids = make_model(), prompts(2)["input_ids"]
     with torch.no_grad(), tw.kv_cache(model, offload(24, tmp_path, prefetch=6) + chosen) as cache:
         model(ids, past_key_values=cache)
