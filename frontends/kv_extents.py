@@ -48,10 +48,10 @@ class Picked:
         self.length = length
         self.runs: list[int] = runs.tolist()
         """The extents, ascending."""
-        self.places = torch.full((len(runs), int(counts.max())), -1, dtype=torch.int32)
-        """int32 [n, m]: of each extent, its places that are attended, ascending; -1 for unused entries."""
+        self.places = torch.full((len(runs), 1, int(counts.max())), -1, dtype=torch.int32)
+        """int32 [n, 1, m]: of each extent, its places that are attended, ascending; -1 for unused entries."""
         at = torch.arange(len(held)) - (counts.cumsum(0) - counts)[which]
-        self.places[which, at] = held - runs.to(torch.int32)[which] * span
+        self.places[which, 0, at] = held - runs.to(torch.int32)[which] * span
 
 
 class ExtentLayer:
@@ -69,6 +69,8 @@ class ExtentLayer:
             )
         self._tiers, self._session, self._layer, self._layout = tiers, session, layer, layout
         self._table = torch.arange(layout.pages, dtype=torch.int32)[None]
+        one_size = layout.size == layout.value_size
+        self._pool = layout.pool(tiers.memory) if one_size else None
         self._ahead = ahead
         self._keys: list[ExtentKey] = []
         self.length = 0
@@ -91,8 +93,8 @@ class ExtentLayer:
             run, start = divmod(self.length, self.span)
             count = min(k.shape[2] - done, self.span - start)
             rows = [x[:, :, done : done + count].contiguous() for x in (k, v)]
-            with self._tiers.edit(self._key(run)) as frame:
-                args = (*self._layout.views(frame), self._table, torch.tensor([start]), *rows)
+            with self._tiers.edit(self._key(run)):
+                args = (*self._pages([self._key(run)]), torch.tensor([start]), *rows)
                 callable_for("paged_append", args)(*args)
             self.length += count
             done += count
@@ -153,7 +155,7 @@ class ExtentLayer:
     @property
     def _at_once(self) -> int:
         """Extents of one call: their number must not change a bit, so a kernel may cut none of them."""
-        if self._layout.size != self._layout.value_size or self.span > WHOLE:
+        if self._pool is None or self.span > WHOLE:
             return 1
         return max(1, self._tiers.frames // 2)
 
@@ -182,22 +184,25 @@ class ExtentLayer:
         scale: float | None,
         places: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        """(attention [n, H, T, D], its log-sum-exp) over each of n pinned extents, or over int32 [n, m]
+        """(attention [n, H, T, D], its log-sum-exp) over each of n pinned extents, or over int32 [n, 1, m]
         places of each; tokens are counted from the first of an extent."""
         starts = torch.tensor([key.run * self.span for key in keys])
-        if len(keys) == 1:
-            pool = (*self._layout.views(self._tiers.frame(keys[0])), self._table)
-        else:
-            pool = self._layout.pool(*self._tiers.places(keys))
-        pooled = (q.expand(len(keys), -1, -1, -1), *pool, self.length - starts)
+        pooled = (q.expand(len(keys), -1, -1, -1), *self._pages(keys), self.length - starts)
         begin = None if first is None else first - starts
         if places is None:
             args: tuple[object, ...] = (*pooled, begin, None, scale)
             out, lse = callable_for("paged_attention", args)(*args)
             return out, lse
-        args = (*pooled, places[:, None], begin, scale)
+        args = (*pooled, places, begin, scale)
         out, lse = callable_for("token_attention", args)(*args)
         return out, lse
+
+    def _pages(self, keys: list[ExtentKey]) -> tuple[Tensor, Tensor, Tensor]:
+        """(keys, values, table) of pinned extents: of one alone where no pool holds them all."""
+        if self._pool is None:
+            (key,) = keys
+            return (*self._layout.views(self._tiers.frame(key)), self._table)
+        return self._pool.k, self._pool.v, self._pool.table(self._tiers.places(keys))
 
     def gather(self, part: int, places: Tensor) -> Tensor:
         """Copies [Hkv, m, D or E] of the keys (part = 0) or values (1) of int64 [Hkv, m] places, all held."""

@@ -49,7 +49,8 @@ class TierManager:
         self.extent_bytes = extent_bytes
         self.counters = TierCounters()
         self.frames = fast_bytes // extent_bytes
-        self._memory = aligned(self.frames * extent_bytes).view(self.frames, extent_bytes)
+        self.memory = aligned(self.frames * extent_bytes).view(self.frames, extent_bytes)
+        """The frames; only those of pinned extents may be read."""
         self._free = list(range(self.frames))
         self._extents: dict[ExtentKey, Placed] = {}
         self._order = Replacement(self.frames)
@@ -175,14 +176,10 @@ class TierManager:
 
     def frame(self, key: ExtentKey) -> Tensor:
         """The frame of a pinned extent, uint8 [extent_bytes]; TierError where it is not pinned."""
-        memory, places = self.places([key])
-        return memory[places[0]]
+        return self.memory[self.places([key])[0]]
 
-    def places(self, keys: Sequence[ExtentKey]) -> tuple[Tensor, list[int]]:
-        """(all frames, uint8 [frames, extent_bytes]; the numbers of those of pinned extents).
-
-        TierError where one is not pinned; no other frame may be read.
-        """
+    def places(self, keys: Sequence[ExtentKey]) -> list[int]:
+        """The numbers of the frames of pinned extents; TierError where one is not pinned."""
         found = []
         with self._changed:
             for key in keys:
@@ -190,7 +187,7 @@ class TierManager:
                 if entry is None or entry.frame is None or entry.loading is not None or not entry.pins:
                     raise TierError(f"extent {tuple(key)} is not pinned in the fast tier: fetch it and wait")
                 found.append(entry.frame)
-        return self._memory, found
+        return found
 
     def demote(self, keys: Sequence[ExtentKey]) -> None:
         """Move extents to the slow tier; only what it lacks is written. TierError where one is pinned."""
@@ -226,7 +223,7 @@ class TierManager:
         if key in self._extents or key.session not in self._stores:
             self._free.append(frame)
             return False
-        self._memory[frame].zero_()
+        self.memory[frame].zero_()
         self._extents[key] = entry = Placed(frame, pins=1)
         self._order.ask(key, entry)
         self._submit(Begun())
@@ -274,7 +271,7 @@ class TierManager:
             job.begun = True
             store = self._stores[job.session]
         try:
-            job.read(store, self._memory)
+            job.read(store, self.memory)
         finally:
             with self._changed:
                 for key, entry in job.parts:
@@ -299,7 +296,7 @@ class TierManager:
             self._threads.submit(begun.queue.items())
 
     def _writing(self, key: ExtentKey, entry: Placed) -> Job:
-        store, memory = self._stores[key.session], self._memory[entry.frame]
+        store, memory = self._stores[key.session], self.memory[entry.frame]
 
         def write() -> None:
             version, done, written = entry.version, False, False
@@ -354,7 +351,7 @@ class TierManager:
         """Whether anything was written; on an error the extent stays resident and changed."""
         if not entry.dirty or entry.frame is None:
             return False
-        written = self._stores[key.session].write(key, entry.version, self._memory[entry.frame])
+        written = self._stores[key.session].write(key, entry.version, self.memory[entry.frame])
         self._clean(key, entry)
         self.counters.bytes_written += self.extent_bytes if written else 0
         return written
