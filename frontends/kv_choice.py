@@ -44,10 +44,9 @@ class SharedChoice:
             raise OptionError(f"layer {layer}: no layer before it chose tokens in this step")
         return self._positions
 
-    def known_for(self, layer: int, length: int) -> Tensor | None:
-        """What `layer` is going to attend, where it was chosen in this step; None: everything."""
-        stays = layer < self.layers[0] or layer in self.layers or self._length != length
-        return None if stays or self.fits(length) else self._positions
+    def reuses(self, layer: int, length: int) -> bool:
+        """Whether `layer` attends what a layer before it chose."""
+        return not self.fits(length) and layer > self.layers[0] and layer not in self.layers
 
 
 class LessIsMoreLayer(PagedLayer):

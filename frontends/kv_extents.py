@@ -25,11 +25,33 @@ WHOLE = 8 * CHUNK
 def merged(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """(attention [1, H, T, D], its log-sum-exp) over all keys, from those over disjoint sets of them, each
     [n, H, T, ...]; 0 and -inf where there is none. One sum: it does not tell how the parts were grouped."""
-    each = torch.cat([lse for _, lse in parts])
-    lse = each.logsumexp(0, keepdim=True)
-    weights = torch.exp(each - lse.masked_fill(lse == float("-inf"), 0.0))
-    outs = torch.cat([out.to(lse.dtype) for out, _ in parts])
-    return (weights[..., None] * outs).sum(0, keepdim=True), lse
+    outs, each = (torch.cat(some) if len(parts) > 1 else some[0] for some in zip(*parts, strict=True))
+    most = each.amax(0, keepdim=True).clamp(min=torch.finfo(each.dtype).min)
+    weights = torch.exp(each - most)
+    total = weights.sum(0, keepdim=True)
+    out = (weights[..., None] * outs.to(each.dtype)).sum(0, keepdim=True)
+    return out / total.clamp(min=1.0)[..., None], most + total.log()  # the greatest weight is 1
+
+
+class Picked:
+    """Which extents hold some tokens of a sequence, and where in each: the same at every layer."""
+
+    def __init__(self, positions: Tensor, length: int, span: int) -> None:
+        """positions: int32 [m], -1 for unused entries; length: tokens held; span: tokens of an extent.
+        OptionError for positions that are not held."""
+        held = positions[positions >= 0].sort().values
+        if not len(held) or int(held[-1]) >= length:
+            raise OptionError(f"positions: expected at least one, all from 0 to {length - 1}")
+        runs, which, counts = torch.div(held, span, rounding_mode="floor").unique_consecutive(
+            return_inverse=True, return_counts=True
+        )
+        self.length = length
+        self.runs: list[int] = runs.tolist()
+        """The extents, ascending."""
+        self.places = torch.full((len(runs), 1, int(counts.max())), -1, dtype=torch.int32)
+        """int32 [n, 1, m]: of each extent, its places that are attended, ascending; -1 for unused entries."""
+        at = torch.arange(len(held)) - (counts.cumsum(0) - counts)[which]
+        self.places[which, 0, at] = held - runs.to(torch.int32)[which] * span
 
 
 class ExtentLayer:
@@ -47,7 +69,10 @@ class ExtentLayer:
             )
         self._tiers, self._session, self._layer, self._layout = tiers, session, layer, layout
         self._table = torch.arange(layout.pages, dtype=torch.int32)[None]
+        one_size = layout.size == layout.value_size
+        self._pool = layout.pool(tiers.memory) if one_size else None
         self._ahead = ahead
+        self._keys: list[ExtentKey] = []
         self.length = 0
         """Tokens held."""
 
@@ -68,8 +93,8 @@ class ExtentLayer:
             run, start = divmod(self.length, self.span)
             count = min(k.shape[2] - done, self.span - start)
             rows = [x[:, :, done : done + count].contiguous() for x in (k, v)]
-            with self._tiers.edit(self._key(run)) as frame:
-                args = (*self._layout.views(frame), self._table, torch.tensor([start]), *rows)
+            with self._tiers.edit(self._key(run)):
+                args = (*self._pages([self._key(run)]), torch.tensor([start]), *rows)
                 callable_for("paged_append", args)(*args)
             self.length += count
             done += count
@@ -80,54 +105,57 @@ class ExtentLayer:
         for run in range(self.runs, before):
             self._tiers.drop(self._key(run))
 
-    def wanted(self, positions: Tensor | None = None) -> list[ExtentKey]:
-        """The extents that hold `positions`, int32 [m] with -1 for unused entries; None: all; in order.
+    def pick(self, positions: Tensor) -> Picked:
+        """Where int32 [m] tokens of this sequence lie, -1 for unused entries. OptionError for positions that
+        are not held."""
+        return Picked(positions, self.length, self.span)
 
-        Positions that are not held yet count for nothing.
-        """
-        if positions is None:
-            return [self._key(run) for run in range(self.runs)]
-        held = positions[(positions >= 0) & (positions < self.length)]
-        return [self._key(int(run)) for run in torch.div(held, self.span, rounding_mode="floor").unique()]
+    def wanted(self, picked: Picked | None = None) -> list[ExtentKey]:
+        """The extents that hold what was picked; None: all; in order. Those not held yet are left out."""
+        while len(self._keys) < self.runs:
+            self._keys.append(ExtentKey(self._session, self._layer, len(self._keys)))
+        if picked is None:
+            return self._keys[: self.runs]
+        return [self._keys[run] for run in picked.runs if run < self.runs]
 
     def attend(
         self,
         q: Tensor,
         first: Tensor | None = None,
         scale: float | None = None,
-        positions: Tensor | None = None,
+        picked: Picked | None = None,
         then: Sequence[ExtentKey] = (),
         logits: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """(attention of the newest tokens q [1, H, T, D], its log-sum-exp [1, H, T]).
 
-        first: int64 [1], where the padding ends. positions: int32 [m], the tokens that are attended, -1 for
-        unused entries; None: all. then: extents that will be wanted next. logits: float32 [H, S], filled with
-        the products of one query and the keys held.
+        first: int64 [1], where the padding ends. picked: the tokens that are attended; None: all. then:
+        extents that will be wanted next. logits: float32 [H, S], filled with the products of one query and
+        the keys held.
         With one query a few extents are pinned and attended by one call, at most half of the fast tier; with
-        more, one at a time, as their parts are large. The next ones are read meanwhile. OptionError for
-        positions that are not held.
+        more, one at a time, as their parts are large. The next ones are read meanwhile. OptionError where
+        tokens were picked that are not held.
         """
-        if positions is not None and not (
-            bool((positions >= 0).any()) and int(positions.max()) < self.length
-        ):
-            raise OptionError(f"positions: expected at least one, all from 0 to {self.length - 1}")
+        if picked is not None and picked.length > self.length:
+            raise OptionError(f"tokens were picked of {picked.length}: {self.length} are held")
         parts: list[tuple[Tensor, Tensor]] = []
-        for keys in self._in_turn(self.wanted(positions), then, self._at_once if q.shape[2] == 1 else 1):
-            starts = torch.tensor([key.run * self.span for key in keys])
-            parts.append(self._attend_some(q, keys, starts, first, scale, positions))
+        done = 0
+        for keys in self._in_turn(self.wanted(picked), then, self._at_once if q.shape[2] == 1 else 1):
+            places = None if picked is None else picked.places[done : done + len(keys)]
+            parts.append(self._attend_some(q, keys, first, scale, places))
             if logits is not None:
                 for key in keys:
                     self._rank_one(q, self._tiers.frame(key), key.run * self.span, logits)
             if q.shape[2] > 1:
                 parts = [merged(parts)]
+            done += len(keys)
         out, lse = merged(parts)
         return out.to(q.dtype), lse
 
     @property
     def _at_once(self) -> int:
         """Extents of one call: their number must not change a bit, so a kernel may cut none of them."""
-        if self._layout.size != self._layout.value_size or self.span > WHOLE:
+        if self._pool is None or self.span > WHOLE:
             return 1
         return max(1, self._tiers.frames // 2)
 
@@ -141,8 +169,8 @@ class ExtentLayer:
             end = at + len(some)
             ticket = self._tiers.fetch(some)  # pinned before the hints below can evict it
             try:
-                self._tiers.prefetch(coming[max(hinted, end) : end + self._ahead])
-                hinted = end + self._ahead
+                start = max(hinted, end)
+                hinted = start + len(self._tiers.prefetch(coming[start : end + self._ahead]).keys)
                 self._tiers.wait(ticket)
                 yield some
             finally:
@@ -152,40 +180,37 @@ class ExtentLayer:
         self,
         q: Tensor,
         keys: list[ExtentKey],
-        starts: Tensor,
         first: Tensor | None,
         scale: float | None,
-        positions: Tensor | None,
+        places: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        """(attention [n, H, T, D], its log-sum-exp) over each of n pinned extents whose first tokens are
-        `starts`; places are counted from there."""
-        if len(keys) == 1:
-            pool = (*self._layout.views(self._tiers.frame(keys[0])), self._table)
-        else:
-            pool = self._layout.pool(*self._tiers.places(keys))
-        pooled = (q.expand(len(keys), -1, -1, -1), *pool, self.length - starts)
+        """(attention [n, H, T, D], its log-sum-exp) over each of n pinned extents, or over int32 [n, 1, m]
+        places of each; tokens are counted from the first of an extent."""
+        starts = torch.tensor([key.run * self.span for key in keys])
+        pooled = (q.expand(len(keys), -1, -1, -1), *self._pages(keys), self.length - starts)
         begin = None if first is None else first - starts
-        if positions is None:
+        if places is None:
             args: tuple[object, ...] = (*pooled, begin, None, scale)
             out, lse = callable_for("paged_attention", args)(*args)
             return out, lse
-        args = (*pooled, self._listed(positions, starts)[:, None], begin, scale)
+        args = (*pooled, places, begin, scale)
         out, lse = callable_for("token_attention", args)(*args)
         return out, lse
 
-    def _listed(self, positions: Tensor, starts: Tensor) -> Tensor:
-        """int32 [n, m]: of each extent, the places that `positions` names; -1 for unused entries."""
-        here = positions[None] - starts[:, None].to(torch.int32)
-        inside = (here >= 0) & (here < self.span) & (positions >= 0)
-        order = (~inside).to(torch.uint8).argsort(dim=1, stable=True)[:, : int(inside.sum(1).max())]
-        return here.masked_fill(~inside, -1).gather(1, order)
+    def _pages(self, keys: list[ExtentKey]) -> tuple[Tensor, Tensor, Tensor]:
+        """(keys, values, table) of pinned extents: of one alone where no pool holds them all."""
+        if self._pool is None:
+            (key,) = keys
+            return (*self._layout.views(self._tiers.frame(key)), self._table)
+        return self._pool.k, self._pool.v, self._pool.table(self._tiers.places(keys))
 
     def gather(self, part: int, places: Tensor) -> Tensor:
         """Copies [Hkv, m, D or E] of the keys (part = 0) or values (1) of int64 [Hkv, m] places, all held."""
         heads = torch.arange(self._layout.heads)[:, None].expand_as(places)
         size = (self._layout.size, self._layout.value_size)[part]
         rows = torch.empty(*places.shape, size, dtype=self._layout.dtype)
-        for (key,) in self._in_turn(self.wanted(places.flatten()), (), 1):
+        runs = torch.div(places, self.span, rounding_mode="floor").unique().tolist()
+        for (key,) in self._in_turn([self._key(run) for run in runs], (), 1):
             here = places - key.run * self.span
             inside = (here >= 0) & (here < self.span)
             held, at = self._layout.views(self._tiers.frame(key))[part], here[inside]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tilewright.compiler.diagnostics import OptionError
 from tilewright.frontends.kv_choice import SharedChoice
-from tilewright.frontends.kv_extents import ExtentLayer
+from tilewright.frontends.kv_extents import ExtentLayer, Picked
 from tilewright.frontends.kv_layer import PagedLayer
 from tilewright.passes.memory.offload_kv import OffloadKV
 from tilewright.runtime.kv_store.extents import ExtentFile, ExtentLayout, ExtentStore
@@ -34,6 +34,7 @@ class Placement:
         """Makes the slow tier of one sequence; another may be set before anything is stored."""
         self._tiers: TierManager | None = None
         self._sessions: list[int] = []
+        self._picked: tuple[Tensor, list[Picked]] | None = None
         self.label = ""
         """What the slow tier is; empty before it was opened."""
 
@@ -62,6 +63,22 @@ class Placement:
             self._sessions = [self._tiers.open_session() for _ in range(batch)]
         return self._tiers, self._sessions
 
+    def picked(self, positions: Tensor, rows: ExtentRows) -> list[Picked]:
+        """Where int32 [B, 1, m] tokens of the sequences lie: found once for all layers that attend them."""
+        if self._picked is None or self._picked[0] is not positions:
+            self._picked = positions, [row.pick(positions[i, 0]) for i, row in enumerate(rows.rows)]
+        return self._picked[1]
+
+    @property
+    def latest(self) -> list[Picked] | None:
+        """Where the tokens lie that were chosen last."""
+        return None if self._picked is None else self._picked[1]
+
+    def announce(self, keys: Sequence[ExtentKey]) -> None:
+        """These extents will be wanted."""
+        if self._tiers is not None:
+            self._tiers.prefetch(keys)
+
     def statistics(self) -> dict[str, Any]:
         """Of this cache so far: what moved (`TierCounters`), the bytes resident, the most they may be, and
         those that a policy holds in memory beside them."""
@@ -83,7 +100,7 @@ class Placement:
         """Give back both tiers; twice is fine."""
         if self._tiers is not None:
             self._tiers.close()
-        self._tiers, self._sessions = None, []
+        self._tiers, self._sessions, self._picked = None, [], None
 
 
 class ExtentRows:
@@ -175,6 +192,9 @@ class OffloadedLayer(PagedLayer):
             logits = torch.full((q.shape[0], q.shape[1], length), float("-inf"))
             out = self._attend(q, first, scale, None, logits)
             choice.choose(logits, torch.tensor(self.rows.lengths), first)
+            if (positions := choice.of(self.index, length)) is not None:
+                self.placement.picked(positions, self.rows)
+                self.placement.announce(self._coming(len(self.rows.rows) - 1))
             return out
         return self._attend(q, first, scale, choice.of(self.index, length), None)
 
@@ -187,32 +207,37 @@ class OffloadedLayer(PagedLayer):
         logits: Tensor | None,
     ) -> Tensor:
         outs = []
+        picked = None if positions is None else self.placement.picked(positions, self.rows)
         for i, row in enumerate(self.rows.rows):
             out, _ = row.attend(
                 q[i : i + 1],
                 None if first is None else first[i : i + 1],
                 scale,
-                None if positions is None else positions[i, 0],
-                self._coming(i),
+                None if picked is None else picked[i],
+                self._coming(i, q.shape[2]),
                 None if logits is None else logits[i],
             )
             outs.append(out)
-        return torch.cat(outs)
+        return torch.cat(outs) if len(outs) > 1 else outs[0]
 
-    def _coming(self, row: int) -> list[ExtentKey]:
-        """Extents that will be wanted after those of a sequence at this layer: of the next sequence, or of
-        the next layer, as far as that is known."""
-        rows = self.rows.rows
-        count = self.placement.policy.prefetch
-        if row + 1 < len(rows):
-            return rows[row + 1].wanted()[:count]
-        following = self.placement.layers[self.index + 1 :]
-        if not following or following[0]._rows is None:
-            return []
-        after = following[0]
-        length = self.get_seq_length()
-        positions = None if self.choice is None else self.choice.known_for(after.index, length)
-        return after.rows.rows[0].wanted(None if positions is None else positions[0, 0])[:count]
+    def _coming(self, row: int, tokens: int = 1) -> list[ExtentKey]:
+        """Extents that will be wanted after those of a sequence at this layer: of the next sequences, of the
+        next layers, and of the first ones for the next `tokens`; for a layer whose tokens are not chosen yet
+        those of the latest choice."""
+        layers, count = self.placement.layers, self.placement.policy.prefetch
+        found = self._foreseen(row + 1, tokens)
+        for layer in (*layers[self.index + 1 :], *layers[: self.index]):
+            if len(found) >= count or layer._rows is None:
+                break
+            found += layer._foreseen(0, tokens)
+        return found[:count]
+
+    def _foreseen(self, start: int, tokens: int) -> list[ExtentKey]:
+        choice, picked = self.choice, self.placement.latest
+        if choice is None or tokens > 1 or not choice.reuses(self.index, self.get_seq_length()):
+            picked = None
+        rows = enumerate(self.rows.rows[start:], start)
+        return [key for i, row in rows for key in row.wanted(None if picked is None else picked[i])]
 
     def reset(self) -> None:
         """Forget everything."""

@@ -206,7 +206,7 @@ class OffloadedShadowLayer(OffloadedLayer):
         v = torch.cat([outline.values, row.gather(1, begin + at)], 1)[None]
         chosen = shadows.attended(q, k, v, torch.ones(1, heads, k.shape[2], dtype=torch.bool), scale)
         tail = torch.arange(begin + len(outline.codes), row.length, dtype=torch.int32)
-        out, _ = merged([chosen, row.attend(q, None, scale, tail, then)])
+        out, _ = merged([chosen, row.attend(q, None, scale, row.pick(tail), then)])
         return out.to(q.dtype)
 
     def crop(self, tokens_to_remove: int) -> None:

@@ -24,6 +24,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from tilewright.runtime.kv_store.errors import KVStoreError
@@ -91,6 +92,27 @@ class FileIO:
 
 
 @dataclass(frozen=True)
+class ExtentPool:
+    """Frames of extents as pools of pages, k and v [N, Hkv, P, D].
+
+    Entries are as close as the sizes of pages and extents allow: pages named by other entries overlap.
+    """
+
+    k: Tensor
+    v: Tensor
+    step: int
+    """Entries from one frame to the next."""
+    pages: NDArray[np.int32]
+    """Of each page of an extent, entries from the first."""
+
+    def table(self, frames: list[int]) -> Tensor:
+        """int32 [n, pages]: entry [i, p] is page p of the extent in frames[i]."""
+        # By numpy, which keeps the interpreter: transfer threads would take it at each of these steps.
+        starts = np.array(frames, dtype=np.int32)[:, None] * np.int32(self.step)
+        return torch.from_numpy(starts + self.pages)
+
+
+@dataclass(frozen=True)
 class ExtentLayout:
     """How `pages` pages of a layer lie in an extent: k [pages, Hkv, P, D], then v [pages, Hkv, P, E]."""
 
@@ -141,13 +163,9 @@ class ExtentLayout:
             v.view(self.pages, self.heads, self.page, self.value_size),
         )
 
-    def pool(self, extents: Tensor, places: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-        """(k [N, Hkv, P, D], v [N, Hkv, P, D], table int32 [n, pages]) of uint8 [frames, extent_bytes].
-
-        Entry table[i, p] is page p of extent places[i], in the memory where it lies: entries are as close as
-        the sizes of pages and extents allow, so that pages named by other entries overlap. KVStoreError
-        where keys and values differ in size: no table would serve both.
-        """
+    def pool(self, extents: Tensor) -> ExtentPool:
+        """The pages of uint8 [frames, extent_bytes], in the memory where they lie. KVStoreError where keys
+        and values differ in size: no table would serve both."""
         if self.size != self.value_size:
             raise KVStoreError(f"keys of {self.size} and values of {self.value_size}: expected one size")
         page, extent = self.heads * self.page * self.size, self.extent_bytes // self.dtype.itemsize
@@ -159,8 +177,7 @@ class ExtentLayout:
         k, v = (
             flat.as_strided(shape, strides, flat.storage_offset() + start) for start in (0, self.pages * page)
         )
-        table = torch.tensor(places)[:, None] * (extent // step) + torch.arange(self.pages) * (page // step)
-        return k, v, table.to(torch.int32)
+        return ExtentPool(k, v, extent // step, np.arange(self.pages, dtype=np.int32) * (page // step))
 
     def pack(self, k_pages: Tensor, v_pages: Tensor, pages: list[int], extent: Tensor) -> None:
         """Copy up to `self.pages` pages of a layer's pools into an extent, in the order given."""

@@ -7,7 +7,6 @@ byte: an extent is read where it lies, in its frame, and comes back from the slo
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -15,7 +14,8 @@ from torch import Tensor
 
 from tilewright.runtime.kv_store.errors import KVStoreError
 from tilewright.runtime.kv_store.extents import ExtentError, ExtentStore, aligned
-from tilewright.runtime.kv_store.tier_state import ExtentKey, Fetch, Placed, TierCounters
+from tilewright.runtime.kv_store.replacement import Replacement
+from tilewright.runtime.kv_store.tier_state import Begun, ExtentKey, Fetch, Placed, Reading, TierCounters
 from tilewright.runtime.kv_store.transfers import Job, TransferThreads, Urgency
 
 
@@ -24,10 +24,11 @@ class TierError(KVStoreError):
 
 
 class TierManager:
-    """Frames of the fast tier, least recently used out first. Safe to use from several threads.
+    """Frames of the fast tier; `Replacement` says who leaves. Safe to use from several threads.
 
-    Transfers run on the transfer threads. Changed extents that are next to be evicted are written ahead; one
-    that comes to its eviction unwritten is written by the thread that needs the frame, with the manager held.
+    Transfers run on the transfer threads. Changed extents are written ahead until half of the frames could be
+    had without a write; one that comes to its eviction unwritten is written by the thread that asks for the
+    frame, with the manager held, and only for a demand.
     A write ahead that fails leaves its extent as it was, resident and changed: the error is that of the
     write at its eviction, which only its own session makes; another session takes another extent.
     """
@@ -48,15 +49,15 @@ class TierManager:
         self.extent_bytes = extent_bytes
         self.counters = TierCounters()
         self.frames = fast_bytes // extent_bytes
-        self._memory = aligned(self.frames * extent_bytes).view(self.frames, extent_bytes)
+        self.memory = aligned(self.frames * extent_bytes).view(self.frames, extent_bytes)
+        """The frames; only those of pinned extents may be read."""
         self._free = list(range(self.frames))
         self._extents: dict[ExtentKey, Placed] = {}
-        self._recent: OrderedDict[ExtentKey, None] = OrderedDict()
-        """Extents that have a frame, least recently used first."""
-        self._changes: OrderedDict[ExtentKey, None] = OrderedDict()
-        """Those of them to be written ahead, in the same order."""
-        self._requests = self._evicted = 0
-        """Of an extent to be in its frame; the number of the latest that evicted one."""
+        self._order = Replacement(self.frames)
+        self._writes = 0
+        """Under way."""
+        self._evicted = 0
+        """When one was last evicted, counted in extents asked for."""
         self._stores: dict[int, ExtentStore] = {}
         self._sessions = 0
         self._open_store = open_store
@@ -112,8 +113,6 @@ class TierManager:
                 entry = self._extents[key]
                 entry.version += 1
                 entry.dirty = True
-                self._changes[key] = None
-                self._use(key, entry)
                 self.release(ticket)
 
     @contextmanager
@@ -129,33 +128,32 @@ class TierManager:
     def fetch(self, keys: Sequence[ExtentKey], urgency: Urgency = Urgency.DEMAND) -> Fetch:
         """Begin to make extents resident. On demand they are pinned, from now until `release`.
 
-        A prefetch pins nothing, and is given up for an extent that finds no frame (counted). KVStoreError
-        for an unknown extent, TierError where a demand finds every frame pinned: nothing is pinned then.
+        A prefetch pins nothing, and ends before the first extent that finds no frame; the rest is counted.
+        KVStoreError for an unknown extent, TierError where a demand finds every frame pinned: nothing is
+        pinned then.
         """
         demand = urgency is Urgency.DEMAND
-        jobs: list[Job] = []
-        queue: list[tuple[Job, Urgency]] = []
+        jobs: dict[Job, None] = {}
         with self._changed:
             for key in keys:
                 if key not in self._extents:
                     raise KVStoreError(f"there is no extent {tuple(key)}")
-            pinned: list[ExtentKey] = []
+            begun, here = Begun(sum(self._extents[key].frame is None for key in keys)), 0
             try:
                 for key in keys:
-                    if job := self._begin(key, urgency, queue):
-                        jobs.append(job)
-                    if demand:
-                        self._extents[key].pins += 1
-                        pinned.append(key)
+                    if not self._begin(key, urgency, begun):
+                        self.counters.dropped += len(keys) - here
+                        break
+                    if (job := self._extents[key].loading) is not None:
+                        jobs[job] = None
+                    here += 1
             except KVStoreError:
-                for key in pinned:
-                    self._extents[key].pins -= 1
+                if demand:
+                    self._unpin(keys[:here])
                 raise
             finally:
-                self._write_ahead(queue)
-                if queue:
-                    self._threads.submit(queue)
-        return Fetch(keys, jobs, pinned=demand)
+                self._submit(begun)
+        return Fetch(keys[:here], list(jobs), pinned=demand)
 
     def prefetch(self, keys: Sequence[ExtentKey]) -> Fetch:
         """A hint: begin to make extents resident, after everything asked for on demand."""
@@ -174,19 +172,14 @@ class TierManager:
         with self._changed:
             if ticket.pinned:
                 ticket.pinned = False
-                for key in ticket.keys:
-                    self._extents[key].pins -= 1
+                self._unpin(ticket.keys)
 
     def frame(self, key: ExtentKey) -> Tensor:
         """The frame of a pinned extent, uint8 [extent_bytes]; TierError where it is not pinned."""
-        memory, places = self.places([key])
-        return memory[places[0]]
+        return self.memory[self.places([key])[0]]
 
-    def places(self, keys: Sequence[ExtentKey]) -> tuple[Tensor, list[int]]:
-        """(all frames, uint8 [frames, extent_bytes]; the numbers of those of pinned extents).
-
-        TierError where one is not pinned; no other frame may be read.
-        """
+    def places(self, keys: Sequence[ExtentKey]) -> list[int]:
+        """The numbers of the frames of pinned extents; TierError where one is not pinned."""
         found = []
         with self._changed:
             for key in keys:
@@ -194,7 +187,7 @@ class TierManager:
                 if entry is None or entry.frame is None or entry.loading is not None or not entry.pins:
                     raise TierError(f"extent {tuple(key)} is not pinned in the fast tier: fetch it and wait")
                 found.append(entry.frame)
-        return self._memory, found
+        return found
 
     def demote(self, keys: Sequence[ExtentKey]) -> None:
         """Move extents to the slow tier; only what it lacks is written. TierError where one is pinned."""
@@ -230,87 +223,80 @@ class TierManager:
         if key in self._extents or key.session not in self._stores:
             self._free.append(frame)
             return False
-        self._memory[frame].zero_()
+        self.memory[frame].zero_()
         self._extents[key] = entry = Placed(frame, pins=1)
-        self._use(key, entry)
-        queue: list[tuple[Job, Urgency]] = []
-        self._write_ahead(queue)
-        if queue:
-            self._threads.submit(queue)
+        self._order.ask(key, entry)
+        self._submit(Begun())
         return True
 
-    def _use(self, key: ExtentKey, entry: Placed) -> None:
-        """Make a resident extent the last to be evicted."""
-        self._requests += 1
-        entry.used = self._requests
-        for order in (self._recent, self._changes) if key in self._changes else (self._recent,):
-            order[key] = None
-            order.move_to_end(key)
-
-    def _begin(self, key: ExtentKey, urgency: Urgency, queue: list[tuple[Job, Urgency]]) -> Job | None:
-        """Queue the read of an extent that needs one; the job to wait for, if any. Runs held."""
+    def _begin(self, key: ExtentKey, urgency: Urgency, begun: Begun) -> bool:
+        """Whether an extent is resident or on its way, and pinned on demand; False for want of a frame. Runs
+        held."""
         entry, demand = self._extents[key], urgency is Urgency.DEMAND
         if entry.frame is None:
-            frame = self._await_frame(key) if demand else self._take_frame(key)
+            frame = self._await_frame(key) if demand else self._take_frame(key, urgency)
             if frame is None:
-                self.counters.dropped += 1
-                return None
+                return False
             if self._extents.get(key) is not entry:
                 self._free.append(frame)
                 raise KVStoreError(f"extent {tuple(key)} was dropped while it was fetched")
             if entry.frame is not None:  # another thread fetched it while this one waited
                 self._free.append(frame)
-            else:
-                self.counters.misses += demand
-                self.counters.prefetched += not demand
-                entry.frame, entry.loading = frame, self._reading(key, entry, frame)
-                queue.append((entry.loading, urgency))
-                self._use(key, entry)
-                return entry.loading
-        self._use(key, entry)
-        if entry.loading is None:
+                return self._begin(key, urgency, begun)
+            self.counters.misses += demand
+            self.counters.prefetched += not demand
+            entry.frame = frame
+            begun.read(key, entry, urgency, self._read)
+        elif entry.loading is None:
             self.counters.hits += demand
         elif demand:
             self.counters.late += 1
-            queue.append((entry.loading, urgency))  # before the other prefetches
-        return entry.loading
+            begun.queue[entry.loading] = urgency  # before the other prefetches
+        if demand:
+            entry.pins += 1
+            self._order.ask(key, entry)
+        else:
+            self._order.announce(key, entry)
+        return True
 
-    def _reading(self, key: ExtentKey, entry: Placed, frame: int) -> Job:
-        store, memory = self._stores[key.session], self._memory[frame]
+    def _unpin(self, keys: Sequence[ExtentKey]) -> None:
+        for key in keys:
+            entry = self._extents[key]
+            entry.pins -= 1
+            if not entry.pins and entry.frame is not None:
+                self._order.rest(key, entry)
 
-        def read() -> None:
-            whole = False
-            try:
-                store.read(key, memory)
-                whole = True
-            finally:
-                with self._changed:
+    def _read(self, job: Reading) -> None:
+        with self._changed:
+            job.begun = True
+            store = self._stores[job.session]
+        try:
+            job.read(store, self.memory)
+        finally:
+            with self._changed:
+                for key, entry in job.parts:
                     entry.loading = None
-                    if whole:
+                    if key in job.whole:
                         self.counters.bytes_read += self.extent_bytes
                     else:
                         self.counters.failed += 1
                         self._vacate(key, entry)
-                    self._changed.notify_all()
+                self._changed.notify_all()
 
-        return Job(read)
+    def _submit(self, begun: Begun) -> None:
+        """Hand transfers to the threads, with writes ahead while extents are evicted at all."""
+        if not self._free and self._order.asked - self._evicted <= self.frames:
+            lacking = max(1, self.frames // 2) - len(self._order.clean) - self._writes
+            for key, entry in self._order.to_write(lacking):
+                entry.tried = entry.version
+                entry.writing = self._writing(key, entry)
+                begun.queue[entry.writing] = Urgency.WRITE
+                self._writes += 1
+        if begun.queue:
+            self._threads.submit(begun.queue.items())
 
-    def _write_ahead(self, queue: list[tuple[Job, Urgency]]) -> None:
-        """Queue writes of the changed extents in the half of the frames that goes first, while extents are
-        evicted at all. Each is tried once after a change."""
-        if self._free or self._requests - self._evicted > self.frames:
-            return
-        for key in tuple(self._changes):
-            entry = self._extents[key]
-            if self._requests - entry.used < self.frames // 2:
-                return
-            if not entry.pins and not entry.moving and entry.frame is not None:
-                del self._changes[key]
-                entry.writing = self._writing(key, entry, self._memory[entry.frame])
-                queue.append((entry.writing, Urgency.WRITE))
-
-    def _writing(self, key: ExtentKey, entry: Placed, memory: Tensor) -> Job:
-        store = self._stores[key.session]
+    def _writing(self, key: ExtentKey, entry: Placed) -> Job:
+        store, memory = self._stores[key.session], self.memory[entry.frame]
 
         def write() -> None:
             version, done, written = entry.version, False, False
@@ -320,18 +306,19 @@ class TierManager:
             finally:
                 with self._changed:
                     entry.writing = None
+                    self._writes -= 1
                     self.counters.failed += not done
                     self.counters.written_ahead += written
                     self.counters.bytes_written += self.extent_bytes if written else 0
                     if done and entry.version == version:
-                        entry.dirty = False
+                        self._clean(key, entry)
                     self._changed.notify_all()
 
         return Job(write)
 
     def _await_frame(self, key: ExtentKey) -> int:
         """A frame, waiting for prefetches under way if there is no other; TierError where all are pinned."""
-        while (frame := self._take_frame(key)) is None:
+        while (frame := self._take_frame(key, Urgency.DEMAND)) is None:
             if not any(e.moving and not e.pins for e in self._extents.values()):
                 raise TierError(
                     f"no frame for extent {tuple(key)}: all {self.frames} of the fast tier are pinned, or of "
@@ -340,47 +327,46 @@ class TierManager:
             self._changed.wait()
         return frame
 
-    def _take_frame(self, wanted: ExtentKey) -> int | None:
-        """A free frame, evicting the least recently used extent that may go; None where none may.
+    def _take_frame(self, wanted: ExtentKey, urgency: Urgency) -> int | None:
+        """A free frame, evicting an extent that may go; None where none may.
 
         ExtentError where it is of the session of `wanted` and cannot be written.
         """
-        if not self._free:
-            for key in self._recent:
-                entry = self._extents[key]
-                if entry.pins or entry.moving:
-                    continue
-                try:
-                    self._evict(key, entry)
-                except ExtentError:
-                    if key.session == wanted.session:
-                        raise
-                    continue  # its own session is told when it asks for a frame
+        for key in self._order.victims(urgency is Urgency.DEMAND) if not self._free else ():
+            try:
+                self._evict(key, self._extents[key])
                 break
+            except ExtentError:
+                if key.session == wanted.session:
+                    raise  # another session is told when it asks for a frame itself
         return self._free.pop() if self._free else None
 
     def _evict(self, key: ExtentKey, entry: Placed) -> None:
         if not self._write_back(key, entry):
             self.counters.clean_evictions += 1
-        self._evicted = self._requests
+        self._evicted = self._order.asked
         self._vacate(key, entry)
 
     def _write_back(self, key: ExtentKey, entry: Placed) -> bool:
         """Whether anything was written; on an error the extent stays resident and changed."""
         if not entry.dirty or entry.frame is None:
             return False
-        written = self._stores[key.session].write(key, entry.version, self._memory[entry.frame])
-        entry.dirty = False
-        self._changes.pop(key, None)
+        written = self._stores[key.session].write(key, entry.version, self.memory[entry.frame])
+        self._clean(key, entry)
         self.counters.bytes_written += self.extent_bytes if written else 0
         return written
+
+    def _clean(self, key: ExtentKey, entry: Placed) -> None:
+        """The slow tier has an extent as it is."""
+        entry.dirty = False
+        if entry.order is self._order.changed:
+            self._order.rest(key, entry)
 
     def _vacate(self, key: ExtentKey, entry: Placed) -> None:
         if entry.frame is not None:
             self._free.append(entry.frame)
             entry.frame = None
-            del self._recent[key]
-            self._changes.pop(key, None)
+            self._order.leave(key, entry)
 
     def _settled(self, key: ExtentKey) -> Placed:
         """An extent that nothing is moving; KVStoreError where it does not exist."""

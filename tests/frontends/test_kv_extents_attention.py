@@ -71,13 +71,13 @@ def test_chosen_runs_are_what_is_attended(tmp_path):
     kept = torch.tensor([3, 600, 601, 256, TOKENS - 1, 639])
     read = tiers.counters.misses + tiers.counters.prefetched
     listed = torch.cat([kept, torch.tensor([-1, -1])]).to(torch.int32)
-    out, lse = layer.attend(queries[0], positions=listed)
+    out, lse = layer.attend(queries[0], picked=layer.pick(listed))
     for got, exact in zip((out, lse), reference(queries[0], k[:, :, kept], v[:, :, kept]), strict=True):
         torch.testing.assert_close(got, exact, rtol=0, atol=2e-6)
     assert tiers.counters.misses + tiers.counters.prefetched - read <= 4, "only their extents are read"
     for wrong in ([], [-1], [TOKENS]):
         with pytest.raises(OptionError, match=f"expected at least one, all from 0 to {TOKENS - 1}"):
-            layer.attend(queries[0], positions=torch.tensor(wrong, dtype=torch.int32))
+            layer.pick(torch.tensor(wrong, dtype=torch.int32))
     tiers.close()
 
 
@@ -106,7 +106,7 @@ def test_how_many_extents_share_a_call_changes_no_bit(tmp_path, layout, threads)
             tiers = TierManager(frames * size, size, lambda: ExtentFile(tmp_path / "kv", size))
             layer = ExtentLayer(tiers, tiers.open_session(), 0, layout)
             layer.append(k, v)
-            found.append([*layer.attend(q, first), *layer.attend(q, first, positions=chosen)])
+            found.append([*layer.attend(q, first), *layer.attend(q, first, picked=layer.pick(chosen))])
             tiers.close()
     finally:
         torch.set_num_threads(before)
@@ -118,6 +118,19 @@ def test_how_many_extents_share_a_call_changes_no_bit(tmp_path, layout, threads)
     for got, seen in ((found[0][0], at), (found[0][2], at & among)):
         exact = F.scaled_dot_product_attention(q, k, v, seen[None], enable_gqa=True)
         torch.testing.assert_close(got, exact, rtol=0, atol=2e-6)
+
+
+def test_picked_tokens_are_named_by_extent_and_place(tmp_path):
+    tiers, layer = layer_of(tmp_path, 3)
+    positions = torch.tensor([700, -1, 5, 64, 127, 3, -1, 701, 66, 702, 1000], dtype=torch.int32)
+    picked = layer.pick(positions)
+    assert picked.runs == [0, 1, 10, 15]
+    assert picked.places[:, 0].tolist() == [[3, 5, -1], [0, 2, 63], [60, 61, 62], [40, -1, -1]]
+    layer.crop(900)
+    assert [key.run for key in layer.wanted(picked)] == [0, 1, 10], "as far as they are held"
+    with pytest.raises(OptionError, match=f"picked of {TOKENS}: 900 are held"):
+        layer.attend(rows()[0][0], picked=picked)
+    tiers.close()
 
 
 def test_several_queries_padding_and_logits(tmp_path):

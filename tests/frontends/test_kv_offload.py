@@ -15,6 +15,7 @@ from tilewright.compiler.diagnostics import OptionError
 from tilewright.frontends.kv_choice import SharedChoice
 from tilewright.passes.memory.lessismore_kv import LessIsMoreKV
 from tilewright.runtime.kv_store.extents import ExtentError, FileIO
+from tilewright.runtime.kv_store.transfers import TransferThreads
 
 LAYERS = 4
 EXTENT = 8192
@@ -79,6 +80,32 @@ def test_placement_and_prefetch_change_no_bit(chosen: str, tmp_path: Path) -> No
         assert torch.equal(other.sequences, found[0].sequences)
         for ours, theirs in zip(other.logits, found[0].logits, strict=True):
             assert torch.equal(ours, theirs)
+
+
+class PromptThreads(TransferThreads):
+    """Transfers end before anything else happens, so that counts are the same on every machine."""
+
+    def submit(self, jobs: Any) -> None:
+        for job, _ in list(jobs):
+            job.run()
+
+
+@pytest.mark.parametrize("chosen", ["", ",lessismore-kv{budget=120,select_layers=0x2}"])
+def test_every_extent_is_announced_before_it_is_wanted(
+    chosen: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Across sequences, layers and steps: 40 extents through 24 frames, and none is waited for unasked."""
+    monkeypatch.setattr("tilewright.runtime.kv_store.tier.TransferThreads", PromptThreads)
+    model, ids = make_model(), prompts(2)["input_ids"]
+    with torch.no_grad(), tw.kv_cache(model, offload(24, tmp_path, prefetch=6) + chosen) as cache:
+        model(ids, past_key_values=cache)
+        moved = []
+        for _ in range(8):
+            model(ids[:, -1:], past_key_values=cache)
+            moved.append(cache.statistics())
+        assert moved[-1]["misses"] == moved[3]["misses"]
+        read = moved[-1]["bytes_read"] - moved[3]["bytes_read"]
+        assert 0 < read < 4 * 30 * EXTENT, "what fits beside the layer at work stays"
 
 
 @pytest.mark.parametrize("batch", [1, 3])

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import json
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -107,13 +110,23 @@ def drive(tokens: int, fast: int, folder: Path, budget: int, steps: int) -> tupl
     return kept_bytes, peak_bytes
 
 
+def measure(fast: int, folder: Path) -> tuple[int, int, int]:
+    """(bytes kept between steps, most within one, those that ranking takes) of 65,536 tokens."""
+    drive(4096, 4 << 20, folder / "small", 256, 1)  # kernels and threads take their memory here
+    kept, peak = drive(65536, fast, folder / "large", 1024, 2)
+    # The logits of the layer that chooses and their masked copy; what each thread sorts of one head.
+    return kept, peak, 2 * HEADS * 65536 * 4 + torch.get_num_threads() * 65536 * 16
+
+
 @pytest.mark.slow
 def test_64k_tokens_within_a_tenth_over_the_fast_tier(tmp_path: Path) -> None:
-    drive(4096, 4 << 20, tmp_path / "small", 256, 1)  # kernels and threads take their memory here
     fast = 64 << 20
-    kept, peak = drive(65536, fast, tmp_path / "large", 1024, 2)
-    # The logits of the layer that chooses and their masked copy; what each thread sorts of one head.
-    scores = 2 * HEADS * 65536 * 4 + torch.get_num_threads() * 65536 * 16
+    # In a process of its own: what other tests freed is given back, and counted against us, at any time.
+    ran = subprocess.run(
+        [sys.executable, __file__, str(fast), str(tmp_path)], capture_output=True, text=True, timeout=600
+    )
+    assert ran.returncode == 0, ran.stderr
+    kept, peak, scores = json.loads(ran.stdout)
     assert fast * 0.9 < kept <= fast * 1.1, f"{kept / fast:.3f} of fast_bytes between steps"
     assert kept < peak <= fast * 1.1 + scores, f"{peak / fast:.3f} of fast_bytes at most"
 
@@ -151,3 +164,7 @@ def test_shadow_kv_holds_its_outline_and_no_keys(tmp_path: Path) -> None:
     keys = tokens * KEY_HEADS * SIZE * 4
     assert beside == outline < 0.3 * keys
     assert fast < kept <= fast + outline + keys // 4
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure(int(sys.argv[1]), Path(sys.argv[2]))))
