@@ -1,4 +1,4 @@
-"""C++ for linear and linear_multi with at most 8 rows of x: the decode GEMV.
+"""C++ for linear and linear_multi with few rows of x, the decode GEMV; `cpp_panel` has that for more of them.
 
 Such a call is bound by reading the weights. A thread that walks one row after another gets about half of
 what the memory gives, because one stream keeps too few lines in flight; so each thread splits its rows into
@@ -9,8 +9,17 @@ rows of x are taken up to three at a time: the weight rows of the second block c
 
 from __future__ import annotations
 
-from tilewright.kernels.common.cpp import ELEMENT, LANES, cpp_file, dtype_constant, require, vector_text
+from tilewright.kernels.common.cpp import (
+    ELEMENT,
+    LANES,
+    TRANSPOSE8,
+    cpp_file,
+    dtype_constant,
+    require,
+    vector_text,
+)
 from tilewright.kernels.common.family import config_of
+from tilewright.kernels.linear.cpp_panel import REGION, panel_text
 from tilewright.runtime.contracts import KernelKey
 
 STREAMS = 4
@@ -75,6 +84,15 @@ inline void dot_rows(const T* const* w, const float* x, int64_t ldx, int64_t K, 
 }}"""
 
 
+def _weight(key: KernelKey) -> str:
+    bias = "\n  const T* bias;  // nullptr: none" if config_of(key)["biases"] else ""
+    return f"""struct Weight {{
+  const T* data;
+  int64_t rows, stride;{bias}
+  T* out;
+}};"""
+
+
 def _store(key: KernelKey) -> str:
     bias = config_of(key)["biases"] != 0
     narrow = key.dtype != "float32"
@@ -91,13 +109,7 @@ def _store(key: KernelKey) -> str:
         helpers += (
             "inline T narrow(float a) {\n  T out;\n  vstore_first(&out, vset(a), 1);\n  return out;\n}\n"
         )
-    return f"""struct Weight {{
-  const T* data;
-  int64_t rows, stride;
-{"  const T* bias;  // nullptr: none" + chr(10) if bias else ""}  T* out;
-}};
-
-{helpers}inline void store(const Weight& w, int64_t m, int64_t row, float value) {{{add}
+    return f"""{helpers}inline void store(const Weight& w, int64_t m, int64_t row, float value) {{{add}
   w.out[m * w.rows + row] = {value};
 }}"""
 
@@ -165,6 +177,18 @@ inline void walk(const Weight* weights, int64_t first, int64_t last, const float
 }}"""
 
 
+def _rows(key: KernelKey) -> str:
+    most = config_of(key).get("rows")
+    if most is None:
+        return require("M >= 1", "x must have rows")
+    return require(f"M >= 1 && M <= {most}", f"x must have 1 to {most} rows")
+
+
+_REGION = """  parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    walk(weights, total * begin / threads, total * end / threads, a, M, K);
+  });"""
+
+
 def _run(key: KernelKey) -> str:
     config = config_of(key)
     pairs, bias, dtype = names(key), config["biases"] != 0, dtype_constant(key.dtype)
@@ -175,7 +199,7 @@ def _run(key: KernelKey) -> str:
         require("x.dim() >= 1 && x.dim() <= kMaxAxes && x.sizes()[x.dim() - 1] > 0", "x must not be empty"),
         f"  x.make_contiguous({dtype});",
         "  const int64_t K = x.sizes()[x.dim() - 1], M = x.numel() / K;",
-        require(f"M >= 1 && M <= {config['rows']}", f"x must have 1 to {config['rows']} rows"),
+        _rows(key),
         "  int64_t shape[kMaxAxes];",
         "  std::memcpy(shape, x.sizes(), x.dim() * sizeof(int64_t));",
     ]
@@ -213,6 +237,7 @@ def _run(key: KernelKey) -> str:
   for (; i + kLanes <= elements; i += kLanes) vstore(a + i, vload(narrow_x + i));
   vstore_first(a + i, vload_first(narrow_x + i, elements - i), elements - i);"""
     checks, table = "\n".join(lines), "\n".join(rows)
+    region = REGION if "panel" in config else _REGION
     return f"""void run(StableIValue* stack, uint64_t, uint64_t) {{
 {steals}
 {checks}
@@ -224,26 +249,38 @@ def _run(key: KernelKey) -> str:
 {source}
   const int64_t bytes = total * K * static_cast<int64_t>(sizeof(T));
   const int64_t threads = bytes < {SERIAL_BYTES} ? 1 : thread_count();
-  parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {{
-    walk(weights, total * begin / threads, total * end / threads, a, M, K);
-  }});
+{region}
 {outputs}
 }}"""
 
 
-def generate(key: KernelKey, op: str) -> str:
-    """The source file for one configuration: number of weights, which have biases, bound on rows, streams."""
-    config = config_of(key)
+def _few_rows(key: KernelKey) -> tuple[str, ...]:
     head = f"""using T = {ELEMENT[key.dtype]};
-constexpr int kStreams = {config["streams"]};
+constexpr int kStreams = {config_of(key)["streams"]};
 constexpr int64_t kAhead = {AHEAD_BYTES};  // bytes"""
+    return head, dot_text(key.dtype, key.target.arch), _weight(key), _store(key), _walk(key)
+
+
+def _panels(key: KernelKey) -> tuple[str, ...]:
+    text = panel_text(key.target.arch, bias=config_of(key)["biases"] != 0)
+    return f"using T = {ELEMENT[key.dtype]};", TRANSPOSE8, _weight(key), text
+
+
+def generate(key: KernelKey, op: str) -> str:
+    """The source file for one configuration: number of weights, which have biases, and a bound on rows with
+    streams, or panels."""
+    config = config_of(key)
+    panels, most = "panel" in config, config.get("rows", 0)
+    rows = "any number of rows" if panels else f"at most {most} row{'s' if most > 1 else ''}"
     weights = "one weight" if config["count"] == 1 else f"{config['count']} weights in one parallel region"
+    read = "by panels turned around in cache" if panels else "once, row-major, in place"
     return cpp_file(
-        title=f"x W^T for at most {config['rows']} row{'s' if config['rows'] > 1 else ''} of x: {weights}.",
-        note="Weights are read once, row-major, in place.",
+        title=f"x W^T for {rows} of x: {weights}.",
+        note=f"Weights are read {read}.",
         target=str(key.target),
         vector=vector_text(key.target.arch, {"sum", "partial", key.dtype}),
-        body="\n\n".join((head, dot_text(key.dtype, key.target.arch), _store(key), _walk(key), _run(key))),
+        body="\n\n".join((*(_panels(key) if panels else _few_rows(key)), _run(key))),
         op=op,
         schema=schema(key),
+        includes=("atomic", "vector") if panels else (),
     )

@@ -18,18 +18,22 @@ from tilewright.kernels.common.family import (
     make_key,
 )
 from tilewright.kernels.linear import cpp, cpp_many, triton
+from tilewright.kernels.linear.cpp_panel import TILE
 from tilewright.runtime.contracts import KernelKey, Refusal, Target
 
 DTYPES = ("float32", "bfloat16", "float16")
 ROWS = (1, 2, 4, 8)
-"""Bounds on the rows of x that kernels are made for."""
+"""Bounds on the rows of x that kernels are made for which read each weight where it lies."""
+MOST_ROWS = 64
+"""In float32 on a CPU panels of the weight are turned around for more of them, up to here: a library that
+turns the whole weight costs 1.1 to 2.8 times as much up to 39 rows, and less from about 64 on."""
 MANY = 0
 """Stands for a bound where there is none."""
 MAX_WEIGHTS = 8
 LEGALITY = (
     "x, weights and biases have one dtype: float32, bfloat16 or float16 (accumulated in float32)",
-    f"x has 1 to {ROWS[-1]} rows, known when compiling; any number of float32 on AMD's processors with"
-    " AVX-512, where weights and biases are contiguous",
+    f"x has 1 to {ROWS[-1]} rows, known when compiling; up to {MOST_ROWS} in float32 on a CPU; any number of"
+    " float32 on AMD's processors with AVX-512, where weights and biases are contiguous",
     "each weight is [N, K] with its last axis contiguous; K matches x",
     "each bias is absent or [N]",
     f"linear_multi: 2 to {MAX_WEIGHTS} weights",
@@ -60,15 +64,15 @@ def _takes_many(tensors: Sequence[Tensor], target: Target) -> bool:
     )
 
 
-def _row_bound(x: Tensor) -> int | Refusal:
+def _rows(x: Tensor, most: int) -> int | Refusal:
+    """The rows of x, when a kernel takes so many."""
     rows = 1
     for size in x.shape[:-1]:
         known = _constant(size)
         if known is None:
             return Refusal(f"the number of rows of x {list(x.shape)} is not known when compiling")
         rows *= known
-    bound = next((b for b in ROWS if 1 <= rows <= b), None)
-    return Refusal(f"x has {rows} rows, the kernels take 1 to {ROWS[-1]}") if bound is None else bound
+    return rows if 1 <= rows <= most else Refusal(f"x has {rows} rows, the kernels take 1 to {most}")
 
 
 def _weight_refusal(weight: Tensor, bias: Tensor | None, x: Tensor, i: int) -> Refusal | None:
@@ -103,13 +107,17 @@ def _configure(
         refused = _weight_refusal(weight, bias, x, i)
         if refused is not None:
             return refused
-    rows = _row_bound(x)
+    turns = target.kind == "cpu" and dtype == "float32"
+    rows = _rows(x, MOST_ROWS if turns else ROWS[-1])
     if isinstance(rows, Refusal):
         if not _takes_many(tensors, target):
             return rows
         rows = MANY
-    mask = sum(1 << i for i, bias in enumerate(biases) if bias is not None)
-    return make_key(op, target, dtype, count=len(weights), biases=mask, rows=rows, streams=cpp.STREAMS)
+    given = {"count": len(weights), "biases": sum(1 << i for i, b in enumerate(biases) if b is not None)}
+    if rows > ROWS[-1]:
+        return make_key(op, target, dtype, **given, panel=TILE[target.arch])
+    bound = rows if rows == MANY else next(b for b in ROWS if rows <= b)
+    return make_key(op, target, dtype, **given, rows=bound, streams=cpp.STREAMS)
 
 
 def _configure_one(args: Sequence[Any], target: Target) -> KernelKey | Refusal:
@@ -180,7 +188,7 @@ def _weight(rows: int, columns: int, dtype: torch.dtype = torch.float32) -> Tens
 
 
 def _needs_torch(key: KernelKey) -> bool:
-    return bool(config_of(key)["rows"] == MANY)
+    return config_of(key).get("rows") == MANY
 
 
 def _generate_cpp(key: KernelKey, op: str) -> str:
@@ -189,11 +197,8 @@ def _generate_cpp(key: KernelKey, op: str) -> str:
 
 
 def _examples_one() -> Sequence[tuple[Any, ...]]:
-    return [
-        (_weight(m, 576, t), _weight(576, 576, t), None)
-        for m in (1, 8)
-        for t in (torch.float32, torch.bfloat16)
-    ]
+    cases = [(m, t) for m in (1, 8) for t in (torch.float32, torch.bfloat16)]
+    return [(_weight(m, 576, t), _weight(576, 576, t), None) for m, t in cases]
 
 
 def _examples_many() -> Sequence[tuple[Any, ...]]:

@@ -160,7 +160,7 @@ def refusal(op: str, *args: Any, target: Target = AVX2) -> str:
 
 def test_refusals_name_the_value() -> None:
     x = torch.randn(2, 64)
-    assert "9 rows" in refusal("linear", torch.randn(9, 64), torch.randn(5, 64))
+    assert "65 rows" in refusal("linear", torch.randn(65, 64), torch.randn(5, 64))
     assert "float64" in refusal("linear", x.double(), torch.randn(5, 64).double())
     assert "strides (1, 5)" in refusal("linear", x, torch.randn(64, 5).t())
     assert "weight 1 is" in refusal("linear_multi", x, [torch.randn(5, 64), torch.randn(5, 63)], [None, None])
@@ -193,12 +193,12 @@ def test_many_rows_go_to_the_library_that_fills_the_vector(
     monkeypatch: pytest.MonkeyPatch, narrow: bool
 ) -> None:
     monkeypatch.setattr(linear_family, "library_is_narrow", lambda: narrow)
-    x, weight, bias = torch.randn(9, 64), torch.randn(5, 64), torch.randn(5)
+    x, weight, bias = torch.randn(65, 64), torch.randn(5, 64), torch.randn(5)
     avx512 = Target("cpu", "avx512")
     found = select_for_node("linear", (x, weight, bias), avx512, training=False)
     if not narrow:
         assert isinstance(found, Refusal)
-        assert "9 rows" in found.reason
+        assert "65 rows" in found.reason
         return
     assert isinstance(found, KernelChoice)
     assert found.family.needs_torch(found.key)
@@ -211,8 +211,8 @@ def test_many_rows_go_to_the_library_that_fills_the_vector(
         (x, torch.randn(5, 100)[:, :64], bias),
         (x, weight, torch.randn(10)[::2]),
     ):
-        assert "9 rows" in refusal("linear", *args, target=avx512)
-    assert "9 rows" in refusal("linear", x, weight, bias)
+        assert "65 rows" in refusal("linear", *args, target=avx512)
+    assert "65 rows" in refusal("linear", x, weight, bias)
 
 
 def test_small_elementwise_work_is_left_to_fusion() -> None:
