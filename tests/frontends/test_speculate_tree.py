@@ -161,6 +161,24 @@ def test_a_compiled_target_confirms_the_trees_of_a_ragged_batch() -> None:
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
+def test_many_numbers_of_rows_all_run_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Target and draft over 1 to 4 rows have more programs than torch's own limit for a function, past which
+    steps would run eagerly."""
+    torch._dynamo.reset()
+    compiled, quick = torch.compile, {"lower": "eager", "kernels": False}
+    monkeypatch.setattr(
+        torch, "compile", lambda *given, options, **how: compiled(*given, options={**options, **quick}, **how)
+    )
+    target = _model().float()
+    made = _speculator(target, "drop-layers{layers=1,max_share=1}", 3, pipeline="exact")
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        for rows in range(1, 5):
+            want = [_plain(target, prompt, 6, ()) for prompt in PROMPTS[:rows]]
+            assert made.generate(PROMPTS[:rows], 6, stop_tokens=()) == want
+    torch._dynamo.reset()
+
+
 @pytest.mark.parametrize("place", [3, pytest.param(5, marks=pytest.mark.slow)])
 def test_a_stop_token_inside_an_accepted_path_ends_the_row(place: int) -> None:
     target = _model()
