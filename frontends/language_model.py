@@ -14,6 +14,10 @@ from tilewright.frontends.cache_argument import cache_name
 from tilewright.frontends.compile import CompileOptions
 from tilewright.frontends.kv_rows import KVRows, RowModel
 
+SHAPES = 64
+"""Programs that one pipeline may have. Each number of rows, length of a draft and capacity takes one; past
+torch's own limit of 8, for target and draft together, steps would run eagerly."""
+
 
 @dataclass(frozen=True)
 class LanguageModel:
@@ -44,7 +48,14 @@ class LanguageModel:
         if pipeline is not None:
             options = {"pipeline": pipeline}
             CompileOptions.parse(options)  # a misspelt pass is an error here, not at the first step
-            compiled: Any = torch.compile(module, backend="tilewright", options=options, dynamic=False)
+            compiled: Any = torch.compile(
+                module,
+                backend="tilewright",
+                options=options,
+                dynamic=False,
+                recompile_limit=SHAPES,
+                isolate_recompiles=True,
+            )
             return cls(module, compiled, True)
         inner = getattr(module.forward, "_torchdynamo_orig_callable", None)
         return cls(module, cast(Callable[..., Any], model), model is not module or inner is not None)

@@ -25,6 +25,10 @@ AGE = "age"
 """A slot that every layer has: `StepState.age` as int32 [1]."""
 _SAME = 1e-5
 """Timesteps that differ by less than this share of the first are one: a solver's midpoint may be an end."""
+_THOUSAND = 1000.0
+"""Some models count time in parts of this."""
+_NEAR = 2.0**-8
+"""Two timesteps are the same but for rounding to bfloat16."""
 
 
 class StepStateError(Exception):
@@ -107,6 +111,8 @@ class StepClock:
         if not values or not all(a >= b for a, b in zip(values, values[1:], strict=False)):
             raise StepStateError(f"timesteps = {values[:4]}...: expected at least one, none above the last")
         self.timesteps = values
+        self._unit: float | None = None
+        """What a call's timestep is multiplied with; known from the first call on."""
         self._turns: dict[str, _Turn] = {}
         self._firsts = [0]
         """For each step, the first step of those with its timestep."""
@@ -119,10 +125,13 @@ class StepClock:
 
         A sampler may evaluate between two timesteps of its list: that belongs to the earlier one. Of several
         steps with one timestep, a branch's first calls belong to the first, as many as it made for each step
-        of the timestep before (1 at the start), and so on. StepStateError for a timestep before the first,
-        and for more calls than those steps take.
+        of the timestep before (1 at the start), and so on. A model that is given thousandths of the list's
+        timesteps is known by its first call; then the two may also differ by a rounding to bfloat16.
+        StepStateError for a timestep before the first, and for more calls than those steps take.
         """
-        first, steps = self._run(timestep)
+        if self._unit is None:
+            self._unit = self._find_unit(timestep)
+        first, steps = self._run(timestep * self._unit)
         turn = self._turns.get(branch, _Turn(first, steps))
         if first != turn.first:
             turn = _Turn(first, steps, max(1, turn.calls // turn.steps))
@@ -135,11 +144,22 @@ class StepClock:
             )
         return first + (turn.calls - 1) // turn.each if steps > 1 else first
 
+    def _find_unit(self, timestep: float) -> float:
+        """1000 for a call whose timestep is a thousandth of one of the list, 1 for others."""
+        known, whole = self.timesteps, _THOUSAND * timestep
+
+        def among(value: float) -> bool:
+            return any(abs(t - value) <= _NEAR * t for t in known)
+
+        begins = abs(known[0] - timestep) > 0.5 and abs(known[0] - whole) <= _NEAR * known[0]
+        return _THOUSAND if begins or (timestep <= 1.0 and among(whole) and not among(timestep)) else 1.0
+
     def _run(self, timestep: float) -> tuple[int, int]:
         """(first step, number of steps) with the timestep that a call's value stands for."""
         off = [abs(t - timestep) for t in self.timesteps]
         at = off.index(min(off))
-        if off[at] <= 0.5:
+        near = 0.5 if self._unit == 1.0 else max(0.5, _NEAR * timestep)
+        if off[at] <= near:
             return self._firsts[at], self._firsts.count(self._firsts[at])
         above = sum(t >= timestep for t in self.timesteps)
         if not above:

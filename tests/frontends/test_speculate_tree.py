@@ -12,6 +12,7 @@ import tilewright as tw
 from tilewright.compiler.diagnostics import OptionError
 from tilewright.frontends.kv_rows import KVRows
 from tilewright.frontends.speculate import Retrieval, Speculator
+from tilewright.kernels.load import built_kernels
 from tilewright.runtime.draft_length import DraftLength
 from tilewright.runtime.token_tree import TokenTree, accept_tree_sampled, grow, grow_together
 
@@ -141,6 +142,41 @@ def test_holes_may_be_closed_before_every_call(name: str, monkeypatch: pytest.Mo
     made = _speculator(target, _draft(name, target), 6)
     assert made.generate(PROMPTS, 12, stop_tokens=()) == [_plain(target, p, 12, ()) for p in PROMPTS]
     assert len(closed) > made.statistics.target_calls
+
+
+@pytest.mark.slow
+def test_a_compiled_target_confirms_the_trees_of_a_ragged_batch() -> None:
+    """4 rows of 12 drafts and a token: linear layers of 52 rows, by the kernel for so many."""
+    torch._dynamo.reset()
+    target = _model().float()
+    options = {"pipeline": "exact"}
+    compiled = torch.compile(target, backend="tilewright", options=options, dynamic=False)
+    made = _speculator(compiled, _model(noise=0.05).float(), 12)
+    assert made.generate(PROMPTS, 24, stop_tokens=()) == [_plain(target, p, 24, ()) for p in PROMPTS]
+    assert made.statistics.accepted > made.statistics.target_calls
+    stop = _plain(target, PROMPTS[2], 24, ())[len(PROMPTS[2]) + 3]
+    want = [_plain(target, prompt, 24, (stop,)) for prompt in PROMPTS]
+    assert made.generate(PROMPTS, 24, stop_tokens=[stop]) == want
+    assert any("panel" in dict(key.config) for key in built_kernels() if key.op.startswith("linear"))
+    torch._dynamo.reset()
+
+
+@pytest.mark.slow
+def test_many_numbers_of_rows_all_run_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Target and draft over 1 to 4 rows have more programs than torch's own limit for a function, past which
+    steps would run eagerly."""
+    torch._dynamo.reset()
+    compiled, quick = torch.compile, {"lower": "eager", "kernels": False}
+    monkeypatch.setattr(
+        torch, "compile", lambda *given, options, **how: compiled(*given, options={**options, **quick}, **how)
+    )
+    target = _model().float()
+    made = _speculator(target, "drop-layers{layers=1,max_share=1}", 3, pipeline="exact")
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        for rows in range(1, 5):
+            want = [_plain(target, prompt, 6, ()) for prompt in PROMPTS[:rows]]
+            assert made.generate(PROMPTS[:rows], 6, stop_tokens=()) == want
+    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("place", [3, pytest.param(5, marks=pytest.mark.slow)])

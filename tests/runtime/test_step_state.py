@@ -99,6 +99,24 @@ def test_clock_counts_where_nearly_equal_timesteps_are_rounded_to_one() -> None:
     assert [clock.step(t) for t in (999.0, 199.5, 199.5)] == [0, 1, 2]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_clock_knows_thousandths_by_the_first_call(dtype: torch.dtype) -> None:
+    """FLUX hands its transformer t / 1000."""
+    for times in (FIFTY, [1000.0, 964.3, 921.7, 871.2, 35.1], [999.0, 500.0, 1.0]):
+        given = [float((torch.tensor(t, dtype=dtype) / 1000).to(dtype)) for t in times]
+        for start in (0, len(times) // 2):  # a second expert takes over in the middle
+            clock = StepClock(times)
+            assert [clock.step(t) for t in given[start:]] == list(range(start, len(times)))
+            clock = StepClock(times)
+            assert [clock.step(t) for t in times[start:]] == list(range(start, len(times)))
+    clock = StepClock([1.0, 0.964, 0.5, 0.1])
+    assert [clock.step(t) for t in (1.0, 0.964, 0.5, 0.1)] == [0, 1, 2, 3]
+    clock = StepClock([1000.0, 500.0])
+    assert clock.step(1.0) == 0
+    with pytest.raises(StepStateError, match="timestep 1100"):
+        clock.step(1.1)
+
+
 def test_clock_counts_two_calls_a_step_that_have_no_branch() -> None:
     clock = StepClock([30.0, 20.0, 20.0, 10.0, 10.0])
     times = [30.0] * 2 + [20.0] * 4 + [10.0] * 4
