@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
+from torch.nn import functional
 
 from tilewright.compiler.diagnostics import OptionError
 from tilewright.frontends.kv_layer import PagedLayer, run
-from tilewright.passes.memory._early_choice import raw_logits
+from tilewright.passes.memory._early_choice import Ranking, in_turn, raw_logits
 from tilewright.passes.memory.lessismore_kv import LessIsMoreKV
 
 
@@ -32,6 +34,22 @@ class SharedChoice:
         """Choose from raw logits [B, H, S] for the layers that follow, in this step."""
         self._positions = self.policy.positions(logits, lengths, first)
         self._length = logits.shape[2]
+
+    def ranking(self, length: int, begin: int) -> Ranking:
+        """What ranks the tokens of one sequence, `begin` its first."""
+        sinks, newest, ranked = self.policy.shares()
+        return Ranking(ranked, begin + sinks, length - newest)
+
+    def choose_ranked(self, rankings: list[Ranking], lengths: Tensor, first: Tensor | None) -> None:
+        """Choose for the layers that follow, in this step, from what was ranked of each sequence."""
+        orders = [ranking.order() for ranking in rankings]
+        most, size = max(order.shape[1] for order in orders), int(lengths.max())
+        order = torch.stack([functional.pad(order, (0, most - order.shape[1])) for order in orders])
+        held = torch.tensor([order.shape[1] for order in orders])
+        valid = (torch.arange(most) < held[:, None])[:, None].expand_as(order)
+        chosen = in_turn(order, valid, size, self.policy.shares()[2])
+        self._positions = self.policy.with_edges(chosen, size, lengths, first)
+        self._length = size
 
     def of(self, layer: int, length: int) -> Tensor | None:
         """int32 [B, 1, m]: what `layer` attends at this length; None: everything.

@@ -6,7 +6,7 @@ it began, and which were read ahead, changes no bit of the result.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -125,13 +125,13 @@ class ExtentLayer:
         scale: float | None = None,
         picked: Picked | None = None,
         then: Sequence[ExtentKey] = (),
-        logits: Tensor | None = None,
+        rank: Callable[[Tensor, int], None] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """(attention of the newest tokens q [1, H, T, D], its log-sum-exp [1, H, T]).
 
         first: int64 [1], where the padding ends. picked: the tokens that are attended; None: all. then:
-        extents that will be wanted next. logits: float32 [H, S], filled with the products of one query and
-        the keys held.
+        extents that will be wanted next. rank: is given the products of one query and the keys of each
+        extent, float32 [H, n], and its first token.
         With one query a few extents are pinned and attended by one call, at most half of the fast tier; with
         more, one at a time, as their parts are large. The next ones are read meanwhile. OptionError where
         tokens were picked that are not held.
@@ -143,9 +143,10 @@ class ExtentLayer:
         for keys in self._in_turn(self.wanted(picked), then, self._at_once if q.shape[2] == 1 else 1):
             places = None if picked is None else picked.places[done : done + len(keys)]
             parts.append(self._attend_some(q, keys, first, scale, places))
-            if logits is not None:
+            if rank is not None:
                 for key in keys:
-                    self._rank_one(q, self._tiers.frame(key), key.run * self.span, logits)
+                    start = key.run * self.span
+                    rank(self._products(q, key)[:, : self.length - start], start)
             if q.shape[2] > 1:
                 parts = [merged(parts)]
             done += len(keys)
@@ -218,11 +219,12 @@ class ExtentLayer:
             rows[inside] = held[page, heads[inside], at % self._layout.page]
         return rows
 
-    def _rank_one(self, q: Tensor, frame: Tensor, start: int, logits: Tensor) -> None:
-        keys = self._layout.views(frame)[0].float()  # [pages, Hkv, P, D], multiplied where they lie
+    def _products(self, q: Tensor, key: ExtentKey) -> Tensor:
+        """float32 [H, span]."""
+        keys = self._layout.views(self._tiers.frame(key))[0].float()  # [pages, Hkv, P, D], where they lie
         rows = q[0, :, 0].float().unflatten(0, (1, keys.shape[1], -1))
-        found = (rows @ keys.mT).permute(1, 2, 0, 3).flatten(2).flatten(0, 1)
-        logits[:, start : start + self.span] = found[:, : self.length - start]
+        found: Tensor = (rows @ keys.mT).permute(1, 2, 0, 3).flatten(2).flatten(0, 1)
+        return found
 
     def _key(self, run: int) -> ExtentKey:
         return ExtentKey(self._session, self._layer, run)

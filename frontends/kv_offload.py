@@ -14,6 +14,7 @@ from tilewright.compiler.diagnostics import OptionError
 from tilewright.frontends.kv_choice import SharedChoice
 from tilewright.frontends.kv_extents import ExtentLayer, Picked
 from tilewright.frontends.kv_layer import PagedLayer
+from tilewright.passes.memory._early_choice import Ranking
 from tilewright.passes.memory.offload_kv import OffloadKV
 from tilewright.runtime.kv_store.extents import ExtentFile, ExtentLayout, ExtentStore
 from tilewright.runtime.kv_store.links import HostExtents
@@ -189,9 +190,10 @@ class OffloadedLayer(PagedLayer):
         if choice is None or choice.fits(length):
             return self.dense(q, first, scale)
         if self.index in choice.layers:
-            logits = torch.full((q.shape[0], q.shape[1], length), float("-inf"))
-            out = self._attend(q, first, scale, None, logits)
-            choice.choose(logits, torch.tensor(self.rows.lengths), first)
+            begins = [0] * len(q) if first is None else first.tolist()
+            rankings = [choice.ranking(length, begin) for begin in begins]
+            out = self._attend(q, first, scale, None, rankings)
+            choice.choose_ranked(rankings, torch.tensor(self.rows.lengths), first)
             if (positions := choice.of(self.index, length)) is not None:
                 self.placement.picked(positions, self.rows)
                 self.placement.announce(self._coming(len(self.rows.rows) - 1))
@@ -204,7 +206,7 @@ class OffloadedLayer(PagedLayer):
         first: Tensor | None,
         scale: float,
         positions: Tensor | None,
-        logits: Tensor | None,
+        rankings: list[Ranking] | None,
     ) -> Tensor:
         outs = []
         picked = None if positions is None else self.placement.picked(positions, self.rows)
@@ -215,7 +217,7 @@ class OffloadedLayer(PagedLayer):
                 scale,
                 None if picked is None else picked[i],
                 self._coming(i, q.shape[2]),
-                None if logits is None else logits[i],
+                None if rankings is None else rankings[i].add,
             )
             outs.append(out)
         return torch.cat(outs) if len(outs) > 1 else outs[0]

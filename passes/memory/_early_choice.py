@@ -13,6 +13,7 @@ from tilewright.passes.memory._paged_sites import first_of, masked_attention, re
 
 LAST = 1 << 40
 """Rank of a token that no head ranked."""
+_NO_TOKEN = (1 << 32) - 1
 
 
 def chain(count: int) -> Callable[..., Tensor]:
@@ -38,6 +39,46 @@ def raw_logits(q: Tensor, k_pages: Tensor, table: Tensor) -> Tensor:
 
 def reuse_masked(q, k_pages, v_pages, table, lengths, first, scale, kept):
     return masked_attention(q, k_pages, v_pages, table, kept, scale)
+
+
+def in_turn(order: Tensor, valid: Tensor, size: int, count: int) -> Tensor:
+    """int64 [B, m]: up to `count` of `size` tokens, rank by rank and each once, from [B, H, k] of each head,
+    the best first, of which some are `valid`; -1 for unused entries."""
+    batch, heads, most = order.shape
+    turn = torch.arange(most, device=order.device) * heads
+    turns = (turn + torch.arange(heads, device=order.device)[:, None]).expand(batch, -1, -1)
+    turns = turns.masked_fill(~valid, LAST).flatten(1)
+    ranks = torch.full((batch, size), LAST, device=order.device)
+    ranks = ranks.scatter_reduce(1, order.flatten(1), turns, "amin")
+    taken, chosen = ranks.topk(min(count, size), 1, largest=False)
+    return torch.where(taken < LAST, chosen, -1)
+
+
+class Ranking:
+    """The greatest logits of each head of one sequence, met part by part: of a whole row in memory that keeps
+    a few times `count`. Of equal ones the first is greater, so that the parts do not show."""
+
+    def __init__(self, count: int, begin: int, end: int) -> None:
+        """count: kept of each head; only tokens from `begin` to before `end` are ranked."""
+        self.count, self.begin, self.end = count, begin, end
+        self._parts: list[Tensor] = []
+
+    def add(self, logits: Tensor, start: int) -> None:
+        """Logits float32 [H, n] of tokens from `start` on."""
+        at = torch.arange(start, start + logits.shape[1], device=logits.device)
+        bits = logits.contiguous().view(torch.int32)
+        ascending = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(torch.int64)  # as the numbers are
+        self._parts.append((ascending << 32 | (_NO_TOKEN - at))[:, (at >= self.begin) & (at < self.end)])
+        if sum(part.shape[1] for part in self._parts) > 5 * self.count:
+            self._parts = [self._best()]
+
+    def order(self) -> Tensor:
+        """int64 [H, k]: the tokens of each head, the best first; all that were ranked, up to `count`."""
+        return _NO_TOKEN - (self._best() & _NO_TOKEN)
+
+    def _best(self) -> Tensor:
+        found = torch.cat(self._parts, 1)
+        return found.topk(min(self.count, found.shape[1]), 1).values
 
 
 def why_not(sites: list[fx.Node], layer: int, given: list[Any], choosing: tuple[int, ...]) -> str:

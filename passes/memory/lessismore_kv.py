@@ -72,23 +72,23 @@ class LessIsMoreKV(GraphPass):
     def positions(self, logits: Tensor, lengths: Tensor, first: Tensor | None) -> Tensor:
         """int32 [B, 1, m]: the tokens attended, from raw logits [B, H, S] (-inf where none is held); -1 for
         unused entries."""
-        (batch, heads, size), (sinks, newest, ranked) = logits.shape, self.shares()
+        size, (sinks, newest, ranked) = logits.shape[2], self.shares()
         begin, end = first_of(lengths, first)[:, None], lengths[:, None]
         at = torch.arange(size, device=logits.device)
         middle = (at >= begin + sinks) & (at < end - newest)
         logits = logits.masked_fill(~middle[:, None], float("-inf"))
         best, order = logits.topk(min(ranked, size), 2)
-        turn = torch.arange(order.shape[2], device=logits.device) * heads
-        turns = (turn + torch.arange(heads, device=logits.device)[:, None]).expand(batch, -1, -1)
-        turns = turns.masked_fill(best == float("-inf"), early.LAST).flatten(1)
-        ranks = torch.full((batch, size), early.LAST, device=logits.device)
-        ranks = ranks.scatter_reduce(1, order.flatten(1), turns, "amin")
-        taken, chosen = ranks.topk(min(ranked, size), 1, largest=False)
-        chosen = torch.where(taken < early.LAST, chosen, -1)
-        head = begin + torch.arange(min(sinks, size), device=logits.device)
+        chosen = early.in_turn(order, best > float("-inf"), size, ranked)
+        return self.with_edges(chosen, size, lengths, first)
+
+    def with_edges(self, chosen: Tensor, size: int, lengths: Tensor, first: Tensor | None) -> Tensor:
+        """int32 [B, 1, m]: the tokens attended, from int64 [B, k] ranked ones, -1 for unused entries."""
+        begin, end = first_of(lengths, first)[:, None], lengths[:, None]
+        sinks, newest, _ = self.shares()
+        head = begin + torch.arange(min(sinks, size), device=chosen.device)
         head = torch.where(head < end - newest, head, -1)
         window = min(newest, size)
-        tail = end - window + torch.arange(window, device=logits.device)
+        tail = end - window + torch.arange(window, device=chosen.device)
         tail = torch.where(tail >= begin, tail, -1)
         return torch.cat([head, chosen, tail], 1).to(torch.int32)[:, None]
 

@@ -143,7 +143,11 @@ def test_several_queries_padding_and_logits(tmp_path):
     exact = F.scaled_dot_product_attention(q, k, v, seen, enable_gqa=True)
     torch.testing.assert_close(out, exact, rtol=0, atol=4e-6)
     logits = torch.full((HEADS, TOKENS), float("nan"))
-    layer.attend(q[:, :, :1], logits=logits)
+
+    def rank(found: torch.Tensor, start: int) -> None:
+        logits[:, start : start + found.shape[1]] = found
+
+    layer.attend(q[:, :, :1], rank=rank)
     want = (q[0, :, :1] @ k[0].repeat_interleave(HEADS // KEY_HEADS, 0).mT)[:, 0]
     torch.testing.assert_close(logits, want, rtol=0, atol=2e-4)
     layer.crop(100)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import tilewright as tw
 from tilewright.compiler.diagnostics import OptionError
 from tilewright.frontends.kv_choice import SharedChoice
+from tilewright.passes.memory._early_choice import Ranking
 from tilewright.passes.memory.lessismore_kv import LessIsMoreKV
 from tilewright.runtime.kv_store.extents import ExtentError, FileIO
 from tilewright.runtime.kv_store.transfers import TransferThreads
@@ -141,6 +143,16 @@ def test_positions_are_the_best_in_turn(budget: int, recent: float, sinks: int) 
     lengths, first = torch.tensor([70, 33, 12]), torch.tensor([0, 5, 9])
     logits = torch.randn(3, 4, 70)
     found = policy.positions(logits, lengths, first)
+    choice = SharedChoice(policy, 1)
+    for cuts in ([70], [13, 1, 40, 16]):
+        rankings = [choice.ranking(*row) for row in zip(lengths.tolist(), first.tolist(), strict=True)]
+        for row, ranking in enumerate(rankings):
+            for at, part in zip((0, *itertools.accumulate(cuts)), logits[row].split(cuts, 1), strict=False):
+                ranking.add(part, at)
+        choice.choose_ranked(rankings, lengths, first)
+        again = choice.of(0, 70)
+        assert again is not None
+        assert [set(x[0].tolist()) for x in again] == [set(x[0].tolist()) for x in found], "part by part"
     for row, (length, begin) in enumerate(zip(lengths.tolist(), first.tolist(), strict=True)):
         ranked = int(budget * (1 - recent))
         newest = budget - ranked
@@ -157,6 +169,18 @@ def test_positions_are_the_best_in_turn(budget: int, recent: float, sinks: int) 
                     best.append(order[turn])
         got = found[row, 0].tolist()
         assert sorted(p for p in got if p >= 0) == sorted(kept + best)
+
+
+def test_of_equal_logits_the_first_are_ranked_however_they_come() -> None:
+    logits = torch.tensor([[0.0, 2.0, -1.0, 2.0, 2.0, float("-inf"), -0.5, 2.0, 0.0, 3.0, -2.0]])
+    for cuts in ([11], [4, 4, 3], [1] * 11):
+        ranking = Ranking(4, 0, 11)
+        for at, part in zip((0, *itertools.accumulate(cuts)), logits.split(cuts, 1), strict=False):
+            ranking.add(part, at)
+        assert ranking.order().tolist() == [[9, 1, 3, 4]]
+    ranking = Ranking(20, 1, 9)
+    ranking.add(logits, 0)
+    assert ranking.order().tolist() == [[1, 3, 4, 7, 8, 6, 2, 5]], "within its bounds alone"
 
 
 def test_a_choice_of_another_step_is_refused() -> None:

@@ -110,12 +110,10 @@ def drive(tokens: int, fast: int, folder: Path, budget: int, steps: int) -> tupl
     return kept_bytes, peak_bytes
 
 
-def measure(fast: int, folder: Path) -> tuple[int, int, int]:
-    """(bytes kept between steps, most within one, those that ranking takes) of 65,536 tokens."""
+def measure(fast: int, folder: Path) -> tuple[int, int]:
+    """(bytes kept between steps, most within one) of 65,536 tokens."""
     drive(4096, 4 << 20, folder / "small", 256, 1)  # kernels and threads take their memory here
-    kept, peak = drive(65536, fast, folder / "large", 1024, 2)
-    # The logits of the layer that chooses and their masked copy; what each thread sorts of one head.
-    return kept, peak, 2 * HEADS * 65536 * 4 + torch.get_num_threads() * 65536 * 16
+    return drive(65536, fast, folder / "large", 1024, 2)
 
 
 @pytest.mark.slow
@@ -126,9 +124,10 @@ def test_64k_tokens_within_a_tenth_over_the_fast_tier(tmp_path: Path) -> None:
         [sys.executable, __file__, str(fast), str(tmp_path)], capture_output=True, text=True, timeout=600
     )
     assert ran.returncode == 0, ran.stderr
-    kept, peak, scores = json.loads(ran.stdout)
+    kept, peak = json.loads(ran.stdout)
+    turns = 65536 * 4 * 8  # ranks of the tokens, and pairs of them that are sorted; no row of scores
     assert fast * 0.9 < kept <= fast * 1.1, f"{kept / fast:.3f} of fast_bytes between steps"
-    assert kept < peak <= fast * 1.1 + scores, f"{peak / fast:.3f} of fast_bytes at most"
+    assert kept < peak <= fast * 1.1 + turns, f"{peak / fast:.3f} of fast_bytes at most"
 
 
 def shadowed(tokens: int, fast: int, folder: Path, policy: ShadowKV) -> tuple[int, int]:
