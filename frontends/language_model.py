@@ -48,13 +48,9 @@ class LanguageModel:
         if pipeline is not None:
             options = {"pipeline": pipeline}
             CompileOptions.parse(options)  # a misspelt pass is an error here, not at the first step
+            limits: dict[str, Any] = {"recompile_limit": SHAPES, "isolate_recompiles": True}
             compiled: Any = torch.compile(
-                module,
-                backend="tilewright",
-                options=options,
-                dynamic=False,
-                recompile_limit=SHAPES,
-                isolate_recompiles=True,
+                module, backend="tilewright", options=options, dynamic=False, **limits
             )
             return cls(module, compiled, True)
         inner = getattr(module.forward, "_torchdynamo_orig_callable", None)
