@@ -203,12 +203,21 @@ def test_the_hub_is_offline():
     assert os.environ["HF_HUB_OFFLINE"] == "1"
 
 
-def test_a_gguf_file_is_dequantized_once(tmp_path):
+def test_a_gguf_file_is_dequantized_once(tmp_path, monkeypatch):
     """A Q8_0 file of known numbers: what the model computes with is what the blocks say."""
     gguf = pytest.importorskip("gguf")
     path = tmp_path / "tiny.gguf"
     tensors = write_gguf(gguf, path)
+    theirs, parsed = gguf.GGUFReader, []
+
+    def reader(*given):
+        parsed.append(given)
+        return theirs(*given)
+
+    monkeypatch.setattr(gguf, "GGUFReader", reader)
     model = resolve(str(path))
+    assert len(parsed) == 1, "configuration, weights and tokenizer come of one parse"
+    assert gguf.GGUFReader is reader, "the library is as it was"
     assert (model.name, model.kind) == ("tiny.gguf", "causal-lm")
     up = model.module.model.layers[0].mlp.up_proj.weight
     torch.testing.assert_close(up, torch.from_numpy(tensors["blk.0.ffn_up.weight"]), rtol=0, atol=0.02)
