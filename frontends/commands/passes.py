@@ -11,7 +11,9 @@ from tilewright.frontends.cli import ANSWER_IS_NO, OK, Result
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("name", nargs="?", help="show this pass with its options")
+    parser.add_argument(
+        "name", nargs="?", help="show this pass with its options, or what this preset stands for"
+    )
     parser.add_argument(
         "--self-test", action="store_true", help="run the examples of the pass, or of every pass"
     )
@@ -19,16 +21,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> Result:
     from tilewright.compiler import registry
+    from tilewright.compiler.pipeline import Pipeline
 
-    classes = {args.name: registry.find(args.name)} if args.name else registry.load_all()
+    presets = registry.presets()
+    if args.name in presets:
+        passes = Pipeline.parse(args.name).passes
+        classes = {p.name: type(p) for p in passes}
+    else:
+        classes = {args.name: registry.find(args.name)} if args.name else registry.load_all()
     if args.self_test:
         return _self_test(classes)
+    if args.name in presets:
+        text = presets[args.name]
+        return Result({"preset": args.name, "pipeline": text}, [p.text() for p in passes])
     rows = [describe(cls) for cls in classes.values()]
     if args.name:
         return Result(rows[0], _page(rows[0]))
     width = max(len(r["name"]) for r in rows)
     lines = [f"{r['name']:<{width}}  {r['stage']:<10} {r['exactness']:<11} {r['summary']}" for r in rows]
-    presets = registry.presets()
     lines += ["", "presets:", *(f"{name:<{width}}  {text}" for name, text in presets.items())]
     return Result({"passes": rows, "presets": presets}, lines)
 

@@ -39,6 +39,10 @@ def test_passes_lists_and_shows(capsys: pytest.CaptureFixture[str]) -> None:
     assert {"fuse-add-rmsnorm", "match-attention", "fold-norm-scale"} <= names
     _, out = run(capsys, "passes", "gqa-unrepeat")
     assert "option form" in out
+    _, out = run(capsys, "passes", "cpu-int4")
+    lines = out.splitlines()
+    assert lines[0] == "gqa-unrepeat"
+    assert "quantize-linear{weight=int4,group=32,mode=float-zero,activation=int8-group}" in lines
 
 
 def test_explain_writes_one_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
