@@ -16,8 +16,8 @@ _MADV_PAGEOUT = 21
 def page_out(tensor: torch.Tensor) -> bool:
     """Let the whole pages of a CPU tensor that maps a file leave memory; values stay.
 
-    A hint: nothing happens to other tensors, and where the system does not know it. Returns whether the
-    tensor maps a file.
+    A hint: nothing happens to other tensors, and where the system does not know it. Returns whether a
+    file holds whole pages of it.
     """
     plain = type(tensor.data) is torch.Tensor and tensor.layout == torch.strided
     if sys.platform != "linux" or not plain or tensor.device.type != "cpu" or not tensor.is_contiguous():

@@ -189,15 +189,16 @@ def _dequantize(path: Path, target: Path) -> None:
     with tempfile.TemporaryDirectory() as folder:
         # Alone in a folder: transformers would also read configuration files that lie beside it.
         (Path(folder) / "model.gguf").symlink_to(path.absolute())
-        with reading(path), _parsed_once():
+        with _parsed_once(path):
             _convert(path, Path(folder), info, target)
 
 
 @contextmanager
-def _parsed_once() -> Iterator[None]:
+def _parsed_once(path: Path) -> Iterator[None]:
     """transformers parses a GGUF file for the configuration, the weights and the tokenizer in turn, and makes
     the table of tensor names for every module of the model: inside, each once, which halves the time."""
-    import gguf
+    with reading(path):
+        import gguf
 
     theirs = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
     try:

@@ -56,6 +56,9 @@ def opened_entries(
     """Entry points of a package whose files were checked, from their rows of the manifest; they share their
     weights. LoadError for an archive that no export writes."""
     for row in rows:
+        if "weights" not in row:
+            what = "holds its weights in its programs, as exports once did"
+            raise LoadError(what, where=str(folder), remedy="export again")
         for name in (row["file"], *row["operators"], *row["weights"]):
             if name not in manifest["files"]:
                 raise LoadError(f"{show(name)} is not among its files", where=str(folder))

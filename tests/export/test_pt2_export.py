@@ -84,6 +84,11 @@ def test_a_pickle_is_never_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_damage_and_foreign_manifests(tmp_path: Path) -> None:
     folder = artifact(tmp_path / "out", GOOD)
+    manifest = read_manifest(folder)
+    del manifest["entries"][0]["weights"]
+    (folder / MANIFEST).write_bytes(render(manifest))
+    with pytest.raises(LoadError, match=r"weights in its programs.*export again"):
+        load_package(folder)
     for part, name in (("operators", "../evil.so"), ("weights", "../evil.safetensors")):
         manifest = read_manifest(folder)
         (row,) = manifest["entries"]
