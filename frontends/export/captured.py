@@ -55,10 +55,15 @@ class Captured:
         return dict(zip(users, self.entry.inputs, strict=True))
 
     def weights(self) -> dict[str, Tensor]:
-        """The model's own weights by path."""
+        """The model's own weights by path, without what tracing found in its calls (a cache's empty keys)."""
+        module = self.entry.module
+        named = [
+            *module.named_parameters(remove_duplicate=False),
+            *module.named_buffers(remove_duplicate=False),
+        ]
+        own = {path.removeprefix("inner.") for path, _ in named}
         pairs = zip(self.program.inputs, self.program.example_inputs, strict=True)
-        held = [(s, v) for s, v in pairs if s.kind is InputKind.WEIGHT and isinstance(v, Tensor)]
-        return {spec.source or spec.name: value for spec, value in held}
+        return {spec.source: value for spec, value in pairs if spec.source in own}
 
     def inputs_for(self, tensors: list[Tensor]) -> list[Any]:
         """The program's inputs in order, with these tensors as the user's."""

@@ -15,9 +15,11 @@ import tilewright as tw
 from tilewright.compiler.diagnostics import LoadError, OptionError
 from tilewright.frontends.cache_argument import cache_name
 from tilewright.frontends.cli import main
+from tilewright.frontends.compile import CompileOptions
 from tilewright.frontends.example_calls import causal_lm_examples
 from tilewright.frontends.export.artifact import MANIFEST, read_manifest, render
-from tilewright.frontends.export.entries import decoder_entries
+from tilewright.frontends.export.captured import capture, describe_model
+from tilewright.frontends.export.entries import decoder_entries, entries_of
 from tilewright.frontends.export.language_package import PackagedModel
 from tilewright.frontends.loaded_model import LoadedModel
 from tilewright.frontends.loaders import resolve
@@ -280,6 +282,19 @@ def test_the_command_line(pair: Pair, folder: Path, capsys: pytest.CaptureFixtur
     assert "hold 57 tokens: the package has buffers of 40" in capsys.readouterr().err
     assert main(["explain", str(folder)]) == 2
     assert "is an export, which was rewritten already" in capsys.readouterr().err
+
+
+def test_the_fingerprint_is_the_models_whatever_form_it_is_exported_in() -> None:
+    loaded = tiny()
+    state = loaded.module.state_dict(keep_vars=True) | dict(loaded.module.named_buffers())
+    found = set[str]()
+    for capacity in (None, CAPACITY):
+        held = dict[str, Tensor]()
+        for entry in entries_of(loaded, {}, static=False, kind=None, length=None, capacity=capacity):
+            held |= capture(entry, CompileOptions.parse({"pipeline": "exact"})).weights()
+        assert held.keys() == state.keys()
+        found.add(describe_model("tiny", held)["fingerprint"])
+    assert len(found) == 1
 
 
 class AllLogits(LlamaForCausalLM):  # type: ignore[misc]
