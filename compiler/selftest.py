@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from tilewright.compiler.admission import unchecked
 from tilewright.compiler.canonicalize import canonicalize
@@ -315,7 +316,7 @@ def capture_example(example: Example, *, seed: int = 0) -> Program:
     values = [v.make(generator) if isinstance(v, Tensor) else v for v in example.inputs]
     places = [i for i, v in enumerate(values) if isinstance(v, torch.Tensor)]
     reals = [values[i] for i in places]
-    mode = FakeTensorMode()
+    mode = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True)  # sizes that depend on data get a symbol
     fakes = [mode.from_tensor(v) for v in reals]
 
     def run(*tensors: Any) -> Any:

@@ -5,8 +5,8 @@ from __future__ import annotations
 PRESETS: dict[str, str] = {
     # What every captured program goes through first: one spelling per meaning, then semantic ops.
     "normal-form": "eliminate-noop,fold-constants,match-embedding,match-linear,match-layer-norm,"
-    "match-rms-norm,split-complex-product,match-rope,match-attention,match-gated-mlp,match-kv-update,common-subexpression,"
-    "dead-code",
+    "match-rms-norm,split-complex-product,match-rope,match-attention,"
+    "match-ragged-attention,match-gated-mlp,match-kv-update,common-subexpression,dead-code",
     # Exact rewrites that pay on every model.
     "exact": "gqa-unrepeat,common-subexpression,dead-code,fuse-add-rmsnorm,fuse-projections",
     # Weights and activations in 8 bits, a scale per row and per token; the head too. Costs SmolLM2 4.3 % of

@@ -45,6 +45,7 @@ def _diffusion(
     inputs: Callable[[], Inputs],
     expected: dict[str, int],
     layers: int = LAYERS,
+    gathers: bool = False,
 ) -> ZooEntry:
     heads = {"num_attention_heads": HEADS, "attention_head_dim": HEAD_DIM, "num_layers": LAYERS}
     return ZooEntry(
@@ -54,6 +55,7 @@ def _diffusion(
         inputs=inputs,
         expected=expected,
         layers=layers,
+        gathers=gathers,
     )
 
 
@@ -164,14 +166,14 @@ def _mochi() -> ZooEntry:
         "max_sequence_length": TEXT,
     }
     # Two streams: q k v o, SwiGLU (gate and up in one linear), modulation, four norms, q and k norms.
-    # Attention runs sample by sample over the valid text tokens.
-    block = {"attention": BATCH, "linear": 14, "rms_norm": 12, "rope": 2, "gated_mlp": 2}
+    # Attention runs sample by sample over the valid text tokens: one for us.
+    block = {"attention": 1, "linear": 14, "rms_norm": 12, "rope": 2, "gated_mlp": 2}
     # The last block's text stream gives keys and values only.
     short = {"linear": -3, "rms_norm": -3, "gated_mlp": -1}
     # Time (two), attention pooling of the text (three), text, output with its modulation and norm.
     ends = {"attention": 1, "linear": 8, "layer_norm": 1}
     expected = counts((LAYERS, block), (1, short), (1, ends))
-    return _diffusion("mochi", "MochiTransformer3DModel", settings, inputs, expected)
+    return _diffusion("mochi", "MochiTransformer3DModel", settings, inputs, expected, gathers=True)
 
 
 def _pixart() -> ZooEntry:

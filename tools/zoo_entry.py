@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch._dynamo
 from torch import Tensor, nn
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
@@ -44,6 +46,15 @@ class ZooEntry:
     """Semantic op -> number, for every op of `COUNTED`."""
     layers: int
     """Repeated blocks."""
+    gathers: bool = False
+    """It gathers tokens by a mask: one graph only where sizes that depend on data may stand in it."""
+
+    def capturing(self) -> AbstractContextManager[None]:
+        """What a compiled call of the model runs in."""
+        patched: AbstractContextManager[None] = torch._dynamo.config.patch(
+            capture_dynamic_output_shape_ops=self.gathers
+        )
+        return patched
 
     def __post_init__(self) -> None:
         if self.family not in FAMILIES:

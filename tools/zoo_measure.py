@@ -176,7 +176,7 @@ def graph_breaks(entry: ZooEntry) -> list[dict[str, str]]:
     """Reason and user line of each graph break."""
     torch._dynamo.reset()
     args, kwargs = entry.inputs()
-    with torch.no_grad():
+    with entry.capturing(), torch.no_grad():
         explained = torch._dynamo.explain(entry.build())(*args, **kwargs)
     found = []
     for reason in explained.break_reasons:
@@ -218,7 +218,7 @@ def compiled_call(entry: ZooEntry, **how: Any) -> tuple[Any, float]:
     model = torch.compile(entry.build(), **how)
     args, kwargs = entry.inputs()
     started = time.perf_counter()
-    with torch.no_grad():
+    with entry.capturing(), torch.no_grad():
         out = model(*args, **kwargs)
     return out, time.perf_counter() - started
 

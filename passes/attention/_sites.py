@@ -197,16 +197,21 @@ def _prefix(program: Program, mask: fx.Node) -> tuple[fx.Node, int] | None:
     if op_name(parts[1]) != "ge" or not isinstance(compared[1], fx.Node):
         return None
     positions, limit = _behind_views(compared[0]), _behind_views(compared[1])
-    if positions.op != "get_attr":
-        return None
-    held = program.module.get_buffer(str(positions.target)).flatten()
-    if not torch.equal(held, torch.arange(len(held), dtype=held.dtype)):
+    if not _counts_from_zero(program, positions):
         return None
     value = tensor_of(limit)
     if value is None or value.dim() != 1 or op_name(limit) != "add" or not isinstance(limit.args[1], int):
         return None
     count = limit.args[0]
     return (limit, limit.args[1]) if isinstance(count, fx.Node) and op_name(count) == "sum" else None
+
+
+def _counts_from_zero(program: Program, node: fx.Node) -> bool:
+    """True for 0, 1, 2, ..., computed or held."""
+    if node.op != "get_attr":
+        return op_name(node) == "arange" and tuple(node.args[:-1]) in ((), (0,))
+    held = program.module.get_buffer(str(node.target)).flatten()
+    return torch.equal(held, torch.arange(len(held), dtype=held.dtype))
 
 
 def _behind_views(node: fx.Node) -> fx.Node:

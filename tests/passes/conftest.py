@@ -28,7 +28,7 @@ def _captured(name: str) -> Program:
 
     torch._dynamo.reset()
     args, kwargs = entry.inputs()
-    with torch.no_grad():
+    with entry.capturing(), torch.no_grad():
         torch.compile(entry.build(), backend=backend)(*args, **kwargs)
     return max(programs, key=lambda p: len(p.graph.nodes))
 

@@ -14,7 +14,7 @@ from tilewright.passes.attention.hoist_token_permutation import HoistTokenPermut
 from tilewright.passes.attention.sliding_tile_attention import SlidingTileAttention
 
 TILES = SlidingTileAttention(tile=(2, 3, 2), window=(1, 1, 1), nondivisible="ceil")
-PERMUTED = {"wan": 3, "cogvideox": 3, "ltx": 2, "hunyuan-video": 4}
+PERMUTED = {"wan": 3, "cogvideox": 3, "ltx": 2, "hunyuan-video": 4, "mochi": 3}
 """Values permuted on entry: video tokens with cosines and sines, or with the positions (all, or by axis)."""
 NAMES = [n if n == "wan" else pytest.param(n, marks=pytest.mark.slow) for n in PERMUTED]
 

@@ -21,9 +21,9 @@ from tilewright.passes.attention._window_table import checkpoint_of
 from tilewright.passes.attention.sliding_tile_attention import SlidingTileAttention
 
 RAGGED = SlidingTileAttention(tile=(2, 3, 2), window=(1, 1, 1), nondivisible="ceil")
-MODELS = {"wan": 2, "hunyuan-video": 4, "cogvideox": 2, "ltx": 2}
+MODELS = {"wan": 2, "hunyuan-video": 4, "cogvideox": 2, "ltx": 2, "mochi": 2}
 """Video self-attentions by model; grid 3 x 4 x 5."""
-QUICK = ("wan", "cogvideox")
+QUICK = ("wan", "cogvideox", "mochi")
 NAMES = [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in MODELS]
 
 
@@ -61,6 +61,7 @@ def test_the_whole_window_is_the_original(name, video_program, float64_outputs) 
         ("wan", 2),
         pytest.param("ltx", 2, marks=pytest.mark.slow),
         pytest.param("hunyuan-video", 1, marks=pytest.mark.slow),
+        ("mochi", 1),
     ],
 )
 def test_other_attentions_stay_byte_for_byte(name, left, video_program) -> None:

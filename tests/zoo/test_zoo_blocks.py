@@ -16,7 +16,6 @@ ONE_ADDITION = "its last stage is one block of one addition, which is no stream"
 FEWER = {
     "convnext": (2, ONE_ADDITION),
     "convnextv2": (2, ONE_ADDITION),
-    "mochi": (0, "its graph breaks inside each block"),
 }
 """Models in which fewer layers are found than there are, how many, and why."""
 
@@ -36,7 +35,7 @@ def test_layers_are_those_of_the_configuration(name: str, monkeypatch: pytest.Mo
     monkeypatch.setattr(compiling, "derive_facts", note)
     torch._dynamo.reset()
     args, kwargs = entry.inputs()
-    with torch.no_grad():
+    with entry.capturing(), torch.no_grad():
         options = {"lower": "eager", "kernels": False}
         torch.compile(entry.build(), backend="tilewright", options=options)(*args, **kwargs)
     assert found
