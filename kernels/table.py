@@ -14,6 +14,7 @@ import torch
 from tilewright.compiler.diagnostics import LoweringError, nearest
 from tilewright.compiler.ops import all_ops
 from tilewright.kernels.attention.family import ATTENTION
+from tilewright.kernels.block_mass.family import BLOCK_MASS
 from tilewright.kernels.block_sparse_attention.family import (
     BLOCK_SPARSE_ATTENTION,
     BLOCK_SPARSE_ATTENTION_BACKWARD,
@@ -47,6 +48,7 @@ FAMILIES: dict[str, KernelFamily] = {
         BLOCK_SPARSE_ATTENTION_BACKWARD,
         BLOCK_SPARSE_ATTENTION_INT8,
         BLOCK_SPARSE_ATTENTION_FP8,
+        BLOCK_MASS,
         *PAGED_FAMILIES,
         *PACKED_FAMILIES,
     )

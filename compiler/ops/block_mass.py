@@ -35,12 +35,13 @@ def block_mass(
 
     q [B, H, S, D], k [B, H, T, D], lse [B, H, S] natural log, q_off [1, nQ + 1], k_off [1, nK + 1] int32
     borders, mask bool [1 or B, 1 or H, 1, T] of kept keys -> float32 [B, H, nQ, nK]. With the lse of the same
-    scores a row of W sums to the rows of its block.
+    scores a row of W sums to the rows of its block. A query whose lse is -inf attended nothing: no mass.
     """
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     keys = k.to(wide).transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)
     of_row, of_key = (_block_of(off, n) for off, n in ((q_off, q.shape[2]), (k_off, k.shape[2])))
     nq, nk = q_off.shape[-1] - 1, k_off.shape[-1] - 1
+    lse = lse.masked_fill(lse == -torch.inf, torch.inf)
     found = torch.zeros(*q.shape[:2], nq, nk, dtype=wide, device=q.device)
     for start in range(0, q.shape[2], ROWS):
         rows = slice(start, start + ROWS)

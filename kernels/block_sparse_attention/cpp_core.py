@@ -156,12 +156,8 @@ inline void narrow(const float* from, int64_t n, T* to, float scale) {
 }"""
 
 
-def pack_text(direct: bool, value: int, lanes: int) -> str:
-    """Packing the keys and values of one piece; `direct` when storage is float and rows need no widening."""
-    kept = "j < n" if value % (2 * lanes) == 0 else "j < n && e < E"
-    load = "vload(from + e)"
-    if value % lanes:
-        load = f"e + kLanes <= E ? {load} : vload_first(from + e, E - e)"
+def pack_keys_text(direct: bool) -> str:
+    """Packing the keys of one piece; `direct` when storage is float and rows need no widening."""
     rows = (
         "    for (int64_t i = 0; i < 8; ++i) row[i] = j + i < n ? at(k, first + j + i) : zero;"
         if direct
@@ -175,16 +171,29 @@ def pack_text(direct: bool, value: int, lanes: int) -> str:
     }"""
     )
     scratch = "  static const float zero[D] = {};" if direct else "  float wide[8 * D];"
-    return f"""// Keys first .. first + n - 1 of one head, K to kp and V to vp, with zeros up to full panels.
-inline void pack_piece(const Heads& k, const Heads& v, int64_t first, int64_t n, float* kp, float* vp) {{
+    return f"""// Keys first .. first + n - 1 of one head in panels, with zeros up to full ones.
+inline void pack_keys(const Heads& k, int64_t first, int64_t n, float* kp) {{
 {scratch}
-  const int64_t padded = round_up(n);
   const float* row[8];
-  for (int64_t j = 0; j < padded; j += 8) {{
+  for (int64_t j = 0; j < round_up(n); j += 8) {{
 {rows}
     float* panel = kp + j / kNR * kNR * D + j % kNR;
     for (int64_t d = 0; d < D; d += 8) transpose8<kNR>(row, d, panel + d * kNR);
   }}
+}}"""
+
+
+def pack_text(direct: bool, value: int, lanes: int) -> str:
+    """Packing the keys and values of one piece."""
+    kept = "j < n" if value % (2 * lanes) == 0 else "j < n && e < E"
+    load = "vload(from + e)"
+    if value % lanes:
+        load = f"e + kLanes <= E ? {load} : vload_first(from + e, E - e)"
+    return f"""{pack_keys_text(direct)}
+// The same of values beside them.
+inline void pack_piece(const Heads& k, const Heads& v, int64_t first, int64_t n, float* kp, float* vp) {{
+  pack_keys(k, first, n, kp);
+  const int64_t padded = round_up(n);
   for (int64_t j = 0; j < padded; ++j) {{
     const T* from = at(v, first + (j < n ? j : 0));
     for (int64_t e = 0; e < kEP; e += kLanes)

@@ -1,0 +1,1 @@
+"""How much probability every block of an attention holds, as generated kernels."""
