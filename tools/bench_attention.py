@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -167,6 +168,37 @@ def sides(case: Case, flex: bool) -> dict[str, Run]:
     return found
 
 
+def searches(rounds: int) -> Iterator[str]:
+    """A line per head size: what a search for blocks costs, in dense attentions.
+
+    The first search attends densely and sums the probabilities of blocks of 64; a later one sums alone, with
+    the lse of the search before. Selecting the blocks is not in it.
+    """
+    for size in (64, 128):
+        q, k, v = (torch.randn(1, 4, 6912, size) for _ in range(3))
+        layout = BlockLayout.dense(6912, 6912, 4).arguments()
+        attend = kernel("block_sparse_attention", q, k, v, *layout, None)
+        lse, ends = attend()[1], torch.arange(0, 6913, 64, dtype=torch.int32)[None]
+        runs: dict[str, Run] = {
+            "dense": partial(F.scaled_dot_product_attention, q, k, v),
+            "attention": kernel("attention", q, k, v, None, None, False, 0.0, None),
+            "with lse": attend,
+            "mass": kernel("block_mass", q, k, lse, ends, ends, None, None),
+        }
+        torch.testing.assert_close(
+            runs["mass"]().sum(-1), torch.full((1, 4, 108), 64.0), rtol=1e-4, atol=1e-3
+        )
+        t = measure(runs, rounds)
+        whole, times = t["with lse"] + t["mass"], " ".join(f"{name} {1e3 * s:.1f}" for name, s in t.items())
+        shares = [
+            f"{what}: first {whole / t[n]:.2f} later {t['mass'] / t[n]:.2f}" for n, what in _ONE.items()
+        ]
+        yield f"search 6912 H=4 D={size} | ms: {times} | {', '.join(shares)}"
+
+
+_ONE = {"attention": "of our dense attention", "dense": "of torch's"}
+
+
 def measure(runs: dict[str, Run], rounds: int) -> dict[str, float]:
     """Least seconds of each side over interleaved rounds."""
     best = dict.fromkeys(runs, float("inf"))
@@ -195,13 +227,17 @@ def line(case: Case, seconds: dict[str, float]) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Print a line per case."""
     parser = argparse.ArgumentParser(prog="bench_attention", description=(__doc__ or "").splitlines()[0])
-    groups = ("tiles", "full", "large", "causal")
+    groups = ("tiles", "full", "large", "causal", "search")
     parser.add_argument("--group", action="append", choices=groups, help="only these shapes; may repeat")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--flex", action="store_true", help="also time compiled FlexAttention")
     options = parser.parse_args(argv)
     with torch.inference_mode():
         for group in options.group or groups:
+            if group == "search":
+                for text in searches(options.rounds):
+                    print(text, flush=True)
+                continue
             for case in cases(group):
                 torch._dynamo.reset()
                 print(line(case, measure(sides(case, options.flex), options.rounds)), flush=True)
