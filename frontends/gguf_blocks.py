@@ -2,7 +2,9 @@
 
 Q4_1 is int4 in float-zero groups of 32, Q4_0 and Q8_0 are symmetric groups of 32 (ggml's block layouts: the
 float16 scale, for Q4_1 the float16 minimum, then the codes; byte i of a 4-bit block holds elements i and
-i + 16). Only how the codes lie changes, from ggml's blocks to those of the kernels.
+i + 16). Q4_K is int4 in float-zero groups of 32, whose scales and minima are 6-bit multiples of two float16
+numbers for 256 elements: their products are held in float32. Only how the codes lie changes, from ggml's
+blocks to those of the kernels.
 """
 
 from __future__ import annotations
@@ -27,8 +29,9 @@ FORMATS = {
     "Q4_0": WeightFormat(4, 32, "symmetric"),
     "Q4_1": WeightFormat(4, 32, "float-zero"),
     "Q8_0": WeightFormat(8, 32, "symmetric"),
+    "Q4_K": WeightFormat(4, 32, "float-zero", grid="wide"),
 }
-_BLOCK = 32
+_BLOCK, _SUPER = 32, 256
 _LAYERS = {
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
@@ -66,12 +69,15 @@ class QuantizedLinear(nn.Module):
 def read_blocks(data: bytes, tensor: GgufTensor) -> Quantized:
     """The codes and grids of one tensor of a type in `FORMATS`, from its bytes; a matrix [N, K]."""
     rows, columns = tensor.shape
-    raw = torch.frombuffer(bytearray(data), dtype=torch.uint8).view(rows, columns // _BLOCK, -1)
+    block = _SUPER if tensor.type == "Q4_K" else _BLOCK
+    raw = torch.frombuffer(bytearray(data), dtype=torch.uint8).view(rows, columns // block, -1)
 
     def number(at: int) -> Tensor:
         return raw[..., at : at + 2].contiguous().view(torch.float16)[..., 0].float()
 
     scale = number(0)
+    if tensor.type == "Q4_K":
+        return _super_blocks(raw, scale, number(2), columns)
     if tensor.type == "Q8_0":
         codes, offset = raw[..., 2:] ^ 128, -128 * scale
     else:
@@ -79,6 +85,20 @@ def read_blocks(data: bytes, tensor: GgufTensor) -> Quantized:
         codes = torch.cat((nibbles & 15, nibbles >> 4), -1)
         offset = number(2) if tensor.type == "Q4_1" else -8 * scale
     return Quantized(codes.reshape(rows, columns), scale, offset, _BLOCK)
+
+
+def _super_blocks(raw: Tensor, scale: Tensor, minimum: Tensor, columns: int) -> Quantized:
+    """Q4_K: raw [N, blocks of 256, 144]. Bytes 4 to 15 hold eight scales and eight minima of 6 bits, the
+    upper bits of the last four of each in the two top bits of the first eight bytes; then, for each 64
+    elements, 32 bytes of codes, the lower halves first."""
+    first, second, rest = raw[..., 4:8], raw[..., 8:12], raw[..., 12:16]
+    scales = torch.cat((first & 63, (rest & 15) | (first >> 6 << 4)), -1)
+    minima = torch.cat((second & 63, (rest >> 4) | (second >> 6 << 4)), -1)
+    pairs = raw[..., 16:].view(*raw.shape[:2], -1, _BLOCK)
+    codes = torch.stack((pairs & 15, pairs >> 4), 3)
+    grids = [n[..., None] * m for n, m in ((scale, scales), (-minimum, minima))]
+    scale, offset = (g.reshape(len(raw), columns // _BLOCK) for g in grids)
+    return Quantized(codes.reshape(len(raw), columns), scale, offset, _BLOCK)
 
 
 def block_weights(path: Path) -> Iterator[tuple[GgufTensor, Quantized]]:
@@ -117,7 +137,7 @@ def keep_quantized(model: LoadedModel, path: Path, activation: Activation = "non
         setattr(model.module.get_submodule(parent), leaf, made)
         found += 1
     if not found:
-        raise LoadError("has no linear layer in blocks of Q4_0, Q4_1 or Q8_0", where=str(path))
+        raise LoadError(f"has no linear layer in blocks of {', '.join(FORMATS)}", where=str(path))
     return model
 
 

@@ -9,6 +9,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+import transformers
 
 from tilewright.compiler.diagnostics import LoadError
 from tilewright.compiler.weight_format import WeightFormat
@@ -20,14 +21,25 @@ TYPES = {
     "Q4_0": gguf.GGMLQuantizationType.Q4_0,
     "Q4_1": gguf.GGMLQuantizationType.Q4_1,
     "Q8_0": gguf.GGMLQuantizationType.Q8_0,
+    "Q4_K": gguf.GGMLQuantizationType.Q4_K,
 }
+
+
+def super_blocks(rows: int, columns: int) -> np.ndarray:
+    """Random blocks of Q4_K, which ggml's Python code reads but does not write."""
+    raw = torch.randint(0, 256, (rows, columns // 256, 144), dtype=torch.uint8)
+    grids = torch.rand(rows, columns // 256, 2).mul(0.02).half()
+    raw[..., :4] = grids.view(torch.uint8).view(rows, columns // 256, 4)
+    return raw.view(rows, -1).numpy()
 
 
 def write(path: Path, tensors: dict[str, tuple[torch.Tensor, str]]) -> dict[str, torch.Tensor]:
     """A GGUF file of matrices in blocks; returns what ggml's own code says that they mean."""
     writer, meant = gguf.GGUFWriter(str(path), "llama"), {}
     for name, (value, kind) in tensors.items():
-        data = gguf.quants.quantize(value.numpy(), TYPES[kind])
+        data = (
+            super_blocks(*value.shape) if kind == "Q4_K" else gguf.quants.quantize(value.numpy(), TYPES[kind])
+        )
         writer.add_tensor(name, data, raw_dtype=TYPES[kind])
         meant[name] = torch.from_numpy(np.ascontiguousarray(gguf.quants.dequantize(data, TYPES[kind])))
     writer.write_header_to_file()
@@ -41,12 +53,12 @@ def write(path: Path, tensors: dict[str, tuple[torch.Tensor, str]]) -> dict[str,
 def test_blocks_mean_what_ggml_says(kind: str, tmp_path: Path) -> None:
     torch.manual_seed(3)
     path = tmp_path / "one.gguf"
-    meant = write(path, {"blk.0.ffn_up.weight": (torch.randn(19, 96), kind)})["blk.0.ffn_up.weight"]
+    meant = write(path, {"blk.0.ffn_up.weight": (torch.randn(19, 768), kind)})["blk.0.ffn_up.weight"]
     [(tensor, blocks)] = list(block_weights(path))
-    assert tensor.shape == (19, 96)
+    assert tensor.shape == (19, 768)
     assert torch.equal(blocks.dequantize(), meant)
     form = FORMATS[kind]
-    assert torch.equal(form.dequantize(form.pack(blocks), 19, 96), meant)
+    assert torch.equal(form.dequantize(form.pack(blocks), 19, 768), meant)
 
 
 def _tiny(path: Path) -> tuple[LoadedModel, dict[str, torch.Tensor]]:
@@ -81,6 +93,30 @@ def test_a_model_runs_on_the_blocks_of_its_file(tmp_path: Path) -> None:
         held = {name for name, _ in model.module.named_parameters()}
         assert "model.layers.0.mlp.down_proj.weight" not in held
         options = {"pipeline": "exact", "require": {"quantized_linear": 6}, "lower": "eager"}
+        compiled = torch.compile(model.module, backend="tilewright", options=options)
+        got = compiled(tokens, use_cache=False).logits
+    assert float((got - want).norm() / want.norm()) < 1e-5
+
+
+def test_a_model_runs_on_super_blocks(tmp_path: Path) -> None:
+    """Q4_K in layers of 256 and 512 columns, through capture and the compiled kernels."""
+    torch.manual_seed(4)
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 1, "vocab_size": 64}
+    config = transformers.LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2)
+    model = LoadedModel("blocks", "causal-lm", transformers.LlamaForCausalLM(config).eval(), None, {})
+    names = {"ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}
+    layers = {t: model.module.get_submodule(f"model.layers.0.{ours}") for t, ours in names.items()}
+    meant = write(
+        tmp_path / "k.gguf", {f"blk.0.{t}.weight": (m.weight.data, "Q4_K") for t, m in layers.items()}
+    )
+    for theirs, layer in layers.items():
+        layer.weight.data.copy_(meant[f"blk.0.{theirs}.weight"])
+    tokens = torch.arange(3, 20)[None]
+    with torch.no_grad():
+        want = model.module(tokens, use_cache=False).logits
+        keep_quantized(model, tmp_path / "k.gguf")
+        assert torch.equal(model.module(tokens, use_cache=False).logits, want)
+        options = {"pipeline": "exact", "require": {"quantized_linear": 2}, "lower": "eager"}
         compiled = torch.compile(model.module, backend="tilewright", options=options)
         got = compiled(tokens, use_cache=False).logits
     assert float((got - want).norm() / want.norm()) < 1e-5
