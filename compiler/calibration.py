@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ LARGEST_HESSIAN = 8192
 _SAMPLED = 4096
 _OPTIONAL = ("hessian", "means", "energy")
 """What a file holds for a layer only where it was wanted."""
+_TENSORS = ("absmax", "upper", *_OPTIONAL)
 
 
 @dataclass
@@ -136,14 +138,17 @@ class Statistics:
     def save(self, path: Path) -> None:
         """Write one safetensors file, complete or not at all."""
         tensors: dict[str, Tensor] = {}
-        rows = []
-        for name, layer in self.layers.items():
+        rows: list[dict[str, Any]] = []
+        written: dict[tuple[int, ...], int] = {}
+        for i, (name, layer) in enumerate(self.layers.items()):
             row = {"path": name, "basis": layer.basis, "tokens": layer.tokens}
             rows.append(row | {"typical": layer.typical, "samples": layer.samples})
-            for kind in ("absmax", "upper", *_OPTIONAL):
-                value = getattr(layer, kind)
-                if value is not None:
-                    tensors[f"{len(rows) - 1}.{kind}"] = value.contiguous()
+            held = {kind: getattr(layer, kind) for kind in _TENSORS}
+            like = written.setdefault(tuple(map(id, held.values())), i)
+            if like != i:
+                rows[i]["like"] = like
+                continue
+            tensors |= {f"{i}.{kind}": v.contiguous() for kind, v in held.items() if v is not None}
         head = {k: getattr(self, k) for k in ("fingerprint", "vocabulary", "samples", "source", "quantile")}
         write_described(path, FORMAT, {**head, "layers": rows}, tensors)
 
@@ -164,17 +169,25 @@ def _parsed(data: Any, names: Any, tensor: Callable[[str], Tensor]) -> Statistic
         float(data["quantile"]),
     )
     present = set(names)
+    layers: list[LayerStatistics] = []
     for i, row in enumerate(data["layers"]):
-        more = {kind: tensor(f"{i}.{kind}") for kind in _OPTIONAL if f"{i}.{kind}" in present}
+        if "like" in row:  # it read what that layer read
+            like = int(row["like"])
+            if not 0 <= like < i:
+                raise ValueError(f"layer {i} is like layer {like}")
+            held = {kind: getattr(layers[like], kind) for kind in _TENSORS}
+        else:
+            there = ("absmax", "upper", *(kind for kind in _OPTIONAL if f"{i}.{kind}" in present))
+            held = {kind: tensor(f"{i}.{kind}") for kind in there}
         layer = LayerStatistics(
             str(row["basis"]),
             int(row["tokens"]),
-            tensor(f"{i}.absmax"),
-            tensor(f"{i}.upper"),
-            float(row.get("typical", 0.0)),
-            int(row.get("samples", 0)),
-            **more,
+            typical=float(row.get("typical", 0.0)),
+            samples=int(row.get("samples", 0)),
+            **held,
         )
+        layers.append(layer)
+        more = {kind: held[kind] for kind in _OPTIONAL if held.get(kind) is not None}
         if layer.absmax.dim() != 1 or layer.upper.shape != layer.absmax.shape:
             raise ValueError(f"layer {i} has shapes {list(layer.absmax.shape)}, {list(layer.upper.shape)}")
         for kind, value in more.items():
@@ -232,6 +245,11 @@ class Observer(fx.Interpreter):
         self._names = {
             n: (weight_path(program, n), basis_of(n)) for n in program.graph.nodes if n.target is ops.linear
         }
+        readers: dict[fx.Node, fx.Node] = {}
+        uses = Counter(path for path, _ in self._names.values())
+        alone = [n for n, (path, _) in self._names.items() if uses[path] == 1]
+        self._first = {n: readers.setdefault(arguments(n)["x"], n) for n in alone}
+        """Of the layers that read one value, the one that is observed for all of them."""
         norms = {n: see_through(arguments(n)["x"]) for n in self._names} if means else {}
         self._norm_of = {n: norm for n, norm in norms.items() if norm.target is ops.rms_norm}
         self._energies: dict[fx.Node, Tensor] = {}
@@ -243,18 +261,25 @@ class Observer(fx.Interpreter):
             self._energies[n] = _energy(args[0] if args else kwargs["x"])
         if n in self._names:
             path, basis = self._names[n]
-            layer = self._statistics.layers.setdefault(path, LayerStatistics(basis))
-            args, kwargs = self.fetch_args_kwargs_from_env(n)
-            x = args[0] if args else kwargs["x"]
-            norm = self._norm_of.get(n)
-            layer.observe(
-                x,
-                quantile=self._statistics.quantile,
-                hessian=self._hessian,
-                means=self._means,
-                energy=None if norm is None else self._energies[norm],
-            )
+            first = self._first.get(n, n)
+            if first is n:
+                layer = self._statistics.layers.setdefault(path, LayerStatistics(basis))
+                args, kwargs = self.fetch_args_kwargs_from_env(n)
+                self._observe(n, layer, args[0] if args else kwargs["x"])
+            else:
+                seen = self._statistics.layers[self._names[first][0]]
+                self._statistics.layers[path] = replace(seen, basis=basis)
         return super().run_node(n)
+
+    def _observe(self, n: fx.Node, layer: LayerStatistics, x: Tensor) -> None:
+        norm = self._norm_of.get(n)
+        layer.observe(
+            x,
+            quantile=self._statistics.quantile,
+            hessian=self._hessian,
+            means=self._means,
+            energy=None if norm is None else self._energies[norm],
+        )
 
 
 def _energy(x: Tensor) -> Tensor:

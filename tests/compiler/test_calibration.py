@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
@@ -84,6 +85,39 @@ def test_it_is_saved_whole(statistics, tmp_path):
         assert torch.equal(other.hessian, layer.hessian)
 
 
+class Branches(nn.Module):
+    """Two layers that read one value, and one that is called on two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(4)
+        self.left, self.right, self.twice = (nn.Linear(8, n, bias=False) for n in (4, 6, 8))
+        for p in self.parameters():
+            p.data = torch.randn(p.shape, generator=generator)
+
+    def forward(self, x):
+        return self.left(x) + self.right(x).sum() + self.twice(self.twice(x)).sum()
+
+
+def test_layers_that_read_one_value_share_its_statistics(tmp_path):
+    torch.manual_seed(0)
+    given, model = [((torch.randn(5, 8),), {}) for _ in range(2)], Branches()
+    found = calibrate(model, given, hessian=True)
+    left, right, twice = (found.layers[f"{n}.weight"] for n in ("left", "right", "twice"))
+    assert left.hessian is right.hessian
+    x = torch.cat([a[0] for a, _ in given]).double()
+    assert torch.allclose(left.hessian, x.t() @ x, rtol=1e-6)
+    again = x @ model.twice.weight.detach().double().t()
+    assert torch.allclose(twice.hessian, x.t() @ x + again.t() @ again, rtol=1e-5)
+    path = tmp_path / "stats"
+    found.save(path)
+    with safe_open(path, framework="pt") as file:
+        assert len([name for name in file.keys() if name.endswith("hessian")]) == 2  # noqa: SIM118
+    back = Statistics.load(path)
+    assert back.layers["left.weight"].hessian is back.layers["right.weight"].hessian
+    assert torch.equal(back.layers["right.weight"].hessian, right.hessian)
+
+
 def test_damaged_files_are_one_error(statistics, tmp_path):
     whole = tmp_path / "whole"
     statistics.save(whole)
@@ -99,7 +133,8 @@ def test_damaged_files_are_one_error(statistics, tmp_path):
         Statistics.load(tmp_path / "other")
     row = {"path": "p", "basis": "", "tokens": 1}
     head = {"fingerprint": "f", "vocabulary": 1, "samples": 1, "source": "", "quantile": 0.9, "layers": [row]}
-    for broken in ({**head, "layers": 3}, {k: v for k, v in head.items() if k != "samples"}, [], head):
+    alike = {**head, "layers": [row | {"like": 0}]}
+    for broken in (alike, {**head, "layers": 3}, {k: v for k, v in head.items() if k != "samples"}, [], head):
         metadata = {"format": "tilewright-calibration-1", "statistics": json.dumps(broken)}
         save_file({"a": torch.zeros(1)}, tmp_path / "odd", metadata=metadata)
         with pytest.raises(LoadError, match="damaged"):
