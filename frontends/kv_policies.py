@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -46,11 +47,9 @@ class StreamingLayer(PagedLayer):
         if max(view.lengths) <= policy.sinks + policy.window:
             return super().decode(q, first, scale)
         pool, (table, lengths) = view.pool, view.tables()
-        positions = policy.positions(lengths, first, table.shape[1] * self.page)
+        pages, attention = (pool.k_pages, pool.v_pages, table), partial(run, "token_attention")
         out: Tensor
-        out, _ = run(
-            "token_attention", q, pool.k_pages, pool.v_pages, table, lengths, positions, first, scale
-        )
+        out, _ = policy.attend(q, *pages, lengths, first, scale, attention)
         starts = [0] * view.batch if first is None else first.tolist()
         for row, (length, start) in enumerate(zip(view.lengths, starts, strict=True)):
             view.drop(row, policy.given_up(length, start, self.page))
