@@ -167,6 +167,33 @@ def test_positions_in_the_cache_are_greedy_where_all_fits(batch: int) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("more", ["", ",positions=cache,theta=10000"])
+def test_streaming_chunks_are_a_whole_prompt_then_single_tokens(more: str) -> None:
+    """Before the first choice chunks attend everything; behind it they attend as their tokens would."""
+    model, given = make_model(), prompts(3, 60)
+    ids, mask = given["input_ids"], torch.cat([given["attention_mask"], torch.ones(3, 24).long()], 1)
+    ids = torch.cat([ids, ids[:, 17:41]], 1)
+
+    def logits(*stops: int) -> tuple[torch.Tensor, list[int]]:
+        found, begin = [], 0
+        with tw.kv_cache(model, "streaming-kv{sinks=2,window=9,dense_layers=1" + more + "}", page=8) as cache:
+            for end in stops:
+                places = (mask[:, :end].cumsum(1) - 1).clamp(min=0)[:, begin:]
+                part = {"input_ids": ids[:, begin:end], "attention_mask": mask[:, :end]}
+                found.append(model(**part, position_ids=places, past_key_values=cache).logits)
+                begin = end
+            return torch.cat(found, 1)[:, 59:], [layer.view.pool.used for layer in cache.layers]
+
+    want, held = logits(60, *range(61, 85))
+    for stops in ((20, 41, 60, 61, 62, 77, 78, 84), (60, 61, 84)):
+        got, holds = logits(*stops)
+        torch.testing.assert_close(got, want, atol=1e-4, rtol=0)
+        assert holds == held
+    full, _ = logits(60, 84)
+    assert not torch.allclose(full, want, atol=1e-2), "a prompt in two parts"
+
+
+@torch.no_grad()
 def test_positions_in_the_cache_are_as_the_same_text_gets_without_the_middle() -> None:
     """One layer attends as if the tokens that were given up had never been."""
     torch.manual_seed(0)
