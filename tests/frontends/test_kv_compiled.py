@@ -149,6 +149,41 @@ def test_two_forwards_of_one_graph_keep_their_order(backend: str) -> None:
 
 @torch.no_grad()
 @pytest.mark.usefixtures("fresh")
+def test_beams_and_what_prompts_share() -> None:
+    model, given = make_model(), prompts(2, 12)
+    shared = prompts(1, 32)["input_ids"]
+    begun = [shared[0].tolist() + given["input_ids"][row, -4 - row :].tolist() for row in range(2)]
+    known = tw.prefix_cache(model, 64, page=8)
+    known.add(shared[0])
+
+    def written() -> list[torch.Tensor]:
+        started = known.begin(begun)
+        with started["past_key_values"]:
+            follows = model.generate(**started, max_new_tokens=12, do_sample=False)
+        with tw.kv_cache(model) as cache:
+            how = {"num_beams": 3, "do_sample": False, "max_new_tokens": 12}
+            return [follows, model.generate(**given, **how, past_key_values=cache)]
+
+    want = written()
+    model.forward = torch.compile(model.forward, backend="eager", fullgraph=True)
+    for got, expected in zip(written(), want, strict=True):
+        assert torch.equal(got, expected)
+
+
+@torch.no_grad()
+@pytest.mark.usefixtures("fresh")
+def test_a_compiled_module_is_a_model() -> None:
+    model, ids = make_model(), prompts(1, 20)["input_ids"]
+    want, compiled = model(ids).logits, torch.compile(model, backend="eager", fullgraph=True)
+    with tw.kv_cache(compiled) as cache:
+        parts = [compiled(ids[:, :16].contiguous(), past_key_values=cache).logits]
+        parts += [compiled(ids[:, i : i + 1].clone(), past_key_values=cache).logits for i in range(16, 20)]
+        torch.testing.assert_close(torch.cat(parts, 1), want, atol=1e-4, rtol=0)
+    assert model.config._attn_implementation == "sdpa"
+
+
+@torch.no_grad()
+@pytest.mark.usefixtures("fresh")
 def test_misuse_is_named() -> None:
     model, given = make_model(), prompts(2, 9)
     forward = torch.compile(model.forward, backend="eager")
