@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.utils import counters
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -197,6 +198,14 @@ def test_misuse_is_named() -> None:
     cache.reset()
     with pytest.raises(OptionError, match=r"under torch.no_grad"), torch.enable_grad():
         forward(**given, past_key_values=cache)
+    cache.reset()
+    options = {"lower": "eager", "verify": "outputs"}
+    with pytest.raises(BackendCompilerFailed, match="stores what it sees in a cache"):
+        torch.compile(model.forward, backend="tilewright", options=options)(**given, past_key_values=cache)
+    assert cache.get_seq_length() == 0
+    options["verify"] = "shapes"
+    torch.compile(model.forward, backend="tilewright", options=options)(**given, past_key_values=cache)
+    assert cache.get_seq_length() == 9
     cache.reset()
     model.set_attn_implementation("sdpa")
     with pytest.raises(OptionError, match="attention is 'sdpa'"):
