@@ -11,6 +11,7 @@ from torch import fx
 
 from tilewright.compiler.diagnostics import CaptureError, OptionError
 from tilewright.compiler.report import Report
+from tilewright.frontends import kv_compiled
 from tilewright.frontends.capture import from_dynamo
 from tilewright.frontends.compile import (
     REPORTS,
@@ -46,6 +47,11 @@ def tilewright_backend(
         program = from_dynamo(gm, example_inputs)
     except CaptureError as error:
         return _left_alone(gm, example_inputs, parsed, error)
+    if parsed.verify == "outputs" and any(n.target is kv_compiled.attend for n in program.graph.nodes):
+        raise OptionError(
+            "verify = outputs runs a program many times, and this one stores what it sees in a cache",
+            remedy="verify='shapes', or a call without tilewright.kv_cache",
+        )
     captured = time.perf_counter() - started
     report = optimize_program(program, parsed)
     report.seconds["capture"] = captured

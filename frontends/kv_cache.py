@@ -20,8 +20,10 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from tilewright.compiler.diagnostics import OptionError
 from tilewright.compiler.ops.paged import PAGE_SIZES
-from tilewright.frontends.kv_layer import PagedLayer
+from tilewright.frontends import kv_compiled
+from tilewright.frontends.kv_layer import NOT_HANDED, PagedLayer, check_inference
 from tilewright.frontends.kv_offload import Placement
+from tilewright.frontends.kv_padding import first_tokens
 from tilewright.frontends.kv_policies import layers_for
 from tilewright.frontends.kv_shadow import check_rotation
 from tilewright.frontends.kv_spec_cache import SpecTier
@@ -48,34 +50,22 @@ class DeferredMask:
         OptionError for a mask that is more than such padding.
         """
         if not self._known:
-            self._first, self._known = self._find_first(prefix), True
+            padding = self._only_padding()
+            self._first, self._known = None if padding is None else first_tokens(padding, prefix), True
         return self._first
 
-    def _find_first(self, prefix: Sequence[int]) -> Tensor | None:
+    def first_in_graph(self, handle: Tensor) -> Tensor | None:
+        """As `first`, of the cache that has the layer of `handle`; 0 everywhere where there is no padding."""
+        if not self._known:
+            padding = self._only_padding()
+            found = None if padding is None else kv_compiled.first_of_mask(handle, padding)
+            self._first, self._known = found, True
+        return self._first
+
+    def _only_padding(self) -> Tensor | None:
         if not self._plain:
             raise OptionError("the paged cache masks padding and later tokens only; this model asks for more")
-        if self._padding is None or bool(self._padding.all()):
-            return None
-        begin, padding = max(prefix, default=0), self._padding.bool()
-        new = padding[:, begin:]
-        # A chunk of a prompt may be padding alone.
-        first = torch.where(new.any(1), new.to(torch.int8).argmax(1), new.shape[1]) + begin
-        at = torch.arange(padding.shape[1], device=first.device)
-        want = at >= first[:, None]
-        if prefix:
-            want = want | (at < torch.tensor(prefix, device=first.device)[:, None])
-            if len(prefix) != len(padding) or not torch.equal(padding, want):
-                raise OptionError(
-                    f"attention_mask is not 1 for the {list(prefix)} tokens that the cache began with, "
-                    "then 0s up to the first token after them",
-                    remedy="pass the attention_mask that came with the cache",
-                )
-        elif not torch.equal(padding, want):
-            raise OptionError(
-                "attention_mask is not 0s followed by 1s in every row",
-                remedy="pad on the left: tokenizer.padding_side = 'left'",
-            )
-        return first
+        return self._padding
 
 
 def _mask(*, attention_mask: Tensor | None = None, **how: Any) -> DeferredMask:
@@ -95,36 +85,106 @@ def _attention(
     **how: Any,
 ) -> tuple[Tensor, None]:
     """What transformers calls for attention: query [B, H, T, D] -> ([B, T, H, E], None)."""
-    layer = getattr(key, "tilewright_layer", None)
-    if layer is None:
+    layer: Any = getattr(key, "tilewright_layer", None)
+    cache: Any = getattr(key, "tilewright_cache", None)
+    if layer is None and cache is None:
         mask = attention_mask.build() if isinstance(attention_mask, DeferredMask) else attention_mask
         out, _ = sdpa_attention_forward(module, query, key, value, mask, dropout, scaling, **how)
         return out, None
     refused = [name for name in UNSUPPORTED if how.get(name) is not None]
     if refused or dropout:
-        raise OptionError(f"layer {layer.index}: the paged cache has no {' or '.join(refused) or 'dropout'}")
+        raise OptionError(f"the paged cache has no {' or '.join(refused) or 'dropout'}")
     if attention_mask is not None and not isinstance(attention_mask, DeferredMask):
         raise OptionError(
             "the paged cache takes a 2-D attention_mask [B, S]; this one was built by someone else"
         )
-    first = None if attention_mask is None else attention_mask.first(layer.prefix)
     scale = query.shape[3] ** -0.5 if scaling is None else scaling
+    if cache is not None:
+        handle = cache.taken()
+        first = None if attention_mask is None else attention_mask.first_in_graph(handle)
+        return kv_compiled.attend(handle, query, key, value, first, scale), None
+    first = None if attention_mask is None else attention_mask.first(layer.prefix)
     return layer.attend(query, key, value, first, scale).transpose(1, 2).contiguous(), None
 
 
 class PagedCache(Cache):  # type: ignore[misc]
     """Made by `kv_cache`. Of one model and one batch at a time; `reset` makes room for the next.
 
-    As a context manager, or by `close`, it gives its pages back and the model its former attention.
+    Works in a compiled model, too: one op a layer, see `kv_compiled`. As a context manager, or by `close`, it
+    gives its pages back and the model its former attention.
     """
 
+    is_compileable = False
+    """For generate(), which would compile of its own accord; a model that was compiled before is fine."""
+
     def __init__(
-        self, model: Any, layers: list[PagedLayer], before: str, placement: Placement | SpecTier | None
+        self,
+        model: Any,
+        layers: list[PagedLayer],
+        before: str,
+        placement: Placement | SpecTier | None,
+        check: Callable[[], None],
     ) -> None:
+        """check: raises where the model would not call our attention."""
         super().__init__(layers=layers)
         self._model, self._before, self.placement = model, before, placement
+        self.handles = [kv_compiled.handle_of(layer) for layer in layers]
+        """What stands for the layers in a compiled graph, int64 [] each."""
+        self._check = check
+        self._waiting: int | None = None
         self.on_reset: Callable[[], None] | None = None
         """Called once when the cache forgets what it began with."""
+
+    @property
+    def is_sliding(self) -> list[bool]:
+        """No layer is; a compiled graph does not look at the layers, so that it serves every policy."""
+        return [False] * len(self.handles)
+
+    @property
+    def is_linear(self) -> list[bool]:
+        """As `is_sliding`."""
+        return [False] * len(self.handles)
+
+    @property
+    def is_dummy(self) -> list[bool]:
+        """As `is_sliding`."""
+        return [False] * len(self.handles)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *how: Any, **more: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Store the new rows of a layer; in a compiled graph its attention does so.
+
+        Returns the rows, the keys marked as ours."""
+        if not torch.compiler.is_compiling():
+            found: tuple[Tensor, Tensor] = self.layers[layer_idx].update(
+                key_states, value_states, *how, **more
+            )
+            return found
+        self._check()
+        check_inference(key_states)
+        if self._waiting is not None:
+            raise OptionError(NOT_HANDED.format(self._waiting), remedy="this model needs another cache")
+        self._waiting = layer_idx
+        new = key_states.view_as(key_states)
+        new.tilewright_cache = self  # type: ignore[attr-defined]
+        return new, value_states
+
+    def taken(self) -> Tensor:
+        """What stands in a compiled graph for the layer whose rows its attention now stores."""
+        assert self._waiting is not None, "set with the mark on the keys"
+        handle, self._waiting = self.handles[self._waiting], None
+        return handle
+
+    def get_seq_length(self, layer_idx: int = 0) -> Any:
+        """Tokens seen, padding included: a number, in a compiled graph an int64 tensor []."""
+        if torch.compiler.is_compiling():
+            return kv_compiled.length(self.handles[layer_idx])
+        return super().get_seq_length(layer_idx)
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[Any, int]:
+        """(tokens after the next call, 0)."""
+        return self.get_seq_length(layer_idx) + query_length, 0
 
     @property
     def nbytes(self) -> int:
@@ -142,6 +202,7 @@ class PagedCache(Cache):  # type: ignore[misc]
     def reset(self) -> None:
         """Forget everything and give the memory back."""
         super().reset()
+        self._waiting = None
         if self.on_reset is not None:
             self.on_reset()
             self.on_reset = None
@@ -194,4 +255,4 @@ def kv_cache(model: Any, pipeline: Any = "", page: int | None = None) -> PagedCa
     AttentionMaskInterface.register(NAME, _mask)
     before = config._attn_implementation
     model.set_attn_implementation(NAME)
-    return PagedCache(model, layers, "sdpa" if before == NAME else before, placement)
+    return PagedCache(model, layers, "sdpa" if before == NAME else before, placement, check)

@@ -26,6 +26,15 @@ def write(*args: Any) -> None:
     run("paged_append", *args)
 
 
+NOT_HANDED = "layer {}: the model did not hand the cache's keys to its attention"
+
+
+def check_inference(key_states: Tensor) -> None:
+    """OptionError for keys that want a gradient."""
+    if torch.is_grad_enabled() and key_states.requires_grad:
+        raise OptionError("the paged cache is for inference", remedy="call under torch.no_grad()")
+
+
 class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
     """Keys and values of one layer in pages; attention of one query costs what is held, not what could be.
 
@@ -77,11 +86,10 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
         self._check()
         if self._fresh:
             raise OptionError(
-                f"layer {self.index}: the model did not hand the cache's keys to its attention",
+                NOT_HANDED.format(self.index),
                 remedy="this model needs another cache",
             )
-        if torch.is_grad_enabled() and key_states.requires_grad:
-            raise OptionError("the paged cache is for inference", remedy="call under torch.no_grad()")
+        check_inference(key_states)
         if self._view is None:
             self.lazy_initialization(key_states, value_states)
         self.store(key_states, value_states)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from tilewright.compiler import Pipeline
@@ -39,22 +41,47 @@ class StreamingLayer(PagedLayer):
     def __init__(self, index: int, page: int, check: Callable[[], None], policy: StreamingKV) -> None:
         super().__init__(index, page, check)
         self.policy = policy
+        self._chose = False
+        """Whether a token has attended less than everything."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, first: Tensor | None, scale: float) -> Tensor:
+        """A prompt, in chunks too, attends everything; tokens that come together behind one for which the
+        policy chose attend as if they came one by one."""
+        tokens = q.shape[2]
+        if tokens == 1 or not self._chose:
+            return super().attend(q, k, v, first, scale)
+        self._fresh = False
+        each = [self._chosen(q[:, :, i : i + 1], tokens - 1 - i, first, scale) for i in range(tokens)]
+        self._give_up(first)
+        return torch.cat(each, 2)
 
     def decode(self, q: Tensor, first: Tensor | None, scale: float) -> Tensor:
         """Everything while it fits, then what the policy keeps."""
-        view, policy = self.view, self.policy
-        if max(view.lengths) <= policy.sinks + policy.window:
+        if max(self.view.lengths) <= self.policy.sinks + self.policy.window:
             return super().decode(q, first, scale)
-        pool, (table, lengths) = view.pool, view.tables()
-        positions = policy.positions(lengths, first, table.shape[1] * self.page)
+        self._chose = True
+        out = self._chosen(q, 0, first, scale)
+        self._give_up(first)
+        return out
+
+    def _chosen(self, q: Tensor, later: int, first: Tensor | None, scale: float) -> Tensor:
+        """Attention [B, H, 1, E] of the token that is the newest but `later`."""
+        pool, (table, lengths) = self.view.pool, self.view.tables()
+        pages, attention = (pool.k_pages, pool.v_pages, table), partial(run, "token_attention")
         out: Tensor
-        out, _ = run(
-            "token_attention", q, pool.k_pages, pool.v_pages, table, lengths, positions, first, scale
-        )
+        out, _ = self.policy.attend(q, *pages, lengths - later, first, scale, attention)
+        return out
+
+    def _give_up(self, first: Tensor | None) -> None:
+        view, policy = self.view, self.policy
         starts = [0] * view.batch if first is None else first.tolist()
         for row, (length, start) in enumerate(zip(view.lengths, starts, strict=True)):
             view.drop(row, policy.given_up(length, start, self.page))
-        return out
+
+    def reset(self) -> None:
+        """Forget everything and give the pages back."""
+        super().reset()
+        self._chose = False
 
     def crop(self, tokens_to_remove: int) -> None:
         """Refused once tokens were given up."""

@@ -86,7 +86,8 @@ class RelayLayer(PagedLayer):
     def _plan(self, begin: int, tokens: int) -> _Parts | None:
         view, policy, page = self.view, self.policy, self.page
         pages = [view.pages(row) for row in range(view.batch)]
-        start, stop = -(-begin // page), (min(view.lengths) - tokens) // page
+        start = -(-begin // page)
+        stop = max(start, (min(view.lengths) - tokens) // page)
         if self.prefix:  # what follows is behind padding, which a shared page could hold
             start, stop = 0, max(self.prefix) // page
         runs: list[SharedRun] = []

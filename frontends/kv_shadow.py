@@ -20,19 +20,19 @@ from tilewright.runtime.kv_store.tier_state import ExtentKey
 
 
 def check_rotation(layers: list[PagedLayer], config: Any) -> None:
-    """OptionError where shadow-kv would take back another rotary embedding than the model's."""
-    kinds = (ShadowLayer, OffloadedShadowLayer)
-    policy = next((layer.policy for layer in layers if isinstance(layer, kinds)), None)
+    """OptionError where a policy would turn keys or queries by another rotary embedding than the model's."""
+    policies = [getattr(layer, "policy", None) for layer in layers]
+    policy: Any = next((p for p in policies if getattr(p, "theta", 0)), None)
     if policy is None:
         return
     found = getattr(config, "rope_parameters", None) or {}
     theta, kind = found.get("rope_theta"), found.get("rope_type", "default")
     if kind != "default" or found.get("partial_rotary_factor", 1.0) != 1.0 or theta is None:
         raise OptionError(
-            f"shadow-kv: expected a plain rotary embedding of whole heads; the model has {found}"
+            f"{policy.name}: expected a plain rotary embedding of whole heads; the model has {found}"
         )
     if theta != policy.theta:
-        raise OptionError(f"shadow-kv: theta = {policy.theta:g}: expected {theta:g}, that of the model")
+        raise OptionError(f"{policy.name}: theta = {policy.theta:g}: expected {theta:g}, that of the model")
 
 
 class ShadowLayer(PagedLayer):

@@ -1,18 +1,22 @@
 """Attention over the first tokens of a sequence and a window of its newest.
 
-paper: arXiv:2309.17453 (StreamingLLM). Keys keep their own positions: within the trained context this is the
-paper's rule, beyond it the paper moves the first keys closer, which is not done here.
+paper: arXiv:2309.17453 (StreamingLLM). With positions=cache tokens count their positions among those that are
+kept, as in the paper: the window moves as a whole, with the query, and only the distance to the first keys
+changes. A rotary embedding sees distances alone: the query is turned back for these keys, and keys stay as
+they are. With positions=original, the default, every token keeps its own position.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from tilewright.compiler import Exactness, Example, GraphPass, PassLog, Program, Stage, graph_pass, ops
+from tilewright.passes.memory import _shadow as shadows
 from tilewright.passes.memory._paged_sites import (
     choose_at_sites,
     decode_inputs,
@@ -44,6 +48,10 @@ class StreamingKV(GraphPass):
     """Newest tokens that stay."""
     dense_layers: int = 2
     """First layers that attend to everything."""
+    positions: Literal["original", "cache"] = "original"
+    """Whether distances are counted between all tokens or between those that are kept."""
+    theta: float = 0.0
+    """Of the model's rotary embedding (halves), which positions=cache needs; else 0."""
 
     def validate(self) -> None:
         if not 0 <= self.sinks <= 1024:
@@ -52,9 +60,12 @@ class StreamingKV(GraphPass):
             raise self.option_error("window", "expected 1 token or more")
         if self.dense_layers < 0:
             raise self.option_error("dense_layers", "expected 0 layers or more")
+        if (self.theta <= 1) if self.positions == "cache" else (self.theta != 0):
+            raise self.option_error("theta", "expected more than 1 with positions=cache, else 0")
 
-    def positions(self, lengths: Tensor, first: Tensor | None, size: int) -> Tensor:
-        """int32 [B, 1, m]: what is attended of sequences of at most `size` tokens; -1 for unused entries."""
+    def kept(self, lengths: Tensor, first: Tensor | None, size: int) -> Tensor:
+        """int32 [B, 1, m]: what is attended of sequences of at most `size` tokens, the sinks first; -1 for
+        unused entries."""
         begin, window = first_of(lengths, first)[:, None], min(self.window, size)
         recent = lengths[:, None] - window + torch.arange(window, device=lengths.device)
         sinks = begin + torch.arange(min(self.sinks, size), device=lengths.device)
@@ -66,19 +77,43 @@ class StreamingKV(GraphPass):
         """Places of the pages that no later token attends, of one sequence of `length` tokens."""
         return range(-(-(first + self.sinks) // page), (length + 1 - self.window) // page)
 
-    def attend(self, q, k_pages, v_pages, table, lengths, first, scale):
-        """The rewritten attention: (out, lse)."""
-        positions = self.positions(lengths, first, table.shape[1] * k_pages.shape[2])
-        return ops.token_attention(q, k_pages, v_pages, table, lengths, positions, first, scale)
+    def nearer(self, lengths: Tensor, first: Tensor | None) -> Tensor:
+        """int64 [B]: by how many positions the sinks of each sequence come nearer to its newest token."""
+        return (lengths - first_of(lengths, first) - self.sinks - self.window).clamp(min=0)
+
+    def attend(
+        self, q, k_pages, v_pages, table, lengths, first, scale, attention=ops.token_attention
+    ):  # fmt: skip
+        """The rewritten attention: (out, lse). `attention`: what computes `token_attention`."""
+        pages, size = (k_pages, v_pages, table, lengths), table.shape[1] * k_pages.shape[2]
+        kept = self.kept(lengths, first, size)
+        if self.positions == "original" or not self.sinks:
+            return attention(q, *pages, kept, first, scale)
+        sinks, recent = kept.tensor_split([min(self.sinks, size)], 2)
+        back = self.nearer(lengths, first)[:, None, None]
+        exact = q.float() if q.dtype in (torch.float16, torch.bfloat16) else q
+        turned = shadows.rotated(exact, self.theta, -1, back).to(q.dtype)
+        out, lse = attention(q, *pages, recent.contiguous(), first, scale)
+        part, total = attention(turned, *pages, sinks.contiguous(), first, scale)
+        out, lse = ops.merge_attention(out.to(lse.dtype), lse, part.to(lse.dtype), total)
+        return out.to(q.dtype), lse
 
     def apply(self, program: Program, log: PassLog) -> None:
         choose_at_sites(program, log, self.attend, self.dense_layers, None)
 
     def reference(self, program: Program) -> None:
-        """Masked attention over all keys."""
+        """Masked attention over all keys, the sinks moved by positions=cache."""
 
         def masked(q, k_pages, v_pages, table, lengths, first, scale):
             begin = first_of(lengths, first)
+            if self.positions == "cache":
+                k_pages, v_pages = (pages[table.clamp(min=0).long()] for pages in (k_pages, v_pages))
+                by = self.nearer(lengths, first)[:, None, None, None]
+                moved = shadows.rotated(k_pages, self.theta, 1, by)
+                place = torch.arange(table.numel() // len(table) * k_pages.shape[3], device=q.device)
+                sink = place.view(k_pages.shape[1], 1, -1, 1) < begin[:, None, None, None, None] + self.sinks
+                k_pages, v_pages = torch.where(sink, moved, k_pages).flatten(0, 1), v_pages.flatten(0, 1)
+                table = torch.arange(table.numel(), device=q.device).view_as(table)
             at = torch.arange(table.shape[1] * k_pages.shape[2], device=q.device)
             kept = (at < begin[:, None] + self.sinks) | (at >= lengths[:, None] - self.window)
             kept = kept & (at >= begin[:, None]) & (at < lengths[:, None])
@@ -94,6 +129,7 @@ class StreamingKV(GraphPass):
         few = {"sinks": 3, "window": 9, "dense_layers": 0}
         inputs = decode_inputs()
         yield few, Example(ops.paged_attention, inputs)
+        yield {**few, "positions": "cache", "theta": 100.0}, Example(ops.paged_attention, inputs)
         yield few, Example(lambda *given: ops.paged_attention(*given)[0], inputs[:5])
         yield {}, Example(ops.paged_attention, inputs, refusal="layer 0 is one of the first 2")
         yield few, Example(ops.paged_attention, decode_inputs(2), refusal="2 queries at once")
