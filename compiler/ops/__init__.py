@@ -10,6 +10,7 @@ from tilewright.compiler.ops import cache as _cache
 from tilewright.compiler.ops import early_exit as _early_exit
 from tilewright.compiler.ops import hadamard as _hadamard
 from tilewright.compiler.ops import linear as _linear
+from tilewright.compiler.ops import merge_parts as _merge_parts
 from tilewright.compiler.ops import mlp as _mlp
 from tilewright.compiler.ops import norm as _norm
 from tilewright.compiler.ops import packed as _packed
@@ -27,6 +28,7 @@ block_sparse_attention_backward = _block_sparse.block_sparse_attention_backward.
 block_sparse_attention_fp8 = _quantized_attention.block_sparse_attention_fp8.overload
 block_sparse_attention_int8 = _quantized_attention.block_sparse_attention_int8.overload
 merge_attention = _block_sparse.merge_attention.overload
+merge_parts = _merge_parts.merge_parts.overload
 block_mass = _block_mass.block_mass.overload
 early_exit_begin = _early_exit.early_exit_begin.overload
 early_exit_end = _early_exit.early_exit_end.overload
@@ -81,6 +83,7 @@ __all__ = [
     "linear",
     "linear_multi",
     "merge_attention",
+    "merge_parts",
     "packed_append",
     "packed_attention",
     "page_bounds",
