@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +22,8 @@ from tilewright.runtime.kv_store.tier_state import ExtentKey
 
 WHOLE = 8 * CHUNK
 """Tokens; the kernels cut no run of so few among threads, whatever else they compute."""
+RANKED = 4
+"""Extents whose keys are copied at a time to be ranked."""
 
 
 def merged(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
@@ -86,6 +89,8 @@ class ExtentLayer:
         """Of the newest tokens those in the tail and in no extent: from a page's begin on, a page at most."""
         self._ahead = ahead
         self._keys: list[ExtentKey] = []
+        self._calls: dict[tuple[object, ...], Callable[..., Any]] = {}
+        self._wanted: tuple[Picked | None, int, list[ExtentKey]] = None, 0, []
         self.length = 0
         """Tokens held."""
 
@@ -108,7 +113,7 @@ class ExtentLayer:
         if at_end and self._pool is not None and self._tail >= 0:
             table = torch.tensor([[self._tail]], dtype=torch.int32)
             here = (self._pool.k, self._pool.v, table, torch.tensor([self._kept]), k, v)
-            callable_for("paged_append", here)(*here)
+            self._call("paged_append", here, ())
             self._kept += 1
             self.length += 1
             return
@@ -148,11 +153,12 @@ class ExtentLayer:
     def wanted(self, picked: Picked | None = None) -> list[ExtentKey]:
         """The extents that hold what was picked; None: all; in order. Those not held yet are left out."""
         runs = self.runs
-        while len(self._keys) < runs:
-            self._keys.append(ExtentKey(self._session, self._layer, len(self._keys)))
-        if picked is None:
-            return self._keys[:runs]
-        return [self._keys[run] for run in picked.runs if run < runs]
+        if self._wanted[0] is not picked or self._wanted[1] != runs:
+            while len(self._keys) < runs:
+                self._keys.append(ExtentKey(self._session, self._layer, len(self._keys)))
+            named = range(runs) if picked is None else picked.runs
+            self._wanted = picked, runs, [self._keys[run] for run in named if run < runs]
+        return self._wanted[2]
 
     def attend(
         self,
@@ -183,9 +189,9 @@ class ExtentLayer:
             end = done + len(some) if done + len(some) < len(keys) else len(runs)  # the tail's needs no frame
             parts.append(self._attend_some(q, some, runs[done:end], first, scale, done, picked))
             if rank is not None:
-                for key in some:
-                    start = key.run * self.span
-                    rank(self._products(q, key)[:, : self.length - start], start)
+                for at in range(0, len(some), RANKED):
+                    start = some[at].run * self.span
+                    rank(self._products(q, some[at : at + RANKED])[:, : self.length - start], start)
             if q.shape[2] > 1:
                 parts = [merged(parts)]
             done = end
@@ -236,11 +242,18 @@ class ExtentLayer:
         padding = None if first is None else first - starts
         if picked is None:
             args: tuple[object, ...] = (*pooled, padding, None, scale)
-            out, lse = callable_for("paged_attention", args)(*args)
+            out, lse = self._call("paged_attention", args, (first is None, scale))
             return out, lse
         args = (*pooled, picked.places[begin:end], padding, scale)
-        out, lse = callable_for("token_attention", args)(*args)
+        out, lse = self._call("token_attention", args, (first is None, scale))
         return out, lse
+
+    def _call(self, op: str, args: Sequence[object], how: tuple[object, ...]) -> Any:
+        """An op by its fastest callable, which `how` decides on among all calls of this op here."""
+        found = self._calls.get((op, *how))
+        if found is None:
+            found = self._calls[(op, *how)] = callable_for(op, args)
+        return found(*args)
 
     def _pages(self, keys: list[ExtentKey], runs: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
         """(keys, values, table) of runs of pages whose extents are pinned, the last one's perhaps in the tail
@@ -272,11 +285,14 @@ class ExtentLayer:
             rows[inside] = held[page, heads[inside], at % self._layout.page]
         return rows
 
-    def _products(self, q: Tensor, key: ExtentKey) -> Tensor:
-        """float32 [H, span]."""
-        keys = self._layout.views(self._tiers.frame(key))[0].float()  # [pages, Hkv, P, D], where they lie
-        rows = q[0, :, 0].float().unflatten(0, (1, keys.shape[1], -1))
-        found: Tensor = (rows @ keys.mT).permute(1, 2, 0, 3).flatten(2).flatten(0, 1)
+    def _products(self, q: Tensor, keys: list[ExtentKey]) -> Tensor:
+        """float32 [H, n * span] of n extents."""
+        if self._pool is None:
+            held = self._layout.views(self._tiers.frame(keys[0]))[0]
+        else:
+            held = self._pool.k[self._pool.table(self._tiers.places(keys)).flatten()]
+        rows = q[0, :, 0].float().unflatten(0, (1, held.shape[1], -1))
+        found: Tensor = (rows @ held.float().mT).permute(1, 2, 0, 3).flatten(2).flatten(0, 1)
         return found
 
     def _key(self, run: int) -> ExtentKey:

@@ -136,8 +136,8 @@ class TierManager:
         demand = urgency is Urgency.DEMAND
         jobs: dict[Job, None] = {}
         with self._changed:
-            entries = [self._known(key) for key in keys]
-            begun, here = Begun(sum(entry.frame is None for entry in entries)), 0
+            entries = self._known(keys)
+            begun, here = Begun(sum([entry.frame is None for entry in entries])), 0
             try:
                 for key, entry in zip(keys, entries, strict=True):
                     if not self._begin(key, entry, urgency, begun):
@@ -228,11 +228,11 @@ class TierManager:
         self._submit(Begun())
         return True
 
-    def _known(self, key: ExtentKey) -> Placed:
-        entry = self._extents.get(key)
-        if entry is None:
-            raise KVStoreError(f"there is no extent {tuple(key)}")
-        return entry
+    def _known(self, keys: Sequence[ExtentKey]) -> list[Placed]:
+        try:
+            return [self._extents[key] for key in keys]
+        except KeyError as error:
+            raise KVStoreError(f"there is no extent {tuple(error.args[0])}") from None
 
     def _begin(self, key: ExtentKey, entry: Placed, urgency: Urgency, begun: Begun) -> bool:
         """Whether an extent is resident or on its way, and pinned on demand; False for want of a frame. Runs
@@ -381,7 +381,7 @@ class TierManager:
 
     def _settled(self, key: ExtentKey) -> Placed:
         """An extent that nothing is moving; KVStoreError where it does not exist."""
-        while (entry := self._known(key)).moving:
+        while (entry := self._known([key])[0]).moving:
             self._changed.wait()
         return entry
 

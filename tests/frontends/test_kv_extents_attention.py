@@ -159,9 +159,10 @@ def test_where_the_newest_rows_lie_changes_no_bit(tmp_path, seed):
         wanted = torch.randperm(length, generator=generator)[: choose.randint(1, 40)].to(torch.int32)
         seen = []
         for x in (plain, layer):
-            ranked: list = []
+            ranked: list[torch.Tensor] = []
             rank = (lambda found, at, to=ranked: to.append(found.clone())) if act == "rank" else None
-            seen.append([*x.attend(q[:, :, :1] if rank else q, rank=rank), *ranked])
+            seen.append([*x.attend(q[:, :, :1] if rank else q, rank=rank)])
+            seen[-1] += [torch.cat(ranked, 1)] if rank else []
             seen[-1] += x.attend(q[:, :, :1], torch.tensor([length // 3]), picked=x.pick(wanted))
             if act == "gather":
                 seen[-1].append(x.gather(1, wanted.long().expand(KEY_HEADS, -1)))
