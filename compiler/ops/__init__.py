@@ -15,6 +15,7 @@ from tilewright.compiler.ops import mlp as _mlp
 from tilewright.compiler.ops import norm as _norm
 from tilewright.compiler.ops import packed as _packed
 from tilewright.compiler.ops import paged as _paged
+from tilewright.compiler.ops import pick_pages as _pick_pages
 from tilewright.compiler.ops import quantized_attention as _quantized_attention
 from tilewright.compiler.ops import quantized_linear as _quantized_linear
 from tilewright.compiler.ops import rope as _rope
@@ -58,6 +59,7 @@ token_attention = _paged.token_attention.overload
 paged_append = _paged.paged_append.overload
 page_bounds = _paged.page_bounds.overload
 top_pages = _paged.top_pages.overload
+pick_pages = _pick_pages.pick_pages.overload
 attention_mass = _attention_mass.attention_mass.overload
 
 __all__ = [
@@ -89,6 +91,7 @@ __all__ = [
     "page_bounds",
     "paged_append",
     "paged_attention",
+    "pick_pages",
     "quantized_linear",
     "quantized_linear_multi",
     "rms_norm",

@@ -16,6 +16,7 @@ from tilewright.kernels.common.abi import HEADER, TORCH_ABI
 from tilewright.kernels.paged.call import callable_for, reason_for
 from tilewright.kernels.paged.family import PAGED_FAMILIES
 from tilewright.kernels.table import KernelChoice, host_target, select_for_node
+from tilewright.passes.memory.quest_kv import QuestKV
 from tilewright.runtime.build import compile_cpp
 from tilewright.runtime.contracts import Refusal, Target
 
@@ -242,6 +243,25 @@ def test_merging_parts(size: int, dtype: torch.dtype) -> None:
             torch.testing.assert_close(theirs.double(), exact, rtol=2e-6, atol=1e-5)
         lses[0, 1, 0] = math.nan
         assert callable_for("merge_parts", args)(*args)[1].isnan().sum() == 1
+
+
+@pytest.mark.parametrize(("dtype", "padded"), [(F32, True), (F32, False), (BF16, True)])
+def test_pages_are_picked_as_the_policy_picks_them(dtype: torch.dtype, padded: bool) -> None:
+    k, _, table, lengths = pool(RAGGED, 3, 16, 64, 64, dtype)
+    low, high = k.nan_to_num(math.inf).amin(2), k.nan_to_num(-math.inf).amax(2)
+    first = torch.tensor([3, 1, 0, 16]) if padded else None
+    for count, sink in ((3, True), (2, False), (50, True)):
+        q = torch.randn(4, 9, 1, 64).to(dtype)
+        args = (q, low, high, table, lengths, 16, count, first, sink)
+        assert reason_for("pick_pages", args) == ""
+        got = callable_for("pick_pages", args)(*args)
+        bounds = callable_for("page_bounds", (*args[:6], first, "max"))(*args[:6], first, "max")
+        policy = QuestKV(budget=16 * max(3, count), sink_page=sink)
+        if count >= 3:
+            assert torch.equal(got, policy.picked(bounds, lengths, first))
+        assert torch.equal(got, all_ops()["pick_pages"].definition(*args))
+        newest = ((lengths - 1) // 16)[:, None, None]
+        assert bool((got == newest).any(-1).all())
 
 
 def test_what_no_kernel_takes_runs_the_definition_and_says_why() -> None:
