@@ -6,7 +6,9 @@ it began, and which were read ahead, changes no bit of the result.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,17 +22,16 @@ from tilewright.runtime.kv_store.tier_state import ExtentKey
 
 WHOLE = 8 * CHUNK
 """Tokens; the kernels cut no run of so few among threads, whatever else they compute."""
+RANKED = 4
+"""Extents whose keys are copied at a time to be ranked."""
 
 
 def merged(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """(attention [1, H, T, D], its log-sum-exp) over all keys, from those over disjoint sets of them, each
     [n, H, T, ...]; 0 and -inf where there is none. One sum: it does not tell how the parts were grouped."""
-    outs, each = (torch.cat(some) if len(parts) > 1 else some[0] for some in zip(*parts, strict=True))
-    most = each.amax(0, keepdim=True).clamp(min=torch.finfo(each.dtype).min)
-    weights = torch.exp(each - most)
-    total = weights.sum(0, keepdim=True)
-    out = (weights[..., None] * outs.to(each.dtype)).sum(0, keepdim=True)
-    return out / total.clamp(min=1.0)[..., None], most + total.log()  # the greatest weight is 1
+    args = [torch.cat(some) if len(parts) > 1 else some[0] for some in zip(*parts, strict=True)]
+    out, lse = callable_for("merge_parts", args)(*args)
+    return out, lse
 
 
 class Picked:
@@ -52,16 +53,29 @@ class Picked:
         """int32 [n, 1, m]: of each extent, its places that are attended, ascending; -1 for unused entries."""
         at = torch.arange(len(held)) - (counts.cumsum(0) - counts)[which]
         self.places[which, 0, at] = held - runs.to(torch.int32)[which] * span
+        self.starts = runs.long() * span
+        """int64 [n]: the first token of each."""
 
 
 class ExtentLayer:
-    """The rows of one sequence at one layer, appended in order; `tiers` holds at least one extent."""
+    """The rows of one sequence at one layer, appended in order; `tiers` holds at least one extent.
+
+    Rows that come one at a time may gather in a page of memory, the tail, until it is full: no extent changes
+    meanwhile. Where attention reads a page changes no bit of the result.
+    """
 
     def __init__(
-        self, tiers: TierManager, session: int, layer: int, layout: ExtentLayout, ahead: int = 2
+        self,
+        tiers: TierManager,
+        session: int,
+        layer: int,
+        layout: ExtentLayout,
+        ahead: int = 2,
+        tail: int | None = None,
     ) -> None:
-        """ahead: extents that are read while one is attended. OptionError where the layout's extents are not
-        of the size of the tier's."""
+        """ahead: extents that are read while one is attended. tail: the entry of a page in the pool of the
+        tier's frames that is this layer's alone; None: every row goes to its extent. OptionError where the
+        layout's extents are not of the size of the tier's."""
         if layout.extent_bytes != tiers.extent_bytes:
             raise OptionError(
                 f"extents of {layout.extent_bytes} bytes do not fit a tier of {tiers.extent_bytes}",
@@ -69,10 +83,14 @@ class ExtentLayer:
             )
         self._tiers, self._session, self._layer, self._layout = tiers, session, layer, layout
         self._table = torch.arange(layout.pages, dtype=torch.int32)[None]
-        one_size = layout.size == layout.value_size
-        self._pool = layout.pool(tiers.memory) if one_size else None
+        self._pool = layout.pool(tiers.memory) if layout.one_size else None
+        self._tail = -1 if tail is None else tail
+        self._kept = 0
+        """Of the newest tokens those in the tail and in no extent: from a page's begin on, a page at most."""
         self._ahead = ahead
         self._keys: list[ExtentKey] = []
+        self._calls: dict[tuple[object, ...], Callable[..., Any]] = {}
+        self._wanted: tuple[Picked | None, int, list[ExtentKey]] = None, 0, []
         self.length = 0
         """Tokens held."""
 
@@ -84,24 +102,46 @@ class ExtentLayer:
     @property
     def runs(self) -> int:
         """Extents in use."""
-        return -(-self.length // self.span)
+        return -(-(self.length - self._kept) // self.span)
 
     def append(self, k: Tensor, v: Tensor) -> None:
         """Add rows k [1, Hkv, T, D] and v [1, Hkv, T, E] of the layout's type."""
+        tokens, page = k.shape[2], self._layout.page
+        if self._kept and (tokens > 1 or self._kept == page):
+            self._settle()
+        at_end = tokens == 1 and self.length % page == self._kept  # not within a page that an extent has
+        if at_end and self._pool is not None and self._tail >= 0:
+            table = torch.tensor([[self._tail]], dtype=torch.int32)
+            here = (self._pool.k, self._pool.v, table, torch.tensor([self._kept]), k, v)
+            self._call("paged_append", here, ())
+            self._kept += 1
+            self.length += 1
+            return
         done = 0
-        while done < k.shape[2]:
+        while done < tokens:
             run, start = divmod(self.length, self.span)
-            count = min(k.shape[2] - done, self.span - start)
+            count = min(tokens - done, self.span - start)
             rows = [x[:, :, done : done + count].contiguous() for x in (k, v)]
             with self._tiers.edit(self._key(run)):
-                args = (*self._pages([self._key(run)]), torch.tensor([start]), *rows)
+                args = (*self._pages([self._key(run)], [run]), torch.tensor([start]), *rows)
                 callable_for("paged_append", args)(*args)
             self.length += count
             done += count
 
+    def _settle(self) -> None:
+        """Write the tail to its extent."""
+        if self._kept and self._pool is not None:
+            run, at = divmod(self.length - self._kept, self.span)
+            with self._tiers.edit(self._key(run)) as frame:
+                views = self._layout.views(frame)
+                for extent, pages in zip(views, (self._pool.k, self._pool.v), strict=True):
+                    extent[at // self._layout.page] = pages[self._tail]
+            self._kept = 0
+
     def crop(self, length: int) -> None:
         """Take back the rows from `length` on."""
-        before, self.length = self.runs, length
+        before, kept = self.runs, max(0, length - self.length + self._kept)
+        self.length, self._kept = length, kept
         for run in range(self.runs, before):
             self._tiers.drop(self._key(run))
 
@@ -112,11 +152,13 @@ class ExtentLayer:
 
     def wanted(self, picked: Picked | None = None) -> list[ExtentKey]:
         """The extents that hold what was picked; None: all; in order. Those not held yet are left out."""
-        while len(self._keys) < self.runs:
-            self._keys.append(ExtentKey(self._session, self._layer, len(self._keys)))
-        if picked is None:
-            return self._keys[: self.runs]
-        return [self._keys[run] for run in picked.runs if run < self.runs]
+        runs = self.runs
+        if self._wanted[0] is not picked or self._wanted[1] != runs:
+            while len(self._keys) < runs:
+                self._keys.append(ExtentKey(self._session, self._layer, len(self._keys)))
+            named = range(runs) if picked is None else picked.runs
+            self._wanted = picked, runs, [self._keys[run] for run in named if run < runs]
+        return self._wanted[2]
 
     def attend(
         self,
@@ -138,19 +180,22 @@ class ExtentLayer:
         """
         if picked is not None and picked.length > self.length:
             raise OptionError(f"tokens were picked of {picked.length}: {self.length} are held")
+        if q.shape[2] > 1 or rank is not None:
+            self._settle()
         parts: list[tuple[Tensor, Tensor]] = []
-        done = 0
-        for keys in self._in_turn(self.wanted(picked), then, self._at_once if q.shape[2] == 1 else 1):
-            places = None if picked is None else picked.places[done : done + len(keys)]
-            parts.append(self._attend_some(q, keys, first, scale, places))
+        done, keys = 0, self.wanted(picked)
+        runs = range(-(-self.length // self.span)) if picked is None else picked.runs
+        for some in self._in_turn(keys, then, self._at_once if q.shape[2] == 1 else 1):
+            end = done + len(some) if done + len(some) < len(keys) else len(runs)  # the tail's needs no frame
+            parts.append(self._attend_some(q, some, runs[done:end], first, scale, done, picked))
             if rank is not None:
-                for key in keys:
-                    start = key.run * self.span
-                    rank(self._products(q, key)[:, : self.length - start], start)
+                for at in range(0, len(some), RANKED):
+                    start = some[at].run * self.span
+                    rank(self._products(q, some[at : at + RANKED])[:, : self.length - start], start)
             if q.shape[2] > 1:
                 parts = [merged(parts)]
-            done += len(keys)
-        out, lse = merged(parts)
+            done = end
+        out, lse = merged(parts) if q.shape[2] == 1 else parts[0]
         return out.to(q.dtype), lse
 
     @property
@@ -165,7 +210,7 @@ class ExtentLayer:
     ) -> Iterator[list[ExtentKey]]:
         """Up to `size` extents at a time, pinned until the next; what follows is read meanwhile."""
         coming, hinted = [*keys, *then], 0
-        for at in range(0, len(keys), size):
+        for at in range(0, max(1, len(keys)), size):
             some = keys[at : at + size]
             end = at + len(some)
             ticket = self._tiers.fetch(some)  # pinned before the hints below can evict it
@@ -181,37 +226,58 @@ class ExtentLayer:
         self,
         q: Tensor,
         keys: list[ExtentKey],
+        runs: Sequence[int],
         first: Tensor | None,
         scale: float | None,
-        places: Tensor | None,
+        begin: int,
+        picked: Picked | None,
     ) -> tuple[Tensor, Tensor]:
-        """(attention [n, H, T, D], its log-sum-exp) over each of n pinned extents, or over int32 [n, 1, m]
-        places of each; tokens are counted from the first of an extent."""
-        starts = torch.tensor([key.run * self.span for key in keys])
-        pooled = (q.expand(len(keys), -1, -1, -1), *self._pages(keys), self.length - starts)
-        begin = None if first is None else first - starts
-        if places is None:
-            args: tuple[object, ...] = (*pooled, begin, None, scale)
-            out, lse = callable_for("paged_attention", args)(*args)
+        """(attention [n, H, T, D], its log-sum-exp) over each of n runs of pages, whose extents are pinned:
+        of everything, or of what was picked, whose runs from `begin` on these are. Tokens are counted from
+        the first of a run."""
+        span, end = self.span, begin + len(runs)
+        starts = torch.arange(begin, end) * span if picked is None else picked.starts[begin:end]
+        k, v, table = self._pages(keys, runs)
+        pooled = (q.expand(len(runs), -1, -1, -1), k, v, table, self.length - starts)
+        padding = None if first is None else first - starts
+        if picked is None:
+            args: tuple[object, ...] = (*pooled, padding, None, scale)
+            out, lse = self._call("paged_attention", args, (first is None, scale))
             return out, lse
-        args = (*pooled, places, begin, scale)
-        out, lse = callable_for("token_attention", args)(*args)
+        args = (*pooled, picked.places[begin:end], padding, scale)
+        out, lse = self._call("token_attention", args, (first is None, scale))
         return out, lse
 
-    def _pages(self, keys: list[ExtentKey]) -> tuple[Tensor, Tensor, Tensor]:
-        """(keys, values, table) of pinned extents: of one alone where no pool holds them all."""
+    def _call(self, op: str, args: Sequence[object], how: tuple[object, ...]) -> Any:
+        """An op by its fastest callable, which `how` decides on among all calls of this op here."""
+        found = self._calls.get((op, *how))
+        if found is None:
+            found = self._calls[(op, *how)] = callable_for(op, args)
+        return found(*args)
+
+    def _pages(self, keys: list[ExtentKey], runs: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """(keys, values, table) of runs of pages whose extents are pinned, the last one's perhaps in the tail
+        alone; of one where no pool holds them all."""
         if self._pool is None:
             (key,) = keys
             return (*self._layout.views(self._tiers.frame(key)), self._table)
-        return self._pool.k, self._pool.v, self._pool.table(self._tiers.places(keys))
+        frames = self._tiers.places(keys)
+        table = self._pool.table([*frames, *[0] * (len(runs) - len(frames))])
+        if self._kept:
+            run, at = divmod(self.length - self._kept, self.span)
+            if runs[-1] == run:
+                table[-1, at // self._layout.page] = self._tail
+        return self._pool.k, self._pool.v, table
 
     def gather(self, part: int, places: Tensor) -> Tensor:
         """Copies [Hkv, m, D or E] of the keys (part = 0) or values (1) of int64 [Hkv, m] places, all held."""
+        if self._kept and bool((places >= self.length - self._kept).any()):
+            self._settle()
         heads = torch.arange(self._layout.heads)[:, None].expand_as(places)
         size = (self._layout.size, self._layout.value_size)[part]
         rows = torch.empty(*places.shape, size, dtype=self._layout.dtype)
         runs = torch.div(places, self.span, rounding_mode="floor").unique().tolist()
-        for (key,) in self._in_turn([self._key(run) for run in runs], (), 1):
+        for key in itertools.chain.from_iterable(self._in_turn([self._key(run) for run in runs], (), 1)):
             here = places - key.run * self.span
             inside = (here >= 0) & (here < self.span)
             held, at = self._layout.views(self._tiers.frame(key))[part], here[inside]
@@ -219,11 +285,14 @@ class ExtentLayer:
             rows[inside] = held[page, heads[inside], at % self._layout.page]
         return rows
 
-    def _products(self, q: Tensor, key: ExtentKey) -> Tensor:
-        """float32 [H, span]."""
-        keys = self._layout.views(self._tiers.frame(key))[0].float()  # [pages, Hkv, P, D], where they lie
-        rows = q[0, :, 0].float().unflatten(0, (1, keys.shape[1], -1))
-        found: Tensor = (rows @ keys.mT).permute(1, 2, 0, 3).flatten(2).flatten(0, 1)
+    def _products(self, q: Tensor, keys: list[ExtentKey]) -> Tensor:
+        """float32 [H, n * span] of n extents."""
+        if self._pool is None:
+            held = self._layout.views(self._tiers.frame(keys[0]))[0]
+        else:
+            held = self._pool.k[self._pool.table(self._tiers.places(keys)).flatten()]
+        rows = q[0, :, 0].float().unflatten(0, (1, held.shape[1], -1))
+        found: Tensor = (rows @ held.float().mT).permute(1, 2, 0, 3).flatten(2).flatten(0, 1)
         return found
 
     def _key(self, run: int) -> ExtentKey:

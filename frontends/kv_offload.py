@@ -19,8 +19,13 @@ from tilewright.passes.memory.offload_kv import OffloadKV
 from tilewright.runtime.kv_store.extents import ExtentFile, ExtentLayout, ExtentStore
 from tilewright.runtime.kv_store.links import HostExtents
 from tilewright.runtime.kv_store.tier import TierManager
-from tilewright.runtime.kv_store.tier_state import ExtentKey
+from tilewright.runtime.kv_store.tier_state import ExtentKey, Fetch
 from tilewright.runtime.store import user_folder
+
+TAILS = -1
+"""What stands for the layer in the keys of extents that hold the tails of all layers."""
+TAIL_SHARE = 8
+"""One in so many frames may hold tails."""
 
 
 class Placement:
@@ -36,6 +41,9 @@ class Placement:
         self._tiers: TierManager | None = None
         self._sessions: list[int] = []
         self._picked: tuple[Tensor, list[Picked]] | None = None
+        self._tails: list[int] = []
+        """Entries of pages in the pool of the frames that no extent has, for the layers to take."""
+        self._tail_frames: Fetch | None = None
         self.label = ""
         """What the slow tier is; empty before it was opened."""
 
@@ -62,7 +70,23 @@ class Placement:
 
             self._tiers = TierManager(self.policy.fast_bytes, layout.extent_bytes, opened)
             self._sessions = [self._tiers.open_session() for _ in range(batch)]
+            self._open_tails(self._tiers, layout, batch * len(self.layers))
         return self._tiers, self._sessions
+
+    def _open_tails(self, tiers: TierManager, layout: ExtentLayout, count: int) -> None:
+        """Make `count` pages for the rows that are new, in frames that stay pinned, where those are few."""
+        keys = [ExtentKey(self._sessions[0], TAILS, run) for run in range(-(-count // layout.pages))]
+        if layout.one_size and len(keys) <= tiers.frames // TAIL_SHARE:
+            for key in keys:
+                with tiers.edit(key):
+                    pass
+            self._tail_frames = tiers.fetch(keys)
+            tiers.wait(self._tail_frames)
+            self._tails = layout.pool(tiers.memory).table(tiers.places(keys)).flatten().tolist()
+
+    def tail(self) -> int | None:
+        """The entry of a page for one sequence of a layer; None: there is none left."""
+        return self._tails.pop() if self._tails else None
 
     def picked(self, positions: Tensor, rows: ExtentRows) -> list[Picked]:
         """Where int32 [B, 1, m] tokens of the sequences lie: found once for all layers that attend them."""
@@ -100,8 +124,11 @@ class Placement:
     def close(self) -> None:
         """Give back both tiers; twice is fine."""
         if self._tiers is not None:
+            if self._tail_frames is not None:
+                self._tiers.release(self._tail_frames)
             self._tiers.close()
         self._tiers, self._sessions, self._picked = None, [], None
+        self._tail_frames, self._tails = None, []
 
 
 class ExtentRows:
@@ -175,7 +202,8 @@ class OffloadedLayer(PagedLayer):
         policy = self.placement.policy
         layout = ExtentLayout.of(k_pages, v_pages, policy.extent_bytes)
         tiers, sessions = self.placement.tiers(layout, batch)
-        rows = [ExtentLayer(tiers, s, self.index, layout, policy.prefetch) for s in sessions]
+        tail = self.placement.tail
+        rows = [ExtentLayer(tiers, s, self.index, layout, policy.prefetch, tail()) for s in sessions]
         self._rows = ExtentRows(rows, layout)
         self._view = self._rows  # type: ignore[assignment]
         self.is_initialized = True

@@ -105,8 +105,12 @@ class QuestLayer(PagedLayer):
         if max(view.lengths) <= self.policy.budget:
             return super().decode(q, first, scale)
         pool, (table, lengths) = view.pool, view.tables()
-        bounds = run("page_bounds", q, pool.low, pool.high, table, lengths, self.page, first, "max")
-        picked = self.policy.picked(bounds, lengths, first)
+        planes = (q, pool.low, pool.high, table, lengths, self.page)
+        if q.is_cpu:
+            count, sink = self.policy.budget // self.page, self.policy.sink_page
+            picked = run("pick_pages", *planes, count, first, sink)
+        else:  # where the bounds alone have a kernel
+            picked = self.policy.picked(run("page_bounds", *planes, first, "max"), lengths, first)
         out: Tensor
         out, _ = run("paged_attention", q, pool.k_pages, pool.v_pages, table, lengths, first, picked, scale)
         return out

@@ -27,6 +27,7 @@ from tilewright.kernels.hadamard.family import HADAMARD
 from tilewright.kernels.linear.family import LINEAR, LINEAR_MULTI
 from tilewright.kernels.load import Built, build_kernel, built_kernels
 from tilewright.kernels.paged.family import PAGED_FAMILIES
+from tilewright.kernels.paged.merge_family import MERGE_PARTS
 from tilewright.kernels.paged.packed_family import PACKED_FAMILIES
 from tilewright.kernels.quantized_linear.family import QUANTIZED_LINEAR, QUANTIZED_LINEAR_MULTI
 from tilewright.kernels.rms_norm.family import ADD_RMS_NORM, RMS_NORM
@@ -50,6 +51,7 @@ FAMILIES: dict[str, KernelFamily] = {
         BLOCK_SPARSE_ATTENTION_FP8,
         BLOCK_MASS,
         *PAGED_FAMILIES,
+        MERGE_PARTS,
         *PACKED_FAMILIES,
     )
 }

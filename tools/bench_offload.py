@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,6 +32,7 @@ from tilewright.frontends.kv_spec_cache import SpecTier
 from tilewright.frontends.kv_spec_generate import GuessedText
 from tilewright.frontends.loaders import resolve
 from tilewright.passes.memory.lessismore_kv import LessIsMoreKV
+from tilewright.runtime.kv_store.extents import ExtentError
 from tilewright.runtime.kv_store.host_rows import LinkedRows
 from tilewright.runtime.kv_store.links import SimLink
 
@@ -50,11 +51,12 @@ class CountingLink(SimLink):
         self.read_bytes: Counter[int] = Counter()
         self._counting = threading.Lock()
 
-    def read(self, extent: Hashable, out: Tensor) -> None:
-        """As SimLink.read."""
+    def read_all(self, extents: Sequence[Hashable], outs: Sequence[Tensor]) -> dict[Hashable, ExtentError]:
+        """As SimLink.read_all."""
         with self._counting:
-            self.read_bytes[extent.layer] += out.numel()  # type: ignore[attr-defined]
-        super().read(extent, out)
+            for extent, out in zip(extents, outs, strict=True):
+                self.read_bytes[extent.layer] += out.numel()  # type: ignore[attr-defined]
+        return super().read_all(extents, outs)
 
 
 @dataclass

@@ -73,22 +73,22 @@ def sides(layers: list[Layer], held: int, page: int, share: int) -> dict[str, Ca
     def code_args(i: int, bits: int) -> tuple[Tensor | int, ...]:
         return q, *layers[i].packed[bits], used, lengths, bits
 
-    def bound_args(i: int) -> tuple[Tensor | int, ...]:
-        return q, layers[i].low, layers[i].high, used, lengths, page
+    def pick_args(i: int) -> tuple[Tensor | int, ...]:
+        return q, layers[i].low, layers[i].high, used, lengths, page, count
 
     def append_args(i: int) -> tuple[Tensor, ...]:
         x = layers[i]
         return x.k_pages, x.v_pages, table, starts, row, row, x.low, x.high
 
-    attend, bound = callable_for("paged_attention", all_args(0)), callable_for("page_bounds", bound_args(0))
+    attend = callable_for("paged_attention", all_args(0))
     codes = {bits: callable_for("packed_attention", code_args(0, bits)) for bits in (8, 4)}
     chosen = torch.zeros(1, KEY_HEADS, count, dtype=torch.int32)
     some = callable_for("paged_attention", (*all_args(0), None, chosen))
-    top = callable_for("top_pages", (torch.zeros(1, KEY_HEADS, used.shape[1]), count))
+    pick = callable_for("pick_pages", pick_args(0))
     append = callable_for("paged_append", append_args(0))
 
     def picked(i: int) -> object:
-        return some(*all_args(i), None, top(bound(*bound_args(i)), count))
+        return some(*all_args(i), None, pick(*pick_args(i)))
 
     return {
         "static cache": lambda i: F.scaled_dot_product_attention(

@@ -10,10 +10,12 @@ from tilewright.compiler.ops import cache as _cache
 from tilewright.compiler.ops import early_exit as _early_exit
 from tilewright.compiler.ops import hadamard as _hadamard
 from tilewright.compiler.ops import linear as _linear
+from tilewright.compiler.ops import merge_parts as _merge_parts
 from tilewright.compiler.ops import mlp as _mlp
 from tilewright.compiler.ops import norm as _norm
 from tilewright.compiler.ops import packed as _packed
 from tilewright.compiler.ops import paged as _paged
+from tilewright.compiler.ops import pick_pages as _pick_pages
 from tilewright.compiler.ops import quantized_attention as _quantized_attention
 from tilewright.compiler.ops import quantized_linear as _quantized_linear
 from tilewright.compiler.ops import rope as _rope
@@ -27,6 +29,7 @@ block_sparse_attention_backward = _block_sparse.block_sparse_attention_backward.
 block_sparse_attention_fp8 = _quantized_attention.block_sparse_attention_fp8.overload
 block_sparse_attention_int8 = _quantized_attention.block_sparse_attention_int8.overload
 merge_attention = _block_sparse.merge_attention.overload
+merge_parts = _merge_parts.merge_parts.overload
 block_mass = _block_mass.block_mass.overload
 early_exit_begin = _early_exit.early_exit_begin.overload
 early_exit_end = _early_exit.early_exit_end.overload
@@ -56,6 +59,7 @@ token_attention = _paged.token_attention.overload
 paged_append = _paged.paged_append.overload
 page_bounds = _paged.page_bounds.overload
 top_pages = _paged.top_pages.overload
+pick_pages = _pick_pages.pick_pages.overload
 attention_mass = _attention_mass.attention_mass.overload
 
 __all__ = [
@@ -81,11 +85,13 @@ __all__ = [
     "linear",
     "linear_multi",
     "merge_attention",
+    "merge_parts",
     "packed_append",
     "packed_attention",
     "page_bounds",
     "paged_append",
     "paged_attention",
+    "pick_pages",
     "quantized_linear",
     "quantized_linear_multi",
     "rms_norm",

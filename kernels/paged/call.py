@@ -18,6 +18,8 @@ _DECIDE = {
     "page_bounds": (0, 1, 2),
     "attention_mass": (0, 1),
     "top_pages": (),
+    "pick_pages": (0, 1, 2),
+    "merge_parts": (0, 1),
     "packed_attention": (0, 1, 2),
     "packed_append": (0, 1, 4, 5),
 }

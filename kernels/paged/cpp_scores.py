@@ -7,7 +7,8 @@ from tilewright.kernels.common.cpp import ELEMENT, LANES, cpp_file, dtype_consta
 from tilewright.kernels.common.family import config_of
 from tilewright.kernels.paged.cpp import index_checks
 from tilewright.kernels.paged.cpp_core import sum4_text
-from tilewright.kernels.paged.signature import bounds_names, bounds_schema, mass_schema
+from tilewright.kernels.paged.cpp_top import TOP
+from tilewright.kernels.paged.signature import bounds_names, bounds_schema, mass_schema, pick_schema
 from tilewright.runtime.contracts import KernelKey
 
 _BOUNDS = """// For M query rows: a positive q_d meets the greatest key, a negative one the least.
@@ -97,9 +98,7 @@ _BOUNDS_RUN = """  const int64_t G = H / Hkv;
         vstore(below + (b * H + h) * D + d, vmin(vset(0.0f), x));
       }
     }
-  const int64_t sizes[3] = {B, Hkv, n};
-  Tensor out(sizes, 3, aoti_torch_dtype_float32());
-  float* to = out.mutable_data<float>();
+@RESULT@
   const int64_t *ls = low.strides(), *hs = high.strides();
   const Planes planes{low.data<T>(), high.data<T>(), ls[0], ls[1], hs[0], hs[1]};
   const int32_t* table = page_table.data<int32_t>();
@@ -115,6 +114,30 @@ _BOUNDS_RUN = """  const int64_t G = H / Hkv;
   });
   if (N == 0)
     for (int64_t i = 0; i < B * Hkv * n; ++i) to[i] = -std::numeric_limits<float>::infinity();
+@END@"""
+
+_RESULT = """  const int64_t sizes[3] = {B, Hkv, n};
+  Tensor out(sizes, 3, aoti_torch_dtype_float32());
+  float* to = out.mutable_data<float>();"""
+
+_PICK_RESULT = """  const int64_t some = count < n ? count : n, sizes[3] = {B, Hkv, some};
+  Tensor out(sizes, 3, @INT32@);
+  std::vector<float> found(B * Hkv * n);
+  float* to = found.data();"""
+
+_PICK_END = """  const auto force = [&](int64_t b, int64_t token) {  // before all others, but a NaN
+    const int64_t place = token >= 0 ? token / kPage : -1;
+    for (int64_t g = 0; g < Hkv && place >= 0 && place < n; ++g)
+      to[(b * Hkv + g) * n + place] = std::numeric_limits<float>::infinity();
+  };
+  for (int64_t b = 0; b < B; ++b) {
+    force(b, length[b] - 1);@SINK@
+  }
+  int32_t* picked = out.mutable_data<int32_t>();
+  parallel_for(0, B * Hkv, 1 + (1 << 14) / (n + 1), [&](int64_t begin, int64_t end) {
+    std::vector<uint64_t> order;
+    for (int64_t row = begin; row < end; ++row) top(to + row * n, n, some, order, picked + row * some);
+  });
   stack[0] = out.release();"""
 
 
@@ -150,9 +173,28 @@ def _bounds_arguments(key: KernelKey) -> list[str]:
 
 def generate_bounds(key: KernelKey, op: str) -> str:
     """page_bounds for one configuration."""
+    run = _BOUNDS_RUN.replace("@RESULT@", _RESULT).replace("@END@", "  stack[0] = out.release();")
+    return _bounds_file(key, op, run, [], (), bounds_schema(key))
+
+
+def generate_pick(key: KernelKey, op: str) -> str:
+    """pick_pages for one configuration."""
     config = config_of(key)
-    join = "best[j] + x" if config["group"] == "sum" else "x > best[j] || x != x ? x : best[j]"
-    run = _BOUNDS_RUN.replace("@FIRST@", "first.data<int64_t>()[b]" if config["first"] else "0")
+    sink = "\n    force(b, @FIRST@);" if config["sink"] else ""
+    count = f"""  const int64_t count = static_cast<int64_t>(stack[{len(bounds_names(key))}]);
+{require("count > 0", "count must be positive")}
+"""
+    result = _PICK_RESULT.replace("@INT32@", dtype_constant("int32"))
+    run = _BOUNDS_RUN.replace("@RESULT@", result).replace("@END@", _PICK_END.replace("@SINK@", sink))
+    return _bounds_file(key, op, count + run, [TOP], ("algorithm", "functional"), pick_schema(key))
+
+
+def _bounds_file(
+    key: KernelKey, op: str, run: str, helpers: list[str], includes: tuple[str, ...], schema: str
+) -> str:
+    config = config_of(key)
+    join = "best[j] + x" if config.get("group") == "sum" else "x > best[j] || x != x ? x : best[j]"
+    run = run.replace("@FIRST@", "first.data<int64_t>()[b]" if config["first"] else "0")
     head = f"""using T = {ELEMENT[key.dtype]};
 constexpr int64_t D = {config["head"]}, kPage = {config["page"]};"""
     entry = ["void run(StableIValue* stack, uint64_t, uint64_t) {", *_bounds_arguments(key), run, "}"]
@@ -162,10 +204,10 @@ constexpr int64_t D = {config["head"]}, kPage = {config["page"]};"""
         note="Sums run in float32.",
         target=str(key.target),
         vector=vector_text(key.target.arch, {"sum", "max", key.dtype}),
-        body="\n\n".join([*body, "\n".join(entry)]),
+        body="\n\n".join([*body, *helpers, "\n".join(entry)]),
         op=op,
-        schema=bounds_schema(key),
-        includes=("limits", "vector"),
+        schema=schema,
+        includes=(*includes, "limits", "vector"),
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from tilewright.kernels.common.cpp import cpp_file, dtype_constant, require, vector_text
 from tilewright.runtime.contracts import KernelKey
 
-_TEXT = """// Orders floats as integers: -inf first, NaN last.
+TOP = """// Orders floats as integers: -inf first, NaN last.
 inline uint32_t rank_of(float x) {
   if (x != x) return UINT32_MAX;
   uint32_t bits;
@@ -14,7 +14,21 @@ inline uint32_t rank_of(float x) {
   return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
 
-void run(StableIValue* stack, uint64_t, uint64_t) {
+// The places of the `some` greatest of n bounds, ascending, without those of -inf; -1 at the end instead.
+void top(const float* from, int64_t n, int64_t some, std::vector<uint64_t>& order, int32_t* to) {
+  const uint32_t none = rank_of(-std::numeric_limits<float>::infinity());
+  order.resize(n);  // by bound, of equal ones the first is greatest
+  for (int64_t i = 0; i < n; ++i) order[i] = static_cast<uint64_t>(rank_of(from[i])) << 32 | (UINT32_MAX - i);
+  std::nth_element(order.begin(), order.begin() + some, order.end(), std::greater<uint64_t>());
+  int32_t* last = to;
+  for (int64_t i = 0; i < some; ++i)
+    if (order[i] >> 32 != none) *last++ = UINT32_MAX - static_cast<uint32_t>(order[i]);
+  std::sort(to, last);
+  std::fill(last, to + some, -1);
+}"""
+"""What finds the greatest of a row."""
+
+_TEXT = """void run(StableIValue* stack, uint64_t, uint64_t) {
   Tensor bounds(stack[0]);
   const int64_t count = static_cast<int64_t>(stack[1]);
 @CHECKS@
@@ -24,19 +38,9 @@ void run(StableIValue* stack, uint64_t, uint64_t) {
   Tensor out(sizes, 3, @INT32@);
   const float* from = bounds.data<float>();
   int32_t* to = out.mutable_data<int32_t>();
-  const uint32_t none = rank_of(-std::numeric_limits<float>::infinity());
   parallel_for(0, B * Hkv, 1 + (1 << 14) / (n + 1), [&](int64_t begin, int64_t end) {
-    std::vector<uint64_t> order(n);  // by bound, of equal ones the first is greatest
-    for (int64_t row = begin; row < end; ++row) {
-      for (int64_t i = 0; i < n; ++i)
-        order[i] = static_cast<uint64_t>(rank_of(from[row * n + i])) << 32 | (UINT32_MAX - i);
-      std::nth_element(order.begin(), order.begin() + some, order.end(), std::greater<uint64_t>());
-      int32_t *first = to + row * some, *last = first;
-      for (int64_t i = 0; i < some; ++i)
-        if (order[i] >> 32 != none) *last++ = UINT32_MAX - static_cast<uint32_t>(order[i]);
-      std::sort(first, last);
-      std::fill(last, first + some, -1);
-    }
+    std::vector<uint64_t> order;
+    for (int64_t row = begin; row < end; ++row) top(from + row * n, n, some, order, to + row * some);
   });
   stack[0] = out.release();
 }"""
@@ -49,7 +53,7 @@ def generate(key: KernelKey, op: str) -> str:
         f"bounds.is_cpu({float32}) && bounds.dim() == 3 && count > 0",
         "bounds must be float32 [B, Hkv, n] and count positive",
     )
-    text = _TEXT.replace("@CHECKS@", checks).replace("@FLOAT32@", float32)
+    text = f"{TOP}\n\n{_TEXT}".replace("@CHECKS@", checks).replace("@FLOAT32@", float32)
     return cpp_file(
         title="The places of the greatest bounds of each row.",
         note="Of equal bounds the first are taken.",

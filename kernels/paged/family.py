@@ -24,8 +24,10 @@ from tilewright.kernels.paged.signature import (
     append_schema,
     attention_names,
     attention_schema,
+    bounds_names,
     bounds_schema,
     mass_schema,
+    pick_schema,
     present,
 )
 from tilewright.runtime.contracts import KernelKey, Refusal, Target
@@ -147,6 +149,7 @@ def _attention_examples(op: str) -> Callable[[], Sequence[tuple[Any, ...]]]:
 
 APPEND_NAMES = ("k_pages", "v_pages", "page_table", "starts", "k", "v", "low", "high")
 BOUNDS_NAMES = ("q", "low", "high", "page_table", "lengths", "page", "first", "group")
+PICK_NAMES = (*BOUNDS_NAMES[:6], "count", "first", "sink")
 MASS_NAMES = ("q", "k", "lse", "first", "scale", "causal")
 
 
@@ -173,6 +176,22 @@ def _configure_bounds(args: Sequence[Any], target: Target) -> KernelKey | Refusa
     head, padded = int(given["q"].shape[3]), given["first"] is not None
     group, page = str(given["group"]), int(given["page"])
     return sized_key("page_bounds", target, found, head=head, page=page, group=group, first=padded)
+
+
+def _configure_pick(args: Sequence[Any], target: Target) -> KernelKey | Refusal:
+    given = dict(zip(PICK_NAMES, args, strict=True))
+    if target.kind != "cpu":
+        return Refusal(f"pick_pages has a kernel for CPUs only, the target is {target}")
+    found = _configure_bounds([{**given, "group": "max"}[name] for name in BOUNDS_NAMES], target)
+    if isinstance(found, Refusal):
+        return found
+    config = {name: value for name, value in config_of(found).items() if name != "group"}
+    return make_key("pick_pages", found.target, found.dtype, **config, sink=bool(given["sink"]))
+
+
+def _rewrite_pick(key: KernelKey, args: Sequence[Any]) -> tuple[Any, ...]:
+    given = dict(zip(PICK_NAMES, args, strict=True))
+    return (*present(bounds_names(key), given), given["count"])
 
 
 def _configure_mass(args: Sequence[Any], target: Target) -> KernelKey | Refusal:
@@ -331,6 +350,21 @@ PAGED_FAMILIES = (
         fake=lambda key: lambda q, k, *rest: q.new_empty(k.shape[:3], dtype=torch.float32),
         rewrite_args=_rewrite_mass,
         examples=_mass_examples,
+    ),
+    _family(
+        "pick_pages",
+        legality=(POOL_LEGALITY[0], POOL_LEGALITY[2], "on a CPU"),
+        configure=_configure_pick,
+        schema=pick_schema,
+        generate={"cpu": cpp_scores.generate_pick},
+        triton=None,
+        fake=lambda key: (
+            lambda q, low, high, page_table, *rest: q.new_empty(
+                (q.shape[0], low.shape[1], min(rest[-1], page_table.shape[1])), dtype=torch.int32
+            )
+        ),
+        rewrite_args=_rewrite_pick,
+        examples=lambda: [(*case[:6], 4, *case[6:7], case[7] == "max") for case in _bounds_examples()],
     ),
     KernelFamily(
         op="top_pages",

@@ -61,6 +61,11 @@ def bounds_schema(key: KernelKey) -> str:
     return f"({', '.join(f'Tensor {name}' for name in bounds_names(key))}) -> Tensor"
 
 
+def pick_schema(key: KernelKey) -> str:
+    """`(Tensor q, ..., int count) -> Tensor`."""
+    return f"({', '.join(f'Tensor {name}' for name in bounds_names(key))}, int count) -> Tensor"
+
+
 def mass_schema(key: KernelKey) -> str:
     """`(Tensor q, Tensor k, Tensor lse, [Tensor first,] float scale) -> Tensor`."""
     names = ["q", "k", "lse", *(["first"] if config_of(key)["first"] else [])]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tilewright.compiler import Exactness, Example, GraphPass, PassLog, Program, Stage, graph_pass, ops
+from tilewright.compiler.ops.pick_pages import forced_pages
 from tilewright.passes.memory._paged_sites import (
     choose_at_sites,
     decode_inputs,
@@ -57,11 +58,7 @@ class QuestKV(GraphPass):
 
     def picked(self, bounds: Tensor, lengths: Tensor, first: Tensor | None) -> Tensor:
         """int32 [B, Hkv, m]: the places of the pages attended, from `page_bounds` [B, Hkv, n]."""
-        place = torch.arange(bounds.shape[2], device=bounds.device)
-        forced = place == torch.div(lengths - 1, self.page, rounding_mode="floor")[:, None]
-        if self.sink_page:
-            begin = torch.div(first_of(lengths, first), self.page, rounding_mode="floor")
-            forced = forced | (place == begin[:, None])
+        forced = forced_pages(bounds.shape[2], self.page, lengths, first, self.sink_page)
         bounds = bounds.masked_fill(forced[:, None], float("inf"))
         found: Tensor = ops.top_pages(bounds, self.budget // self.page)
         return found

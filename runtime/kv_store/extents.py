@@ -17,7 +17,7 @@ import secrets
 import stat
 import threading
 import zlib
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -52,8 +52,10 @@ class ExtentStore(Protocol):
     def write(self, extent: Hashable, version: int, data: Tensor) -> bool:
         """Keep uint8 [extent_bytes]; False where this version is kept already. ExtentError where it fails."""
 
-    def read(self, extent: Hashable, out: Tensor) -> None:
-        """Fill uint8 [extent_bytes]; ExtentError where the extent is absent, short or changed."""
+    def read_all(self, extents: Sequence[Hashable], outs: Sequence[Tensor]) -> dict[Hashable, ExtentError]:
+        """Fill outs[i], uint8 [extent_bytes], with extents[i]; the errors of those that are absent, short or
+        changed, which stop no other. In few steps that hold the interpreter: for each somebody who computes
+        meanwhile has to wait."""
 
     def drop(self, extent: Hashable) -> None:
         """Forget an extent; absent is fine."""
@@ -129,6 +131,11 @@ class ExtentLayout:
         return self.pages * self.heads * self.page * self.size * self.dtype.itemsize
 
     @property
+    def one_size(self) -> bool:
+        """Whether keys and values are of one size."""
+        return self.size == self.value_size
+
+    @property
     def used_bytes(self) -> int:
         """Bytes of keys and values."""
         return self.k_bytes + self.pages * self.heads * self.page * self.value_size * self.dtype.itemsize
@@ -166,7 +173,7 @@ class ExtentLayout:
     def pool(self, extents: Tensor) -> ExtentPool:
         """The pages of uint8 [frames, extent_bytes], in the memory where they lie. KVStoreError where keys
         and values differ in size: no table would serve both."""
-        if self.size != self.value_size:
+        if not self.one_size:
             raise KVStoreError(f"keys of {self.size} and values of {self.value_size}: expected one size")
         page, extent = self.heads * self.page * self.size, self.extent_bytes // self.dtype.itemsize
         step = math.gcd(page, extent)
@@ -286,6 +293,16 @@ class ExtentFile:
             raise
         self._records[extent] = _Record(slot, version, checksum(data))
         return True
+
+    def read_all(self, extents: Sequence[Hashable], outs: Sequence[Tensor]) -> dict[Hashable, ExtentError]:
+        """Fill outs[i] with extents[i] as `read` does; the errors of those that it would raise."""
+        errors = {}
+        for extent, out in zip(extents, outs, strict=True):
+            try:
+                self.read(extent, out)
+            except ExtentError as error:
+                errors[extent] = error
+        return errors
 
     def read(self, extent: Hashable, out: Tensor) -> None:
         """Fill `out`, uint8 [extent_bytes] aligned to BLOCK; ExtentError for a short or changed extent."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 
+import torch
 from torch import Tensor
 
 from tilewright.runtime.kv_store.errors import KVStoreError
@@ -31,10 +32,19 @@ class HostExtents:
 
     def read(self, extent: Hashable, out: Tensor) -> None:
         """Fill `out`; ExtentError where the extent is absent."""
-        kept = self._kept.get(extent)
-        if kept is None:
-            raise ExtentError(f"extent {extent} is not in the slow tier")
-        out.copy_(kept[1])
+        for error in self.read_all([extent], [out]).values():
+            raise error
+
+    def read_all(self, extents: Sequence[Hashable], outs: Sequence[Tensor]) -> dict[Hashable, ExtentError]:
+        """Fill outs[i] with extents[i]; the errors of those that are absent."""
+        kept = [self._kept.get(extent) for extent in extents]
+        if here := [(out, found[1]) for out, found in zip(outs, kept, strict=True) if found is not None]:
+            torch._foreach_copy_([out for out, _ in here], [data for _, data in here])
+        return {
+            extent: ExtentError(f"extent {extent} is not in the slow tier")
+            for extent, found in zip(extents, kept, strict=True)
+            if found is None
+        }
 
     def drop(self, extent: Hashable) -> None:
         """Forget an extent; absent is fine."""
@@ -75,11 +85,13 @@ class SimLink(HostExtents):
             self.carry(data.numel())
         return written
 
-    def read(self, extent: Hashable, out: Tensor) -> None:
-        """As HostExtents.read, over the link."""
-        ends = self._enter(out.numel())
-        super().read(extent, out)
-        _sleep_until(ends)
+    def read_all(self, extents: Sequence[Hashable], outs: Sequence[Tensor]) -> dict[Hashable, ExtentError]:
+        """As HostExtents.read_all, over the link: all arrive when the last one does."""
+        ends = self._enter(sum(out.numel() for out in outs))
+        errors = super().read_all(extents, outs)
+        if len(errors) < len(extents):
+            _sleep_until(ends)
+        return errors
 
     def carry(self, size: int) -> None:
         """Take the link for `size` bytes, and return when they have arrived."""

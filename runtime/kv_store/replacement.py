@@ -62,8 +62,8 @@ class Replacement:
     def victims(self, demand: bool) -> Iterator[ExtentKey]:
         """Extents that may leave, first those that should. For a read ahead none is written, and none that
         was announced goes while it may still be wanted."""
-        if self.clean:
-            yield next(self._in_order(self.clean))[0]
+        if (first := self.first_clean()) is not None:
+            yield first
         for key, entry in self.ahead.items():
             if not self._is_stale(entry):
                 break
@@ -72,6 +72,12 @@ class Replacement:
         if demand:
             for order in (self._in_order(self.changed), iter(self.ahead.items())):
                 yield from (key for key, entry in order if not entry.moving)
+
+    def first_clean(self) -> ExtentKey | None:
+        """Of those that were used and need no write, the one that should leave first; None: there is none."""
+        for key, entry in self.clean.items():
+            return key if self._is_stale(entry) else next(reversed(self.clean))
+        return None
 
     def to_write(self, count: int) -> list[tuple[ExtentKey, Placed]]:
         """Of the changed extents those that are no longer wanted, and then up to `count` of those that would

@@ -51,6 +51,7 @@ class TierManager:
         self.frames = fast_bytes // extent_bytes
         self.memory = aligned(self.frames * extent_bytes).view(self.frames, extent_bytes)
         """The frames; only those of pinned extents may be read."""
+        self._views = self.memory.unbind()
         self._free = list(range(self.frames))
         self._extents: dict[ExtentKey, Placed] = {}
         self._order = Replacement(self.frames)
@@ -135,17 +136,15 @@ class TierManager:
         demand = urgency is Urgency.DEMAND
         jobs: dict[Job, None] = {}
         with self._changed:
-            for key in keys:
-                if key not in self._extents:
-                    raise KVStoreError(f"there is no extent {tuple(key)}")
-            begun, here = Begun(sum(self._extents[key].frame is None for key in keys)), 0
+            entries = self._known(keys)
+            begun, here = Begun(sum([entry.frame is None for entry in entries])), 0
             try:
-                for key in keys:
-                    if not self._begin(key, urgency, begun):
+                for key, entry in zip(keys, entries, strict=True):
+                    if not self._begin(key, entry, urgency, begun):
                         self.counters.dropped += len(keys) - here
                         break
-                    if (job := self._extents[key].loading) is not None:
-                        jobs[job] = None
+                    if entry.loading is not None:
+                        jobs[entry.loading] = None
                     here += 1
             except KVStoreError:
                 if demand:
@@ -176,7 +175,7 @@ class TierManager:
 
     def frame(self, key: ExtentKey) -> Tensor:
         """The frame of a pinned extent, uint8 [extent_bytes]; TierError where it is not pinned."""
-        return self.memory[self.places([key])[0]]
+        return self._views[self.places([key])[0]]
 
     def places(self, keys: Sequence[ExtentKey]) -> list[int]:
         """The numbers of the frames of pinned extents; TierError where one is not pinned."""
@@ -223,16 +222,22 @@ class TierManager:
         if key in self._extents or key.session not in self._stores:
             self._free.append(frame)
             return False
-        self.memory[frame].zero_()
+        self._views[frame].zero_()
         self._extents[key] = entry = Placed(frame, pins=1)
         self._order.ask(key, entry)
         self._submit(Begun())
         return True
 
-    def _begin(self, key: ExtentKey, urgency: Urgency, begun: Begun) -> bool:
+    def _known(self, keys: Sequence[ExtentKey]) -> list[Placed]:
+        try:
+            return [self._extents[key] for key in keys]
+        except KeyError as error:
+            raise KVStoreError(f"there is no extent {tuple(error.args[0])}") from None
+
+    def _begin(self, key: ExtentKey, entry: Placed, urgency: Urgency, begun: Begun) -> bool:
         """Whether an extent is resident or on its way, and pinned on demand; False for want of a frame. Runs
         held."""
-        entry, demand = self._extents[key], urgency is Urgency.DEMAND
+        demand = urgency is Urgency.DEMAND
         if entry.frame is None:
             frame = self._await_frame(key) if demand else self._take_frame(key, urgency)
             if frame is None:
@@ -242,7 +247,7 @@ class TierManager:
                 raise KVStoreError(f"extent {tuple(key)} was dropped while it was fetched")
             if entry.frame is not None:  # another thread fetched it while this one waited
                 self._free.append(frame)
-                return self._begin(key, urgency, begun)
+                return self._begin(key, entry, urgency, begun)
             self.counters.misses += demand
             self.counters.prefetched += not demand
             entry.frame = frame
@@ -271,7 +276,7 @@ class TierManager:
             job.begun = True
             store = self._stores[job.session]
         try:
-            job.read(store, self.memory)
+            job.read(store, self._views)
         finally:
             with self._changed:
                 for key, entry in job.parts:
@@ -296,7 +301,8 @@ class TierManager:
             self._threads.submit(begun.queue.items())
 
     def _writing(self, key: ExtentKey, entry: Placed) -> Job:
-        store, memory = self._stores[key.session], self.memory[entry.frame]
+        assert entry.frame is not None
+        store, memory = self._stores[key.session], self._views[entry.frame]
 
         def write() -> None:
             version, done, written = entry.version, False, False
@@ -332,7 +338,12 @@ class TierManager:
 
         ExtentError where it is of the session of `wanted` and cannot be written.
         """
-        for key in self._order.victims(urgency is Urgency.DEMAND) if not self._free else ():
+        if self._free:
+            return self._free.pop()
+        if (first := self._order.first_clean()) is not None:
+            self._evict(first, self._extents[first])
+            return self._free.pop()
+        for key in self._order.victims(urgency is Urgency.DEMAND):
             try:
                 self._evict(key, self._extents[key])
                 break
@@ -351,7 +362,7 @@ class TierManager:
         """Whether anything was written; on an error the extent stays resident and changed."""
         if not entry.dirty or entry.frame is None:
             return False
-        written = self._stores[key.session].write(key, entry.version, self.memory[entry.frame])
+        written = self._stores[key.session].write(key, entry.version, self._views[entry.frame])
         self._clean(key, entry)
         self.counters.bytes_written += self.extent_bytes if written else 0
         return written
@@ -370,10 +381,8 @@ class TierManager:
 
     def _settled(self, key: ExtentKey) -> Placed:
         """An extent that nothing is moving; KVStoreError where it does not exist."""
-        while (entry := self._extents.get(key)) is not None and entry.moving:
+        while (entry := self._known([key])[0]).moving:
             self._changed.wait()
-        if entry is None:
-            raise KVStoreError(f"there is no extent {tuple(key)}")
         return entry
 
     def _refuse_pinned(self, keys: Sequence[ExtentKey], what: str) -> None:

@@ -86,14 +86,14 @@ class Reading(Job):
         self.whole: set[ExtentKey] = set()
         self.errors: dict[ExtentKey, ExtentError] = {}
 
-    def read(self, store: ExtentStore, memory: Tensor) -> None:
-        """Read everything into uint8 [frames, extent_bytes]."""
-        for key, entry in self.parts:
-            try:
-                store.read(key, memory[entry.frame])
-                self.whole.add(key)
-            except ExtentError as error:
-                self.errors[key] = error  # raised by Fetch.wait, for those who asked for this extent
+    def read(self, store: ExtentStore, frames: Sequence[Tensor]) -> None:
+        """Read everything into its frames, uint8 [extent_bytes] each."""
+        keys = [key for key, _ in self.parts]
+        outs = [frames[entry.frame] for _, entry in self.parts if entry.frame is not None]
+        errors = store.read_all(keys, outs)
+        self.whole.update(key for key in keys if key not in errors)
+        # Raised by Fetch.wait, for those who asked for these extents.
+        self.errors.update((key, errors[key]) for key in keys if key in errors)
 
 
 class Begun:

@@ -259,7 +259,10 @@ def wrong_calls():
         "group = 'mean'": lambda: ops.page_bounds(q, low, low, *given[2:], 8, None, "mean"),
         "H, 1, D": lambda: ops.page_bounds(pool.query(9, 2), low, low, *given[2:], 8),
         "must be int64": lambda: ops.attention_mass(q, pool.k, q[..., 0], given[3].int()),
+        "pick_pages: count": lambda: ops.pick_pages(q, low, low, *given[2:], 8, 0),
         "count = 0": lambda: ops.top_pages(q[..., 0], 0),
+        "n of 1 or more": lambda: ops.merge_parts(q[:0], q[:0, ..., 0]),
+        "float32 or float64": lambda: ops.merge_parts(q, q[..., 0].half()),
         "attention_mass: q": lambda: ops.attention_mass(q, pool.k, q),
     }
 
@@ -285,6 +288,8 @@ def test_all_ops_are_opaque_and_agree_with_their_fakes() -> None:
         (ops.page_bounds, (q, low, low, *pool.given()[2:], 8)),
         (ops.page_bounds, (q, low, low, *pool.given()[2:], 8, starts, "sum")),
         (ops.top_pages, (q[..., 0].contiguous(), 2)),
+        (ops.pick_pages, (q, low, low, *pool.given()[2:], 8, 2)),
+        (ops.merge_parts, (q, q[..., 0].contiguous())),
         (ops.attention_mass, (q, pool.k, q[..., 0].contiguous())),
     ):
         torch.library.opcheck(op, args, test_utils=tests)

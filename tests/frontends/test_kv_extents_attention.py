@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -118,6 +120,68 @@ def test_how_many_extents_share_a_call_changes_no_bit(tmp_path, layout, threads)
     for got, seen in ((found[0][0], at), (found[0][2], at & among)):
         exact = F.scaled_dot_product_attention(q, k, v, seen[None], enable_gqa=True)
         torch.testing.assert_close(got, exact, rtol=0, atol=2e-6)
+
+
+def tailed(tmp_path, frames: int) -> tuple[TierManager, ExtentLayer, int]:
+    """A layer whose newest rows lie in page 2 of a frame of their own."""
+    size = LAYOUT.extent_bytes
+    tiers = TierManager(frames * size, size, lambda: ExtentFile(tmp_path / "kv", size))
+    session = tiers.open_session()
+    key = ExtentKey(session, -1, 0)
+    with tiers.edit(key):
+        pass
+    tiers.wait(tiers.fetch([key]))  # pinned
+    entry = int(LAYOUT.pool(tiers.memory).table(tiers.places([key]))[0, 2])
+    return tiers, ExtentLayer(tiers, session, 0, LAYOUT, tail=entry), session
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_where_the_newest_rows_lie_changes_no_bit(tmp_path, seed):
+    """Random appends, takings back, attentions, rankings and copies: with a tail and without."""
+    choose, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    size, rows_of = LAYOUT.extent_bytes, torch.randn(2, 1, KEY_HEADS, 600, SIZE, generator=generator)
+    plain_tiers = TierManager(9 * size, size, lambda: ExtentFile(tmp_path / "kv", size))
+    plain = ExtentLayer(plain_tiers, plain_tiers.open_session(), 0, LAYOUT)
+    tiers, layer, _ = tailed(tmp_path, choose.choice((2, 3, 9)))
+    for _ in range(120):
+        act, length = choose.choice(("one",) * 6 + ("some", "crop", "rank", "gather")), plain.length
+        count = 1 if act == "one" else choose.randint(2, 70)
+        if act in ("one", "some") and length + count <= 600:
+            for x in (plain, layer):
+                x.append(*(part[:, :, length : length + count] for part in rows_of))
+        elif act == "crop":
+            kept = max(0, length - choose.choice((1, 5, 16, 40)))
+            for x in (plain, layer):
+                x.crop(kept)
+        if not (length := plain.length):
+            continue
+        q = torch.randn(1, HEADS, min(length, choose.choice((1, 1, 3))), SIZE, generator=generator)
+        wanted = torch.randperm(length, generator=generator)[: choose.randint(1, 40)].to(torch.int32)
+        seen = []
+        for x in (plain, layer):
+            ranked: list[torch.Tensor] = []
+            rank = (lambda found, at, to=ranked: to.append(found.clone())) if act == "rank" else None
+            seen.append([*x.attend(q[:, :, :1] if rank else q, rank=rank)])
+            seen[-1] += [torch.cat(ranked, 1)] if rank else []
+            seen[-1] += x.attend(q[:, :, :1], torch.tensor([length // 3]), picked=x.pick(wanted))
+            if act == "gather":
+                seen[-1].append(x.gather(1, wanted.long().expand(KEY_HEADS, -1)))
+        assert plain.length == layer.length
+        assert all(torch.equal(x, y) for x, y in zip(*seen, strict=True))
+    plain_tiers.close()
+
+
+def test_rows_one_at_a_time_change_an_extent_once_a_page(tmp_path):
+    tiers, layer, session = tailed(tmp_path, 9)
+    _, k, v = rows()
+    layer.append(k[:, :, :64], v[:, :, :64])
+    changed = []
+    for at in range(64, 64 + 40):
+        layer.append(k[:, :, at : at + 1], v[:, :, at : at + 1])
+        changed.append(
+            tiers._extents[key].version if (key := ExtentKey(session, 0, 1)) in tiers._extents else 0
+        )
+    assert changed == [0] * 16 + [1] * 16 + [2] * 8
 
 
 def test_picked_tokens_are_named_by_extent_and_place(tmp_path):

@@ -16,6 +16,7 @@ from tilewright.kernels.common.abi import HEADER, TORCH_ABI
 from tilewright.kernels.paged.call import callable_for, reason_for
 from tilewright.kernels.paged.family import PAGED_FAMILIES
 from tilewright.kernels.table import KernelChoice, host_target, select_for_node
+from tilewright.passes.memory.quest_kv import QuestKV
 from tilewright.runtime.build import compile_cpp
 from tilewright.runtime.contracts import Refusal, Target
 
@@ -225,6 +226,44 @@ def test_top_pages() -> None:
             assert torch.equal(got, all_ops()["top_pages"].definition(rows, count))
 
 
+@pytest.mark.parametrize(("size", "dtype"), [(64, F32), (72, BF16), (8, F16), (128, F32)])
+def test_merging_parts(size: int, dtype: torch.dtype) -> None:
+    for parts, heads, tokens in ((12, 9, 1), (1, 3, 5), (3, 4, 40)):
+        lses = torch.randn(parts, heads, tokens) * 30
+        lses[0, 0], lses[:, -1, -1] = -math.inf, -math.inf
+        outs = torch.randn(parts, heads, tokens, size).to(dtype)
+        outs[:, -1, -1] = 0
+        args = (outs.transpose(1, 2).contiguous().transpose(1, 2), lses)
+        assert reason_for("merge_parts", args) == ""
+        got = callable_for("merge_parts", args)(*args)
+        weights = torch.softmax(lses.double(), 0).nan_to_num(0.0)
+        want = torch.stack([(weights[..., None] * outs.double()).sum(0)]), lses.double().logsumexp(0)[None]
+        for ours, theirs, exact in zip(got, all_ops()["merge_parts"].definition(*args), want, strict=True):
+            torch.testing.assert_close(ours.double(), exact, rtol=2e-6, atol=1e-5)
+            torch.testing.assert_close(theirs.double(), exact, rtol=2e-6, atol=1e-5)
+        lses[0, 1, 0] = math.nan
+        assert callable_for("merge_parts", args)(*args)[1].isnan().sum() == 1
+
+
+@pytest.mark.parametrize(("dtype", "padded"), [(F32, True), (F32, False), (BF16, True)])
+def test_pages_are_picked_as_the_policy_picks_them(dtype: torch.dtype, padded: bool) -> None:
+    k, _, table, lengths = pool(RAGGED, 3, 16, 64, 64, dtype)
+    low, high = k.nan_to_num(math.inf).amin(2), k.nan_to_num(-math.inf).amax(2)
+    first = torch.tensor([3, 1, 0, 16]) if padded else None
+    for count, sink in ((3, True), (2, False), (50, True)):
+        q = torch.randn(4, 9, 1, 64).to(dtype)
+        args = (q, low, high, table, lengths, 16, count, first, sink)
+        assert reason_for("pick_pages", args) == ""
+        got = callable_for("pick_pages", args)(*args)
+        bounds = callable_for("page_bounds", (*args[:6], first, "max"))(*args[:6], first, "max")
+        policy = QuestKV(budget=16 * max(3, count), sink_page=sink)
+        if count >= 3:
+            assert torch.equal(got, policy.picked(bounds, lengths, first))
+        assert torch.equal(got, all_ops()["pick_pages"].definition(*args))
+        newest = ((lengths - 1) // 16)[:, None, None]
+        assert bool((got == newest).any(-1).all())
+
+
 def test_what_no_kernel_takes_runs_the_definition_and_says_why() -> None:
     given = pool([40], 1, 16, 64, 64, F32)
     odd = pool([40], 1, 16, 12, 12, F32)
@@ -252,6 +291,7 @@ def wrong_calls() -> dict[str, tuple[str, tuple[Any, ...]]]:
         "lengths must be int64": ("paged_attention", (q, k, v, table, lengths.int())),
         "has no page": ("paged_append", (k, v, table, lengths + 1000, rows, rows)),
         "page_table must be int32": ("page_bounds", (q, low, low, table.long(), lengths, 16)),
+        "outs must be": ("merge_parts", (q, torch.zeros(1, 2, 1))),
     }
 
 
