@@ -1,4 +1,4 @@
-"""merge_parts as a kernel family of CPUs."""
+"""merge_parts as a kernel family."""
 
 from __future__ import annotations
 
@@ -8,16 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tilewright.kernels.common.family import KernelFamily, check_target, dtype_name
-from tilewright.kernels.paged import cpp_merge
+from tilewright.kernels.common.family import KernelFamily, TritonKernel, check_target, dtype_name
+from tilewright.kernels.paged import cpp_merge, triton_merge
 from tilewright.kernels.paged.family import DTYPES, MAX_HEAD, check_sizes, sized_key
+from tilewright.kernels.paged.triton_rows import no_constants
 from tilewright.runtime.contracts import KernelKey, Refusal, Target
 
 
 def _configure(args: Sequence[Any], target: Target) -> KernelKey | Refusal:
     outs, lses = args
-    if target.kind != "cpu":
-        return Refusal(f"merge_parts has a kernel for CPUs only, the target is {target}")
     refused = check_target([outs, lses], target) or check_sizes({"value": outs.shape[3]})
     if refused is not None:
         return refused
@@ -45,11 +44,11 @@ def _examples() -> Sequence[tuple[Any, ...]]:
 MERGE_PARTS = KernelFamily(
     op="merge_parts",
     dtypes=DTYPES,
-    legality=("lses are float32", f"E is known, a multiple of 8 and at most {MAX_HEAD}", "on a CPU"),
+    legality=("lses are float32", f"E is known, a multiple of 8 and at most {MAX_HEAD}"),
     configure=_configure,
     schema=lambda key: cpp_merge.SCHEMA,
-    generate={"cpu": cpp_merge.generate},
-    triton=None,
+    generate={"cpu": cpp_merge.generate, "cuda": triton_merge.generate, "hip": triton_merge.generate},
+    triton=TritonKernel(triton_merge.parameters, no_constants, triton_merge.warps, triton_merge.launcher),
     fake=_fake,
     save=None,
     backward=None,

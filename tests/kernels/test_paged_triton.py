@@ -15,12 +15,13 @@ from tilewright.compiler.parity import assert_parity
 from tilewright.kernels.load import build_kernel, store_triton_source
 from tilewright.kernels.paged import triton
 from tilewright.kernels.paged.family import PAGED_FAMILIES
+from tilewright.kernels.paged.merge_family import MERGE_PARTS
 from tilewright.kernels.table import full_args
 from tilewright.runtime.contracts import KernelKey, Target
 from tilewright.runtime.offline import compile_offline
 
 TARGET = Target("cuda", "sm_80")
-FAMILIES = {family.op: family for family in PAGED_FAMILIES}
+FAMILIES = {family.op: family for family in (*PAGED_FAMILIES, MERGE_PARTS)}
 in_interpreter = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1"
 )
@@ -63,6 +64,20 @@ def check(op: str, args: tuple[Any, ...]) -> None:
 
 
 FIRST = torch.tensor([3, 0, 17])
+
+
+@in_interpreter
+@pytest.mark.interpreter
+@pytest.mark.parametrize(
+    ("parts", "tokens", "size", "dtype"),
+    [(1, 1, 16, torch.float32), (5, 3, 24, torch.float32), (7, 1, 64, torch.float16)],
+)
+def test_parts_are_merged(parts: int, tokens: int, size: int, dtype: torch.dtype) -> None:
+    """Also where some or all parts have no key."""
+    outs, lses = torch.randn(parts, 4, tokens, size).to(dtype), 30 * torch.randn(parts, 4, tokens)
+    lses[0, 1], lses[:, 2] = -math.inf, -math.inf
+    outs[:, 2] = 0.0
+    check("merge_parts", (outs.transpose(1, 2).contiguous().transpose(1, 2), lses))
 
 
 @in_interpreter
