@@ -22,8 +22,8 @@ from tilewright.runtime.kv_store.tier_state import ExtentKey
 
 WHOLE = 8 * CHUNK
 """Tokens; the kernels cut no run of so few among threads, whatever else they compute."""
-RANKED = 4
-"""Extents whose keys are copied at a time to be ranked."""
+RANKED = 1 << 19
+"""Bytes of keys that are copied at a time to be ranked; the keys of one extent at least."""
 
 
 def merged(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
@@ -183,15 +183,15 @@ class ExtentLayer:
         if q.shape[2] > 1 or rank is not None:
             self._settle()
         parts: list[tuple[Tensor, Tensor]] = []
-        done, keys = 0, self.wanted(picked)
+        done, keys, each = 0, self.wanted(picked), max(1, RANKED // self._layout.k_bytes)
         runs = range(-(-self.length // self.span)) if picked is None else picked.runs
         for some in self._in_turn(keys, then, self._at_once if q.shape[2] == 1 else 1):
             end = done + len(some) if done + len(some) < len(keys) else len(runs)  # the tail's needs no frame
             parts.append(self._attend_some(q, some, runs[done:end], first, scale, done, picked))
             if rank is not None:
-                for at in range(0, len(some), RANKED):
+                for at in range(0, len(some), each):
                     start = some[at].run * self.span
-                    rank(self._products(q, some[at : at + RANKED])[:, : self.length - start], start)
+                    rank(self._products(q, some[at : at + each])[:, : self.length - start], start)
             if q.shape[2] > 1:
                 parts = [merged(parts)]
             done = end
