@@ -242,6 +242,20 @@ def test_a_pipeline_of_the_target_drafts_from_its_cache() -> None:
     torch._dynamo.reset()
 
 
+def test_a_round_that_compiles_is_not_timed() -> None:
+    torch._dynamo.reset()
+    target = _model().float()
+    made = tw.speculate(_eager(target, "exact"), _model().float(), lengths=(3,))
+    timed: list[tuple[int, float]] = []
+    made.length.observe = lambda *given: timed.append(given[:2])  # type: ignore[method-assign]
+    made.length.choose = lambda limit: min(limit, 3)  # type: ignore[method-assign]
+    made.generate([PROMPTS[3]], 24, stop_tokens=())
+    lengths = {n for n, _ in timed}
+    assert len(timed) == made.statistics.target_calls - len(lengths) > 4
+    assert 3 in lengths
+    torch._dynamo.reset()
+
+
 @pytest.mark.slow
 def test_a_compiled_target() -> None:
     torch._dynamo.reset()
