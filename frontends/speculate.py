@@ -142,16 +142,17 @@ class Speculator:
         self.length.begin(len(rows))
         while not all(row.done for row in rows):
             started, graphs = time.perf_counter(), compiled_graphs()
-            live = sum(not row.done for row in rows)
-            done = Round()
+            left, done = _left(rows), Round()
             if trees is not None:
                 done = self._tree_round(rows, target, trees, sampling, stop)
             if not done.new:
                 done = self._round(rows, target, drafter, sampling, stop)
-            seconds, tokens = time.perf_counter() - started, sum(map(len, done.new))
+            seconds = time.perf_counter() - started
             if compiled_graphs() == graphs:
-                self.length.observe(done.length, seconds, tokens / live, done.kept, done.tried)
-            self._count(done, tokens, seconds)
+                # What the row got that is farthest from its end: the others wait for it.
+                tokens = min(left - _left(rows), max(map(len, done.new)))
+                self.length.observe(done.length, seconds, tokens, done.kept, done.tried)
+            self._count(done, sum(map(len, done.new)), seconds)
             yield done.new
 
     def _round(
@@ -293,6 +294,11 @@ class Speculator:
         longest = max(map(len, new))
         tail = torch.tensor([[*row, *[pad] * (longest - len(row))] for row in new], dtype=input_ids.dtype)
         return torch.cat((input_ids, tail.to(input_ids.device)), 1)
+
+
+def _left(rows: Sequence[Row]) -> int:
+    """Tokens that the row farthest from its end may still get."""
+    return max((row.last - len(row.tokens) for row in rows if not row.done), default=0)
 
 
 def speculate(

@@ -54,7 +54,7 @@ class DraftLength:
         """Rows of a batch -> length -> seconds of the latest whole rounds."""
         self._rounds = self._of_rows.setdefault(1, {})
         self._gains: dict[int, deque[float]] = {}
-        """Length -> tokens per sequence of the latest rounds."""
+        """Length -> how many plain steps the latest rounds were worth."""
         self._debt = 0.0
         self._plain_steps = self._drafting_rounds = 0
         """In a row."""
@@ -129,7 +129,7 @@ class DraftLength:
     def observe(self, length: int, seconds: float, tokens: float, kept: int, tried: int) -> None:
         """Take in a round that did not compile anything.
 
-        seconds: drafting and the target's call. tokens: committed per sequence, on average. kept: drafted
+        seconds: drafting and the target's call. tokens: how far the batch got, in plain steps. kept: drafted
         tokens that were accepted, of the `tried` that were reached (the first refused one counts).
         """
         times = self._rounds.setdefault(length, deque(maxlen=_REMEMBERED))
