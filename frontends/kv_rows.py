@@ -139,6 +139,13 @@ class RowModel:
         kv.take_back(start, [len(row) for row in rows])
         return logits
 
+    def catch_up(self, rows: Sequence[Sequence[int]], few: int) -> Tensor:
+        """As `feed`, of whatever the cache has not seen yet. Compiled code runs it where it is 1, 2 or up to
+        `few` tokens wide, and knows only these three shapes."""
+        widest = max(len(row) for row in rows)
+        compiled = self._step is not self._whole and widest <= few
+        return self.feed(rows, few if compiled and widest > 2 else 0, prompt=not compiled)
+
     def feed_seeing(
         self, tokens: Sequence[Sequence[int]], places: Sequence[Sequence[int]], seen: Tensor
     ) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tilewright.compiler.diagnostics import OptionError
 from tilewright.runtime.acceptance import accept_greedy, accept_sampled, draw
-from tilewright.runtime.token_tree import TokenTree, accept_tree_greedy, accept_tree_sampled
+from tilewright.runtime.token_tree import Ranked, TokenTree, accept_tree_greedy, accept_tree_sampled
 
 
 class Sampling:
@@ -87,12 +87,23 @@ class Sampling:
         return accept_sampled(drafted, drafts, scores.double().softmax(-1).cpu(), self._generator)
 
     def distribution(self, prefix: Sequence[int], logits: Tensor) -> Tensor:
-        """[V], float64, that the token behind `prefix` is drawn from, or whose greatest is taken."""
+        """[V], float64, that the token behind `prefix` is drawn from. logits: [V]."""
         return self._scores(prefix, logits).double().softmax(-1).cpu()
+
+    def ranked(self, prefixes: Sequence[Sequence[int]], logits: Tensor, count: int) -> list[Ranked]:
+        """The `count` likeliest tokens behind each prefix; logits [B, V]."""
+        scores = logits
+        if self._processors is not None:
+            scores = torch.stack([self._scores(p, row) for p, row in zip(prefixes, logits, strict=True)])
+        values, tokens = scores.topk(min(count, scores.shape[-1]))
+        shares = (values - scores.logsumexp(-1, keepdim=True)).exp()
+        return [list(zip(t, s, strict=True)) for t, s in zip(tokens.tolist(), shares.tolist(), strict=True)]
 
     def accept_tree(self, prefix: Sequence[int], tree: TokenTree, logits: Tensor) -> tuple[list[int], int]:
         """(the nodes to keep, the token behind them); logits [n + 1, V] of the target: behind `prefix`, then
         behind each node."""
+        if not self._sample and self._processors is None:
+            return accept_tree_greedy(tree, logits.argmax(-1).tolist())
         words = [[], *[tree.words(node) for node in range(len(tree.tokens))]]
         scores = [self._scores([*prefix, *w], row) for w, row in zip(words, logits, strict=True)]
         stacked = torch.stack(scores)

@@ -16,6 +16,7 @@ from tilewright.frontends.drafters import Draft, Drafter, ModelDrafter, Retrieva
 from tilewright.frontends.kv_rows import KVRows, RowModel
 from tilewright.frontends.language_model import LanguageModel, check_same_vocabulary
 from tilewright.frontends.sampling import Sampling
+from tilewright.frontends.speculation_rounds import Round, Row, Statistics, Stop, compiled_graphs
 from tilewright.frontends.token_trees import ModelTrees, RetrievalTrees, TreeDrafter, feed_trees
 from tilewright.runtime.draft_length import DraftLength
 from tilewright.runtime.retrieval import NgramStore
@@ -23,29 +24,8 @@ from tilewright.runtime.token_tree import TokenTree
 
 SLACK = 64
 """Slots of a batch's cache for holes, before they must be closed."""
-Stop = Callable[[list[int]], bool]
-"""Whether a row ends with its latest token; given all its tokens."""
 OnTokens = Callable[[int, list[int]], None]
 """on_tokens(row, its new tokens), after each round."""
-
-
-@dataclass
-class Statistics:
-    """What one generation took."""
-
-    tokens: int = 0
-    target_calls: int = 0
-    """Without the prompt's."""
-    drafted: int = 0
-    accepted: int = 0
-    drafting_rounds: int = 0
-    prompt_seconds: float = 0.0
-    seconds: float = 0.0
-    """Without the prompt's."""
-
-    @property
-    def tokens_per_call(self) -> float:
-        return self.tokens / self.target_calls if self.target_calls else 0.0
 
 
 @dataclass
@@ -58,25 +38,6 @@ class Retrieval:
     """Tokens that must agree."""
     longest: int = 16
     """Tokens that are compared at most; a longer agreement is preferred."""
-
-
-@dataclass
-class _Row:
-    tokens: list[int]
-    last: int
-    """Length at which the row ends."""
-    done: bool = False
-
-    def take(self, new: Sequence[int], stop: Stop) -> list[int]:
-        """Append up to the end of the row; returns what was appended."""
-        taken = []
-        for token in new:
-            self.tokens.append(token)
-            taken.append(token)
-            if len(self.tokens) >= self.last or stop(self.tokens):
-                self.done = True
-                break
-        return taken
 
 
 @dataclass
@@ -163,7 +124,7 @@ class Speculator:
     def _rounds(
         self, prompts: Sequence[Sequence[int]], count: int, sampling: Sampling, stop: Stop
     ) -> Iterator[list[list[int]]]:
-        rows = [_Row(list(p), len(p) + count) for p in prompts]
+        rows = [Row(list(p), len(p) + count) for p in prompts]
         room = max(row.last for row in rows) + self._width() + 1 + (SLACK if len(rows) > 1 else 0)
         target = self.target.rows(self._cache("target", self.target, len(rows), room))
         drafter = None if self.tree else self._drafter(target, sampling, room)
@@ -178,17 +139,26 @@ class Speculator:
         self.statistics.prompt_seconds = time.perf_counter() - started
         self.statistics.tokens = len(rows)
         yield new
+        self.length.begin(len(rows))
         while not all(row.done for row in rows):
+            started, graphs = time.perf_counter(), compiled_graphs()
+            left, done = _left(rows), Round()
             if trees is not None:
-                yield self._tree_round(rows, target, trees, sampling, stop)
-            else:
-                yield self._round(rows, target, drafter, sampling, stop)
+                done = self._tree_round(rows, target, trees, sampling, stop)
+            if not done.new:
+                done = self._round(rows, target, drafter, sampling, stop)
+            seconds = time.perf_counter() - started
+            if compiled_graphs() == graphs:
+                # What the row got that is farthest from its end: the others wait for it.
+                tokens = min(left - _left(rows), max(map(len, done.new)))
+                self.length.observe(done.length, seconds, tokens, done.kept, done.tried)
+            self._count(done, sum(map(len, done.new)), seconds)
+            yield done.new
 
     def _round(
-        self, rows: Sequence[_Row], target: RowModel, drafter: Drafter | None, sampling: Sampling, stop: Stop
-    ) -> list[list[int]]:
+        self, rows: Sequence[Row], target: RowModel, drafter: Drafter | None, sampling: Sampling, stop: Stop
+    ) -> Round:
         """Draft, let the target answer once, keep what it confirms and one token more, in every row."""
-        started = time.perf_counter()
         left = [0 if row.done else row.last - len(row.tokens) - 1 for row in rows]
         length = self.length.choose(max(left)) if drafter is not None else 0
         drafts = [Draft() for _ in rows]
@@ -201,8 +171,7 @@ class Speculator:
         start = kv.length
         fed = [[] if r.done else [r.tokens[-1], *d.tokens] for r, d in zip(rows, drafts, strict=True)]
         logits = target.feed(fed, length + 1)
-        new, live = [], sum(not row.done for row in rows)
-        kept, tried, accepted = 0, 0, []
+        new, kept, tried, accepted = [], 0, 0, []
         for b, (row, draft) in enumerate(zip(rows, drafts, strict=True)):
             n, found = len(draft.tokens), list[int]()
             if not row.done:
@@ -213,29 +182,26 @@ class Speculator:
         kv.take_back(start, [len(n) for n in new])
         if drafter is not None and longest:
             drafter.commit(accepted)
-        seconds = time.perf_counter() - started
-        self.length.observe(length, seconds, sum(map(len, new)) / live, kept, tried)
-        self._count(sum(len(d.tokens) for d in drafts), kept, sum(map(len, new)), seconds)
-        return new
+        return Round(new, length, sum(len(d.tokens) for d in drafts), kept, tried)
 
     def _tree_round(
-        self, rows: Sequence[_Row], target: RowModel, drafter: TreeDrafter, sampling: Sampling, stop: Stop
-    ) -> list[list[int]]:
+        self, rows: Sequence[Row], target: RowModel, drafter: TreeDrafter, sampling: Sampling, stop: Stop
+    ) -> Round:
         """Draft a tree per row, let the target answer all of them at once, keep one path and one token more
-        of each."""
-        started = time.perf_counter()
+        of each. Nothing where no row has a draft: a plain step is then the same as without trees."""
         texts = [row.tokens for row in rows]
         left = [0 if row.done else row.last - len(row.tokens) - 1 for row in rows]
         nodes = self.length.choose(self.length.lengths[-1]) if any(left) else 0
         trees = drafter.propose(texts, nodes, left) if nodes else [TokenTree() for _ in rows]
         drafted = [len(tree.tokens) for tree in trees]
+        if not any(drafted):
+            return Round()
         nodes = min(n for n in self.length.lengths if n >= max(drafted))
         kv = target.kv
         kv.reserve(nodes + 1)
         start = kv.length
         logits = feed_trees(target, trees, texts, nodes + 1)
-        new, chosen, live = [], [], sum(not row.done for row in rows)
-        kept = tried = 0
+        new, chosen, kept, tried = [], [], 0, 0
         for b, (row, tree) in enumerate(zip(rows, trees, strict=True)):
             found, path = list[int](), list[int]()
             if not row.done:
@@ -245,27 +211,23 @@ class Speculator:
             new.append(found)
             chosen.append([0, *[n + 1 for n in path]][: len(found)])
         kv.keep(start, chosen)
-        seconds = time.perf_counter() - started
-        self.length.observe(nodes, seconds, sum(map(len, new)) / live, kept, tried)
-        self._count(sum(drafted), kept, sum(map(len, new)), seconds)
-        return new
+        return Round(new, nodes, sum(drafted), kept, tried)
 
     def _trees(self, target: RowModel, sampling: Sampling, room: int) -> TreeDrafter | None:
         if self.draft is None:
             return None
         if isinstance(self.draft, Retrieval):
-            batch, size = target.kv.batch, int(self.target.config.get_text_config().vocab_size)
-            shortest, longest = self.draft.shortest, self.draft.longest
-            return RetrievalTrees(batch, self._datastore, self.branches, size, shortest, longest)
+            given = (self._datastore, self.branches, self.draft.shortest, self.draft.longest)
+            return RetrievalTrees(target.kv.batch, *given)
         shared = self.draft.shares(self.target)
         kv = target.kv if shared else self._cache("draft", self.draft, target.kv.batch, room + self._width())
         return ModelTrees(self.draft.rows(kv), sampling, self.branches, shared=shared)
 
-    def _count(self, drafted: int, kept: int, tokens: int, seconds: float) -> None:
+    def _count(self, done: Round, tokens: int, seconds: float) -> None:
         s = self.statistics
         s.tokens, s.target_calls, s.seconds = s.tokens + tokens, s.target_calls + 1, s.seconds + seconds
-        s.drafted, s.accepted = s.drafted + drafted, s.accepted + kept
-        s.drafting_rounds += bool(drafted)
+        s.drafted, s.accepted = s.drafted + done.drafted, s.accepted + done.kept
+        s.drafting_rounds += bool(done.drafted)
 
     def _width(self) -> int:
         return self.length.lengths[-1] + 1
@@ -334,6 +296,11 @@ class Speculator:
         return torch.cat((input_ids, tail.to(input_ids.device)), 1)
 
 
+def _left(rows: Sequence[Row]) -> int:
+    """Tokens that the row farthest from its end may still get."""
+    return max((row.last - len(row.tokens) for row in rows if not row.done), default=0)
+
+
 def speculate(
     target: Any,
     draft: Any = "retrieval",
@@ -387,6 +354,5 @@ def speculate(
         lengths = (tree,)
     if not 0.0 < prior < 1.0:
         raise OptionError(f"prior = {prior}: expected between 0 and 1")
-    slow = model.compiled or (isinstance(drafting, LanguageModel) and drafting.compiled)
-    choice = DraftLength([0, *[n for n in lengths if n]], prior=prior, first_is_slow=slow)
+    choice = DraftLength([0, *[n for n in lengths if n]], prior=prior)
     return Speculator(model, drafting, choice, tree=bool(tree), branches=branches)

@@ -12,7 +12,7 @@ from torch import Tensor
 from tilewright.frontends.kv_rows import RowModel
 from tilewright.frontends.sampling import Sampling
 from tilewright.runtime.retrieval import NgramStore
-from tilewright.runtime.token_tree import ROOT, Place, TokenTree, grow, grow_together
+from tilewright.runtime.token_tree import ROOT, Answer, Place, Ranked, TokenTree, grow, grow_together
 
 
 class TreeDrafter(Protocol):
@@ -56,22 +56,24 @@ class ModelTrees:
         kv, sampling = self._model.kv, self._sampling
         missing = [row[n:] if d else [] for row, n, d in zip(rows, kv.held, depths, strict=True)]
         widest = max(map(len, missing))
-        kv.reserve(widest + nodes)
+        kv.reserve((nodes + 1 if 2 < widest <= nodes else widest) + nodes)
         first = kv.length
-        root = self._model.feed(missing, prompt=widest > 2)
+        root = self._model.catch_up(missing, nodes + 1)
         start, used = kv.length, kv.used.clone()
         slots: list[dict[int, int]] = [{} for _ in rows]
 
-        def answer(asked: Mapping[int, Place]) -> dict[int, Tensor]:
+        def answer(asked: Mapping[int, Place]) -> dict[int, Answer]:
             # All rows ask for their root at once and first.
             if all(node == ROOT for _, node in asked.values()):
-                logits = {b: root[b, len(missing[b]) - 1] for b in asked}
+                logits = torch.stack([root[b, max(len(m), 1) - 1] for b, m in enumerate(missing)])
             else:
-                logits = dict(enumerate(self._step(rows, asked, slots, used)))
-            return {
-                b: sampling.distribution([*rows[b], *tree.words(node)], logits[b])
-                for b, (tree, node) in asked.items()
-            }
+                logits = self._step(rows, asked, slots, used)
+            prefixes = [[*rows[b], *tree.words(node)] for b, (tree, node) in asked.items()]
+            which = list(asked)
+            if not sampling.draws:
+                return dict(zip(which, sampling.ranked(prefixes, logits[which], self._branches), strict=True))
+            found = [sampling.distribution(p, logits[b]) for p, b in zip(prefixes, which, strict=True)]
+            return dict(zip(which, found, strict=True))
 
         growths = {
             b: grow(nodes, depth, self._branches, sample=sampling.draws, generator=sampling.generator)
@@ -110,13 +112,12 @@ class RetrievalTrees:
         batch: int,
         datastore: NgramStore | None,
         branches: int,
-        vocabulary: int,
         shortest: int,
         longest: int,
     ) -> None:
         self._own = [NgramStore([()], shortest=shortest, longest=longest) for _ in range(batch)]
         self._read, self._datastore = [0] * batch, datastore
-        self._branches, self._vocabulary = branches, vocabulary
+        self._branches = branches
 
     def propose(self, rows: Sequence[Sequence[int]], nodes: int, depths: Sequence[int]) -> list[TokenTree]:
         return [
@@ -131,17 +132,14 @@ class RetrievalTrees:
         stores = [own] if self._datastore is None else [own, self._datastore]
         found = max((store.continuations(row, depth) for store in stores), key=lambda f: f[0])[1]
 
-        def answer(asked: Mapping[int, Place]) -> dict[int, Tensor | None]:
-            return {row: self._shares(found, tree.words(node)) for row, (tree, node) in asked.items()}
+        def answer(asked: Mapping[int, Place]) -> dict[int, Answer]:
+            return {row: self._ranked(found, tree.words(node)) for row, (tree, node) in asked.items()}
 
         return grow_together({b: grow(nodes, depth, self._branches, sample=False)}, answer)[b]
 
-    def _shares(self, found: Sequence[Sequence[int]], words: list[int]) -> Tensor | None:
-        """How often each token follows `words` in what was found; [V], sum 1."""
+    def _ranked(self, found: Sequence[Sequence[int]], words: list[int]) -> Ranked | None:
+        """How often the most frequent tokens follow `words` in what was found, the latest of equally frequent
+        ones first; None where nothing does."""
         behind = Counter(f[len(words)] for f in found if f[: len(words)] == words and len(f) > len(words))
-        if not behind:
-            return None
-        shares = torch.zeros(self._vocabulary, dtype=torch.float64)
-        for token, times in behind.items():
-            shares[token] = times
-        return shares / shares.sum()
+        total = behind.total()
+        return [(token, times / total) for token, times in behind.most_common(self._branches)] or None

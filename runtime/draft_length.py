@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from statistics import median
 
 from tilewright.runtime.acceptance import SpeculationError
 
@@ -12,10 +11,19 @@ MARGIN = 0.05
 """Drafting must promise this much more speed than plain decoding."""
 LOAN = 3.0
 """Plain steps' time that drafting may lose before it must wait."""
-SHARE = 0.02
+CREDIT = 5.0
+"""Plain steps' time that drafting may have gained and lose again: rounds of a good drafter vary."""
+SHARE = 0.015
 """Of the time of plain steps that pays back what drafting lost."""
-PROBE = 64
+PROBE = 16
 """Plain steps without debt after which a drafter that did not pay is tried again."""
+TIMED = 3
+"""Plain steps that are timed before anything is drafted."""
+RECHECK, SURE = 64, 2.0
+"""Drafting rounds in a row after which a plain step is timed anew; four times as many where drafting seems so
+many times as fast."""
+STALL = 10.0
+"""Plain steps' time that a round loses at most while it is the only one of its length: it may be a stall."""
 _REMEMBERED = 9
 _WEIGHT, _DECAY = 4.0, 0.97
 
@@ -29,25 +37,27 @@ class DraftLength:
     """Chooses among the allowed lengths, of which 0 (plain decoding) is always one.
 
     Time lost against plain decoding is a debt. While it exceeds `LOAN` plain steps nothing is drafted, and
-    every plain step pays back `SHARE` of its time: a drafter that never helps costs 3 steps and 2 % from then
-    on. Gains are not saved up.
+    every plain step pays back `SHARE` of its time: a drafter that never helps costs 3 steps and 1.5 % from
+    then on. Of gains, `CREDIT` is saved up. A cost is the lower quartile of what the latest rounds took: what
+    else runs on the machine only ever adds to it.
     """
 
-    def __init__(self, lengths: Sequence[int], *, prior: float = 0.7, first_is_slow: bool = False) -> None:
-        """prior: acceptance before anything was seen. first_is_slow: the first call of each shape compiles
-        and says nothing about its cost."""
+    def __init__(self, lengths: Sequence[int], *, prior: float = 0.7) -> None:
+        """prior: acceptance before anything was seen."""
         if not lengths or any(n < 0 for n in lengths) or len(set(lengths)) != len(lengths):
             raise SpeculationError(f"lengths = {tuple(lengths)}: expected different numbers, 0 or more")
         if not 0.0 < prior < 1.0:
             raise SpeculationError(f"prior = {prior}: expected between 0 and 1")
         self.lengths = tuple(sorted({0, *lengths}))
         self._kept, self._tried = prior * _WEIGHT, _WEIGHT
-        self._first_is_slow = first_is_slow
-        self._rounds: dict[int, deque[float]] = {}
-        """Length -> seconds of the latest whole rounds."""
-        self._seen: set[int] = set()
+        self._of_rows: dict[int, dict[int, deque[float]]] = {}
+        """Rows of a batch -> length -> seconds of the latest whole rounds."""
+        self._rounds = self._of_rows.setdefault(1, {})
+        self._gains: dict[int, deque[float]] = {}
+        """Length -> how many plain steps the latest rounds were worth."""
         self._debt = 0.0
-        self._plain_steps = 0
+        self._plain_steps = self._drafting_rounds = 0
+        """In a row."""
 
     @property
     def acceptance(self) -> float:
@@ -57,19 +67,25 @@ class DraftLength:
     @property
     def debt(self) -> float:
         """Seconds that drafting has lost against plain decoding and that are not paid back."""
-        return self._debt
+        return max(0.0, self._debt)
 
     def cost(self, length: int) -> float | None:
         """Seconds of a round of this length, None where none was timed."""
         times = self._rounds.get(length)
-        return median(times) if times else None
+        return sorted(times)[len(times) // 4] if times else None
 
     def speedup(self, length: int) -> float:
         """Predicted speed of rounds of this length over plain decoding; 1 for length 0."""
         plain = self.cost(0)
         if length == 0 or plain is None:
             return 1.0
-        return expected_tokens(self.acceptance, length) * plain / self._expected_cost(length, plain)
+        return self._expected_tokens(length) * plain / self._expected_cost(length, plain)
+
+    def _expected_tokens(self, length: int) -> float:
+        """What rounds of this length gave, the fewer the more mixed with what acceptance says: a tree is less
+        deep than it has nodes."""
+        gains = self._gains.get(length, ())
+        return (_WEIGHT * expected_tokens(self.acceptance, length) + sum(gains)) / (_WEIGHT + len(gains))
 
     def _expected_cost(self, length: int, plain: float) -> float:
         """Where nothing was timed: in proportion to the nearest length that was, or a guess that is kind
@@ -88,33 +104,51 @@ class DraftLength:
         """The length of the next round, at most `limit`."""
         plain = self.cost(0)
         allowed = [n for n in self.lengths if n <= limit]
-        if plain is None or self._debt > LOAN * plain:
+        if plain is None or len(self._rounds[0]) < TIMED or self._debt > LOAN * plain:
             return 0
         best = max(allowed, key=self.speedup)
-        if self.speedup(best) >= 1.0 + MARGIN:
-            return best
+        if (speedup := self.speedup(best)) >= 1.0 + MARGIN:
+            return 0 if self._drafting_rounds >= (RECHECK if speedup < SURE else 4 * RECHECK) else best
         probe = [n for n in allowed if n]
-        return probe[0] if probe and self._debt <= 0.0 and self._plain_steps >= PROBE else 0
+        if not probe or self._debt > 0.0 or self._plain_steps < PROBE:
+            return 0
+        self._forget(_WEIGHT)
+        return probe[0]
+
+    def begin(self, rows: int) -> None:
+        """Another text, or batch of so many: costs are kept for each number of rows."""
+        self._rounds = self._of_rows.setdefault(rows, {})
+        self._forget(4 * _WEIGHT)
+
+    def _forget(self, weight: float) -> None:
+        """Trust what was seen of acceptance no more than so many drafts: it may be another now."""
+        share = min(1.0, weight / self._tried)
+        self._kept, self._tried = self._kept * share, self._tried * share
+        self._gains = {n: deque(list(g)[-int(weight) :], g.maxlen) for n, g in self._gains.items()}
 
     def observe(self, length: int, seconds: float, tokens: float, kept: int, tried: int) -> None:
-        """Take in a round.
+        """Take in a round that did not compile anything.
 
-        seconds: drafting and the target's call. tokens: committed per sequence, on average. kept: drafted
+        seconds: drafting and the target's call. tokens: how far the batch got, in plain steps. kept: drafted
         tokens that were accepted, of the `tried` that were reached (the first refused one counts).
         """
-        if self._first_is_slow and length not in self._seen:
-            self._seen.add(length)
-            return
-        self._rounds.setdefault(length, deque(maxlen=_REMEMBERED)).append(seconds)
+        times = self._rounds.setdefault(length, deque(maxlen=_REMEMBERED))
+        if length == 0 and self._drafting_rounds >= RECHECK:
+            times = self._rounds[0] = deque(list(times)[1 - TIMED :], _REMEMBERED)
+        times.append(seconds)
         if tried:
             self._kept = self._kept * _DECAY + kept
             self._tried = self._tried * _DECAY + tried
-        plain = self.cost(0)
-        if plain is None:
+        self._gains.setdefault(length, deque(maxlen=2 * _REMEMBERED)).append(tokens)
+        plain, usual = self.cost(0), self.cost(length)
+        if plain is None or usual is None:
             return
         if length == 0:
-            self._debt = max(0.0, self._debt - SHARE * seconds)
-            self._plain_steps += 1
+            self._debt = max(min(0.0, self._debt), self._debt - SHARE * usual)
+            self._plain_steps, self._drafting_rounds = self._plain_steps + 1, 0
         else:
-            self._debt = max(0.0, self._debt + seconds - tokens * plain)
-            self._plain_steps = 0
+            # A round that was held up by something else says little about the next.
+            lost = min(seconds, 2.0 * usual) - tokens * plain
+            lost = min(lost, STALL * plain) if len(times) == 1 else lost
+            self._debt = max(-CREDIT * plain, self._debt + lost)
+            self._plain_steps, self._drafting_rounds = 0, self._drafting_rounds + 1

@@ -15,9 +15,13 @@ ROOT = -1
 """Parent of the first tokens: the latest token of the text itself."""
 Place = tuple["TokenTree", int]
 """A tree and the node of it whose distribution is asked for."""
-Growth = Generator[Place, Tensor | None, "TokenTree"]
-"""A tree that grows as its questions are answered: with [V], float64, what the draft expects behind the node;
-None where it knows nothing."""
+Ranked = Sequence[tuple[int, float]]
+"""The likeliest tokens, the best first, each with its probability; at least one."""
+Answer = Tensor | Ranked | None
+"""What the draft expects behind a node: [V], float64, or the best tokens of it, which is enough where nothing
+is drawn; None where it knows nothing."""
+Growth = Generator[Place, Answer, "TokenTree"]
+"""A tree that grows as its questions are answered."""
 
 
 @dataclass
@@ -63,40 +67,61 @@ def grow(
     if min(nodes, depth, branches) < 1:
         raise SpeculationError(f"nodes = {nodes}, depth = {depth}, branches = {branches}: expected 1 or more")
     tree = TokenTree()
-    # (-estimated acceptance, order of entry, node, what is left of its distribution, children so far)
-    heap: list[tuple[float, int, int, Tensor | None, int]] = [(-1.0, 0, ROOT, None, 0)]
+    # (-estimated acceptance, order of entry, node, what its children's estimates are shares of, what is left
+    # of its distribution, children so far)
+    heap: list[tuple[float, int, int, float, Answer, int]] = [(-1.0, 0, ROOT, 1.0, None, 0)]
     order = 0
     while heap and len(tree.tokens) < nodes:
-        value, _, node, left, count = heapq.heappop(heap)
+        _, _, node, value, left, count = heapq.heappop(heap)
         if left is None:
             left = yield tree, node
             if left is None:
                 continue
-        token = draw(left, generator) if sample else int(left.argmax())
-        chance = float(left[token] / left.sum()) if sample else float(left[token])
-        child = tree.add(token, node, left / left.sum() if sample else None)
-        rest = left.clone()
-        rest[token] = 0.0
+            if isinstance(left, Tensor) and not sample:
+                left = ranked(left, branches)
+        rest: Answer
+        drawn_from: Tensor | None
+        if isinstance(left, Tensor):
+            token, drawn_from, rest = _drawn(left, generator)
+            chance = float(drawn_from[token])
+            # What a further draw is worth when all before were refused.
+            whole = again = value * (1.0 - chance) if bool(rest.any()) else 0.0
+        else:
+            (token, chance), rest, drawn_from, whole = left[0], left[1:], None, value
+            again = value * left[1][1] if rest else 0.0
+        child = tree.add(token, node, drawn_from)
         if len(tree.path(child)) < depth:
             order += 1
-            heapq.heappush(heap, (value * chance, order, child, None, 0))
-        if count + 1 < branches and float(rest.sum()) > 0.0:
+            heapq.heappush(heap, (-value * chance, order, child, value * chance, None, 0))
+        if count + 1 < branches and again > 0.0:
             order += 1
-            # A draw: what it is worth when all before were refused. A choice: the next child's own share.
-            again = value * (1.0 - chance) if sample else value * float(rest.max())
-            heapq.heappush(heap, (again, order, node, rest, count + 1))
+            heapq.heappush(heap, (-again, order, node, whole, rest, count + 1))
     return tree
 
 
+def _drawn(left: Tensor, generator: torch.Generator | None) -> tuple[int, Tensor, Tensor]:
+    """(a token, the distribution it was drawn from, what is left without it)."""
+    token, rest = draw(left, generator), left.clone()
+    rest[token] = 0.0
+    return token, left / left.sum(), rest
+
+
+def ranked(distribution: Tensor, count: int) -> Ranked:
+    """The `count` likeliest tokens of [V], without those of probability 0."""
+    shares, tokens = distribution.topk(min(count, len(distribution)))
+    pairs = zip(tokens.tolist(), shares.tolist(), strict=True)
+    return [(token, share) for token, share in pairs if share > 0.0]
+
+
 def grow_together(
-    growths: Mapping[int, Growth], answer: Callable[[dict[int, Place]], Mapping[int, Tensor | None]]
+    growths: Mapping[int, Growth], answer: Callable[[dict[int, Place]], Mapping[int, Answer]]
 ) -> dict[int, TokenTree]:
     """The trees of several rows, each row asking for one node at a time.
 
     answer(row -> what it asks for): an answer per row, so that one call of a model serves all rows.
     """
     growing, grown = dict(growths), dict[int, TokenTree]()
-    answers: Mapping[int, Tensor | None] = dict.fromkeys(growing)
+    answers: Mapping[int, Answer] = dict.fromkeys(growing)
     while growing:
         asked = dict[int, Place]()
         for row, growth in list(growing.items()):

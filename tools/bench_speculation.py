@@ -1,18 +1,24 @@
 """Time speculation beside plain decoding by the same compiled target: both take turns on every prompt, in one
-process, and the least time per prompt over all rounds counts (the prompt's own pass is left out).
+process, and the least time per prompt over all rounds counts (the prompt's own pass is left out). The time of
+all rounds together, in which drafts that do not pay are also tried again, is printed beside it.
 
-Prompts: chat (nothing to copy) and code editing (most of the answer stands in the prompt), one by one or so
-many in a batch. Every text is also compared with the plain one.
+Prompts: chat (nothing to copy), code editing (most of the answer stands in the prompt) and words without
+sense, one by one or so many in a batch. Every text is also compared with the plain one. Several drafts,
+prompts and batches give every combination.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+from torch import nn
 
+from tilewright.frontends.language_model import LanguageModel
 from tilewright.frontends.loaded_model import LoadedModel
 from tilewright.frontends.loaders import resolve
 from tilewright.frontends.speculate import Speculator, speculate
@@ -65,7 +71,15 @@ CODE = tuple(
         ("Rename the variable config to settings.", _READ),
     )
 )
-PROMPTS = {"chat": CHAT, "code": CODE}
+NONSENSE = (
+    "ladder quartz yes yes seven marmalade if tractor blue under",
+    "9 14 zebra 3 3 81 pillow 7 0 seventeen minus harp",
+    "of the the running or violet because spoon at at",
+    "Xq lorvash, tin bellow grummet; pahn ostrel vey vey drunt.",
+)
+PROMPTS = {"chat": CHAT, "code": CODE, "nonsense": NONSENSE}
+STRANGER = "stranger"
+"""The name of a small model with random weights: a draft of which nothing is kept."""
 
 
 @dataclass
@@ -75,12 +89,15 @@ class Side:
     speculator: Speculator
     seconds: float = float("inf")
     """Least time per token after the first ones."""
+    total: float = 0.0
+    """Time per token, over all rounds."""
     texts: list[list[int]] = field(default_factory=list)
 
     def run(self, prompts: list[list[int]], count: int) -> None:
         self.texts = self.speculator.generate(prompts, count)
         found = self.speculator.statistics
-        self.seconds = min(self.seconds, found.seconds / max(1, found.tokens - len(prompts)))
+        seconds = found.seconds / max(1, found.tokens - len(prompts))
+        self.seconds, self.total = min(self.seconds, seconds), self.total + seconds
 
 
 def encode(model: LoadedModel, prompt: str) -> list[int]:
@@ -99,20 +116,22 @@ def measure(
     batches: list[list[str]],
     count: int,
     rounds: int,
-) -> float:
-    """Print a line per batch; returns the speed of drafting over plain decoding, all batches together."""
-    totals = [0.0, 0.0]
+) -> tuple[float, float]:
+    """Print a line per batch; returns the speed of drafting over plain decoding, all batches together, by the
+    least times and by those of all rounds."""
+    totals = [[0.0, 0.0], [0.0, 0.0]]
     for prompts in batches:
         tokens, sides = [encode(model, prompt) for prompt in prompts], (Side(plain), Side(drafting))
         for side in sides:
             side.run(tokens, count)
-            side.seconds = float("inf")
+            side.seconds, side.total = float("inf"), 0.0
         for _ in range(rounds):
             for side in sides:
                 side.run(tokens, count)
         new = sum(len(text) - len(row) for text, row in zip(sides[0].texts, tokens, strict=True))
         for i, side in enumerate(sides):
-            totals[i] += side.seconds * new
+            totals[i][0] += side.seconds * new
+            totals[i][1] += side.total * new
         found = drafting.statistics
         rows = zip(tokens, sides[0].texts, sides[1].texts, strict=True)
         other = [_difference(a, b, len(row)) for row, a, b in rows if a != b]
@@ -123,7 +142,7 @@ def measure(
             f"{', '.join(other) or 'same text'}",
             flush=True,
         )
-    return totals[0] / totals[1]
+    return totals[0][0] / totals[1][0], totals[0][1] / totals[1][1]
 
 
 def _difference(a: list[int], b: list[int], prompt: int) -> str:
@@ -131,11 +150,28 @@ def _difference(a: list[int], b: list[int], prompt: int) -> str:
     return f"differs from new token {at - prompt} on"
 
 
+def stranger(config: Any) -> nn.Module:
+    """Two layers of random weights over the same vocabulary."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    given = config.get_text_config()
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 2}
+    held = {"vocab_size": given.vocab_size, "max_position_embeddings": given.max_position_embeddings}
+    module: nn.Module = LlamaForCausalLM(LlamaConfig(**sizes, **held)).eval()
+    return module
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="bench_speculation", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("model", nargs="?", default="smollm2")
     parser.add_argument("--target", default="exact", metavar="PIPELINE", help="of both sides (default exact)")
-    parser.add_argument("--draft", default="cpu-int4", help="a pipeline, or `retrieval` (default cpu-int4)")
+    parser.add_argument(
+        "--draft",
+        nargs="+",
+        default=["cpu-int4"],
+        help=f"a pipeline, `retrieval`, or `{STRANGER}`, a model of random weights (default cpu-int4)",
+    )
     parser.add_argument("--lengths", default="3", metavar="N[,N]", help="tokens drafted a round (default 3)")
     parser.add_argument(
         "--tree", type=int, default=0, metavar="N", help="tokens of a tree, instead of --lengths"
@@ -143,33 +179,39 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--branches", type=int, default=2, metavar="N", help="tokens that may follow one there"
     )
-    parser.add_argument("--prompts", choices=sorted(PROMPTS), default="chat")
-    parser.add_argument("--batch", type=int, default=1, metavar="N", help="prompts decoded together")
+    parser.add_argument("--prompts", nargs="+", choices=sorted(PROMPTS), default=["chat"])
+    parser.add_argument(
+        "--batch", type=int, nargs="+", default=[1], metavar="N", help="prompts decoded together"
+    )
     parser.add_argument("--tokens", type=int, default=64, metavar="N")
     parser.add_argument("--rounds", type=int, default=5, metavar="N")
     options = parser.parse_args(argv)
-    if not 1 <= options.batch <= len(PROMPTS[options.prompts]):
-        parser.error(f"--batch = {options.batch}: expected 1 to {len(PROMPTS[options.prompts])}, the prompts")
+    fewest = min(len(PROMPTS[name]) for name in options.prompts)
+    if not all(1 <= n <= fewest for n in options.batch):
+        parser.error(f"--batch = {options.batch}: expected 1 to {fewest}, the prompts")
     model = resolve(options.model)
-    lengths = [int(n) for n in options.lengths.split(",")]
-    drafting = speculate(
-        model.module,
-        options.draft,
-        pipeline=options.target,
-        lengths=lengths,
-        tree=options.tree,
-        branches=options.branches,
-    )
-    plain = Speculator(drafting.target, None, type(drafting.length)([0]))
-    prompts = list(PROMPTS[options.prompts])
-    batches = [prompts[i : i + options.batch] for i in range(0, len(prompts), options.batch)]
-    shape = f"trees of {options.tree}" if options.tree else f"lengths {lengths}"
-    threads = torch.get_num_threads()
-    print(f"{options.draft} over {options.target}, {shape}, batches of {options.batch}, {threads} threads")
-    ratio = measure(model, plain, drafting, batches, options.tokens, options.rounds)
-    costs = {n: drafting.length.cost(n) for n in drafting.length.lengths}
-    shown = ", ".join(f"{n}: {seconds * 1e3:.1f}" for n, seconds in costs.items() if seconds is not None)
-    print(f"all prompts: {ratio:.2f}x; ms of a round by length: {shown}")
+    # One compiled target for all drafts.
+    target = LanguageModel.of(model.module, options.target).step
+    plain = speculate(target, None)
+    for draft in options.draft:
+        given = stranger(plain.target.config) if draft == STRANGER else draft
+        lengths = [int(n) for n in options.lengths.split(",")]
+        drafting = speculate(target, given, lengths=lengths, tree=options.tree, branches=options.branches)
+        shape = f"trees of {options.tree}" if options.tree else f"lengths {lengths}"
+        for batch, name in itertools.product(options.batch, options.prompts):
+            print(
+                f"{draft} over {options.target}, {shape}, {name} in batches of {batch}, "
+                f"{torch.get_num_threads()} threads"
+            )
+            prompts = list(PROMPTS[name])
+            batches = [prompts[i : i + batch] for i in range(0, len(prompts), batch)]
+            least, whole = measure(model, plain, drafting, batches, options.tokens, options.rounds)
+            costs = {n: drafting.length.cost(n) for n in drafting.length.lengths}
+            shown = ", ".join(f"{n}: {s * 1e3:.1f}" for n, s in costs.items() if s is not None)
+            print(
+                f"all prompts: {least:.2f}x, all rounds {whole:.2f}x; ms of a round by length: {shown}",
+                flush=True,
+            )
     return 0
 
 

@@ -242,6 +242,37 @@ def test_a_pipeline_of_the_target_drafts_from_its_cache() -> None:
     torch._dynamo.reset()
 
 
+def test_a_round_that_compiles_is_not_timed() -> None:
+    torch._dynamo.reset()
+    target = _model().float()
+    made = tw.speculate(_eager(target, "exact"), _model().float(), lengths=(3,))
+    timed: list[tuple[int, float]] = []
+    made.length.observe = lambda *given: timed.append(given[:2])  # type: ignore[method-assign]
+    made.length.choose = lambda limit: min(limit, 3)  # type: ignore[method-assign]
+    made.generate([PROMPTS[3]], 24, stop_tokens=())
+    lengths = {n for n, _ in timed}
+    assert len(timed) == made.statistics.target_calls - len(lengths) > 4
+    assert 3 in lengths
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("tree", [0, 4])
+def test_a_batch_is_as_far_as_its_last_row(tree: int) -> None:
+    """What rounds are worth adds up to the plain steps of the batch, though rows get on at their own pace."""
+    made = tw.speculate(_model(), _drafts()["datastore"], lengths=(3,), tree=tree)
+    worth: list[float] = []
+    made.length.observe = lambda *given: worth.append(given[2])  # type: ignore[method-assign]
+    made.length.choose = lambda limit: min(limit, made.length.lengths[-1])  # type: ignore[method-assign]
+    made.generate(PROMPTS, 24, stop_tokens=())
+    assert sum(worth) == 23
+    assert made.statistics.accepted > 0
+    assert made.statistics.target_calls == len(worth) > made.statistics.tokens / len(PROMPTS) / 2
+    worth.clear()
+    made.generate(PROMPTS, 24)
+    assert sum(worth) <= 23
+    assert len(worth) == made.statistics.target_calls
+
+
 @pytest.mark.slow
 def test_a_compiled_target() -> None:
     torch._dynamo.reset()

@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import tilewright as tw
 from tilewright.compiler.diagnostics import OptionError
-from tilewright.frontends.kv_rows import KVRows
+from tilewright.frontends.kv_rows import KVRows, RowModel
 from tilewright.frontends.speculate import Retrieval, Speculator
 from tilewright.kernels.load import built_kernels
 from tilewright.runtime.draft_length import DraftLength
@@ -188,6 +188,28 @@ def test_a_stop_token_inside_an_accepted_path_ends_the_row(place: int) -> None:
         assert made.generate([prompt], 12, stop_tokens=stop) == [_plain(target, prompt, 12, stop)]
         for count in (1, 2, 3):
             assert made.generate([prompt], count, stop_tokens=()) == [_plain(target, prompt, count, ())]
+
+
+def test_without_drafts_a_step_is_the_plain_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No mask of trees, no call of the draft."""
+    target, draft = _model(), _model(seed=5, layers=1)
+    made = tw.speculate(target, draft, tree=4)
+    made.length.observe(0, 1.0, 1.0, 0, 0)
+    monkeypatch.setattr(made.length, "choose", lambda limit: 0)
+    monkeypatch.setattr(RowModel, "feed_seeing", None)
+    monkeypatch.setattr(draft, "forward", lambda *_, **__: 1 / 0)
+    assert made.generate(PROMPTS, 12, stop_tokens=()) == [_plain(target, p, 12, ()) for p in PROMPTS]
+    assert made.statistics.drafted == 0
+
+
+def test_the_second_child_is_worth_its_own_share() -> None:
+    """Behind the second word of the root a child is as likely as both together say: 0.4 x 0.9."""
+    answers = {(): [(1, 0.6), (2, 0.4)], (1,): [(3, 0.5), (4, 0.5)], (2,): [(5, 0.9), (6, 0.1)]}
+    growth = grow(6, 2, 2, sample=False)
+    tree = grow_together(
+        {0: growth}, lambda asked: {b: answers[tuple(t.words(n))] for b, (t, n) in asked.items()}
+    )
+    assert tree[0].tokens == [1, 3, 2, 5, 4, 6]
 
 
 def test_one_branch_is_the_linear_draft() -> None:
