@@ -33,6 +33,9 @@ lint: $(VENV)/.dev
 	$(BIN)/mypy
 	$(BIN)/python tools/size.py
 
+# Two workers share the cores: threads that spin while they wait for each other would take them from both.
+test nightly: export OMP_WAIT_POLICY := passive
+
 test: lint
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow and not interpreter"
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n 2 -m "interpreter and not slow"

@@ -21,6 +21,7 @@ PRODUCTS = (
     "block_sparse_attention",
     "block_sparse_attention_backward",
     "block_sparse_attention_int8",
+    "block_mass",
     "paged_attention",
     "token_attention",
     "packed_attention",
