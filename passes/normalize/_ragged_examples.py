@@ -38,7 +38,29 @@ def ragged_examples() -> Iterator[Example]:
 
     yield Example(both(), inputs(2))
     yield Example(lambda *x: _one(0, x), inputs(1))
+
+    def turned(*x):
+        first, second = (_one(b, x) for b in (0, 1))
+        return torch.cat([second, first])
+
+    def read_twice(*x):
+        first, second = (_one(b, x) for b in (0, 1))
+        return torch.cat([first, second]), first * 2.0, second * 3.0
+
+    def viewed(*x):
+        """Entries of another order of axes, viewed as heads: no entries of the tensor."""
+
+        def one(entry):
+            whole = (t[entry : entry + 1].reshape(1, 3, _VIDEO, 8) for t in x[:3])
+            return _one(0, (*whole, *(t[entry : entry + 1] for t in x[3:])))
+
+        return torch.cat([one(0), one(1)])
+
+    flat = (*(Tensor(2, _VIDEO, 3, 8),) * 3, *inputs(2)[3:])
     yield Example(both((1, 0)), inputs(2), refusal="one after another")
+    yield Example(turned, inputs(2), refusal="one after another")
+    yield Example(read_twice, inputs(2), count=2)
+    yield Example(viewed, flat, refusal="one after another")
     yield Example(both(scales=(0.3, 0.2)), inputs(2), refusal="in different ways")
     for form, refusal in {
         "queries": "by one mask",

@@ -61,7 +61,7 @@ def gathered(node: fx.Node) -> Gathered | None:
     found = next((p for p in picked if p is not None), None)
     if found is None:
         return None
-    behind = len(parts) == 2 and picked[0] is None and node.args[1] in (2, -2)
+    behind = len(parts) == 2 and picked[0] is None and node.args[1:] in ((2,), (-2,))
     whole = parts[0] if behind else None
     return Gathered(*found, whole)
 
@@ -74,20 +74,24 @@ def entries_of(nodes: Sequence[fx.Node]) -> fx.Node | None:
     alone = tensor_of(nodes[0])
     if len(nodes) == 1 and alone is not None and (alone.dim() == 1 or alone.shape[0] == 1):
         return nodes[0]
-    bases = set()
+    base: Any = None
     for place, node in enumerate(nodes):
-        source = _view_source(node)
-        base, *at = source.args if op_name(source) in ("slice", "select") else (None,)
-        if at != ([0, place, place + 1] if op_name(source) == "slice" else [0, place]):
+        value = tensor_of(node)
+        source = _view_source(node) if value is not None and value.dim() == 1 else node
+        found, *at = source.args if op_name(source) in ("slice", "select") else (None,)
+        held = tensor_of(found)
+        if (
+            value is None
+            or held is None
+            or at != [0, place, place + 1][: len(at)]
+            or base not in (None, found)
+        ):
             return None
-        bases.add(base)
-    base = bases.pop()
-    held = tensor_of(base)
-    return (
-        base
-        if isinstance(base, fx.Node) and not bases and held is not None and held.shape[0] == len(nodes)
-        else None
-    )
+        entry = value.shape if value.dim() == 1 else value.shape[1:]
+        if tuple(held.shape) != (len(nodes), *entry) or value.numel() != held[0].numel():
+            return None
+        base = found
+    return base  # type: ignore[no-any-return]
 
 
 def attend_kept(values: Sequence[torch.Tensor], scale: float | None, softcap: float) -> torch.Tensor:

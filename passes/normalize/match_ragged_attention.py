@@ -67,9 +67,9 @@ class MatchRaggedAttention(GraphPass):
             if isinstance(sample, str):
                 log.refused(node, sample)
             elif sample is not None:
-                user = next(iter(sample.padded.users), None)
-                joined = user is not None and op_name(user) == "cat" and user.args[1:] in ((), (0,))
-                groups.setdefault(user if joined and user is not None else sample.padded, []).append(sample)
+                users = list(sample.padded.users)
+                joined = len(users) == 1 and op_name(users[0]) == "cat" and users[0].args[1:] in ((), (0,))
+                groups.setdefault(users[0] if joined else sample.padded, []).append(sample)
         for result, samples in groups.items():
             self._raise(program, result, samples, log)
         log.finish(("aten::nonzero",))
@@ -113,8 +113,8 @@ class MatchRaggedAttention(GraphPass):
         tensors += [entries_of([s.text[i] for s in samples]) for i in range(3)]
         tensors.append(entries_of([s.mask for s in samples]))
         inputs = [t for t in tensors if t is not None]
-        value = tensor_of(result)
-        if len(inputs) < 7 or value is None or value.shape[0] != len(samples):
+        parts: Any = result.args[0] if op_name(result) == "cat" else [result]
+        if len(inputs) < 7 or list(parts) != [s.padded for s in samples]:
             log.refused(first, "its samples are not the entries of one batch, one after another")
             return
         if not log.take(first):
