@@ -1,7 +1,9 @@
 """Block influence of a language model's layers, and perplexity without some of them, on two pieces of a text:
 measured on one, checked on the other and on texts of their own. Writes the file that
 `drop-layers{importance=...}` reads. `--rule linear` drops exactly --count layers and fits what stands in for
-them on --fit samples; those of --samples choose.
+them on --fit samples, --written of which the model writes itself; those of --samples choose. --reference:
+the text is Python's own reference, and what is checked on besides are the pages of it that --published takes
+and the bundled page.
 
 `--published` prints perplexities of SmolLM2-135M without given layers beside figures that this code did not
 measure, on 1,022 positions of Python's own reference (`pydoc_data.topics`: objects, execmodel, naming,
@@ -20,6 +22,7 @@ from typing import Any
 
 import torch
 
+from tilewright.compiler.diagnostics import OptionError
 from tilewright.compiler.influence import Rule
 from tilewright.frontends.api import next_token_loss
 from tilewright.frontends.calibration import token_windows
@@ -28,6 +31,7 @@ from tilewright.frontends.influence import logits_in, measure_influence, perplex
 from tilewright.frontends.loaded_model import Call, LoadedModel
 from tilewright.frontends.loaders import resolve
 from tilewright.frontends.stand_ins import measure_stand_ins
+from tilewright.tools.fitting_text import PAGES, reference, written
 
 RULES: tuple[Rule, ...] = ("influence", "perplexity", "shifted")
 Texts = dict[str, tuple[Sequence[Call], float]]
@@ -65,10 +69,7 @@ def perplexity(model: Any, calls: Sequence[Call]) -> float:
 
 def published(model: LoadedModel) -> None:
     """Print the perplexities without the layers of PUBLISHED."""
-    from pydoc_data.topics import topics
-
-    text = "\n".join(topics[key] for key in ("objects", "execmodel", "naming", "exceptions"))
-    calls, _ = token_windows(model.tokenizer, text, length=512, samples=2)
+    calls, _ = token_windows(model.tokenizer, reference(PAGES), length=512, samples=2)
     whole = 0.0
     for layers, perplexity in perplexities_without(model.module, calls, PUBLISHED):
         if not layers:
@@ -82,9 +83,14 @@ def published(model: LoadedModel) -> None:
 def linear(model: LoadedModel, text: str, given: argparse.Namespace, texts: Texts, file: Path) -> None:
     """Fit, choose and check the maps of rule `linear`."""
     layers = [int(n) for n in given.layers.split("+")] if given.layers else []
+    count = given.fit + given.samples - given.written
     calls, source = token_windows(
-        model.tokenizer, text, length=given.length, samples=given.fit + given.samples, every=given.every
+        model.tokenizer, text, length=given.length, samples=count, every=given.every
     )
+    if given.written:
+        own = written(model.module, model.tokenizer, given.length * given.written)
+        more, _ = token_windows(model.tokenizer, own, length=given.length, samples=given.written)
+        calls, source = [*calls, *more], f"{source}, {given.written} samples of its own"
     # Every so many samples one is held out: it is of the same text, not of its end.
     held = {round((i + 0.5) * len(calls) / given.samples) for i in range(given.samples)}
     parts = [[c for i, c in enumerate(calls) if (i in held) == wanted] for wanted in (False, True)]
@@ -129,8 +135,11 @@ def said(line: str) -> None:
 
 def checks(model: LoadedModel, text: str, given: argparse.Namespace) -> Texts:
     """The texts to check on: what is behind the samples of the text, and other files."""
-    used = given.length * given.every * (given.samples + (given.fit if given.rule == "linear" else 0))
+    fitted = given.fit - given.written if given.rule == "linear" else 0
+    used = given.length * given.every * (given.samples + fitted)
     places = [("the same text", text, used)] if given.check else []
+    if given.reference:
+        places = [("reference pages", reference(PAGES), 0), ("bundled page", read_text(None), 0)]
     places += [(Path(file).stem, read_text(file), 0) for file in given.others]
     found: Texts = {}
     tokenizer: Any = model.tokenizer
@@ -146,7 +155,9 @@ def checks(model: LoadedModel, text: str, given: argparse.Namespace) -> Texts:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="drop_table", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("model", nargs="?", default="smollm2")
-    parser.add_argument("--text", metavar="FILE", help="UTF-8 text (default: a bundled page)")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--text", metavar="FILE", help="UTF-8 text (default: a bundled page)")
+    source.add_argument("--reference", action="store_true", help="Python's own reference as the text")
     parser.add_argument(
         "--others",
         nargs="*",
@@ -158,6 +169,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--samples", type=int, default=1, metavar="N", help="samples to measure on")
     parser.add_argument("--every", type=int, default=1, metavar="N", help="each Nth window is a sample")
     parser.add_argument("--fit", type=int, default=32, metavar="N", help="samples that `linear` is fitted on")
+    parser.add_argument(
+        "--written", type=int, default=0, metavar="N", help="so many of --fit are written by the model itself"
+    )
     parser.add_argument(
         "--check", type=int, default=1, metavar="N", help="at most so many samples of a text to check on"
     )
@@ -172,13 +186,15 @@ def main(argv: list[str] | None = None) -> int:
         "--published", action="store_true", help="only known sets of SmolLM2's layers, beside known figures"
     )
     given = parser.parse_args(argv)
+    if not 0 <= given.written <= (given.fit if given.rule == "linear" else 0):
+        raise OptionError(f"--written = {given.written}: expected 0 to --fit, with --rule linear")
     model = resolve("smollm2" if given.published else given.model)
     if model.tokenizer is None:
         raise SystemExit(f"{model.name} has no tokenizer")
     if given.published:
         published(model)
         return 0
-    text = read_text(given.text)
+    text = reference() if given.reference else read_text(given.text)
     with TemporaryDirectory() as folder:
         measure = linear if given.rule == "linear" else ordered
         texts = checks(model, text, given)
