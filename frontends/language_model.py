@@ -6,13 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
-import torch
 from torch import nn
 
 from tilewright.compiler.diagnostics import OptionError
 from tilewright.frontends.cache_argument import cache_name
 from tilewright.frontends.compile import CompileOptions
 from tilewright.frontends.kv_rows import KVRows, RowModel
+from tilewright.frontends.watched import Watched
 
 SHAPES = 64
 """Programs that one pipeline may have. Each number of rows, length of a draft and capacity takes one; past
@@ -48,11 +48,7 @@ class LanguageModel:
         if pipeline is not None:
             options = {"pipeline": pipeline}
             CompileOptions.parse(options)  # a misspelt pass is an error here, not at the first step
-            limits: dict[str, Any] = {"recompile_limit": SHAPES, "isolate_recompiles": True}
-            compiled: Any = torch.compile(
-                module, backend="tilewright", options=options, dynamic=False, **limits
-            )
-            return cls(module, compiled, True)
+            return cls(module, Watched(module, options, SHAPES), True)
         inner = getattr(module.forward, "_torchdynamo_orig_callable", None)
         return cls(module, cast(Callable[..., Any], model), model is not module or inner is not None)
 
@@ -79,6 +75,11 @@ class LanguageModel:
         whole = getattr(self.module.forward, "_torchdynamo_orig_callable", self.module)
         device = next(self.module.parameters()).device
         return RowModel(cast(Callable[..., Any], whole), self.step, kv, device, cache_name(self.module))
+
+    def look(self) -> None:
+        """To be called before calls that nobody changes the model between."""
+        if isinstance(self.step, Watched):
+            self.step.look()
 
     def check_room(self, tokens: int) -> None:
         """OptionError when the model has no positions for so many tokens."""

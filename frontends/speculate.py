@@ -117,6 +117,9 @@ class Speculator:
         if not self._busy.acquire(blocking=False):
             raise OptionError("this speculator is generating already", remedy="make one per thread")
         try:
+            for model in (self.target, self.draft):
+                if isinstance(model, LanguageModel):
+                    model.look()
             yield from self._rounds(prompts, max_new_tokens, sampling, stop)
         finally:
             self._busy.release()
