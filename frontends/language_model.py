@@ -29,7 +29,9 @@ class LanguageModel:
 
     @classmethod
     def of(cls, model: Any, pipeline: Any) -> LanguageModel:
-        """From a module or `torch.compile` of one; `pipeline` compiles it for fixed shapes."""
+        """From a module, `torch.compile` of one or itself; `pipeline` compiles it for fixed shapes."""
+        if isinstance(model, LanguageModel) and pipeline is None:
+            return model
         module = getattr(model, "_orig_mod", model)
         config = getattr(module, "config", None)
         if (

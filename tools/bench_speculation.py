@@ -191,7 +191,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--batch = {options.batch}: expected 1 to {fewest}, the prompts")
     model = resolve(options.model)
     # One compiled target for all drafts.
-    target = LanguageModel.of(model.module, options.target).step
+    target = LanguageModel.of(model.module, options.target)
     plain = speculate(target, None)
     for draft in options.draft:
         given = stranger(plain.target.config) if draft == STRANGER else draft
