@@ -67,9 +67,11 @@ class StreamingLayer(PagedLayer):
     def _chosen(self, q: Tensor, later: int, first: Tensor | None, scale: float) -> Tensor:
         """Attention [B, H, 1, E] of the token that is the newest but `later`."""
         pool, (table, lengths) = self.view.pool, self.view.tables()
-        pages, attention = (pool.k_pages, pool.v_pages, table), partial(run, "token_attention")
+        pages, calls = (pool.k_pages, pool.v_pages, table), ("token_attention", "rotate_rows")
         out: Tensor
-        out, _ = self.policy.attend(q, *pages, lengths - later, first, scale, attention)
+        out, _ = self.policy.attend(
+            q, *pages, lengths - later, first, scale, *[partial(run, op) for op in calls]
+        )
         return out
 
     def _give_up(self, first: Tensor | None) -> None:
