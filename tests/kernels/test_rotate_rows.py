@@ -14,6 +14,7 @@ import torch
 from tilewright.compiler import ops
 from tilewright.compiler.ops import all_ops
 from tilewright.compiler.parity import assert_parity
+from tilewright.frontends.api import explain
 from tilewright.kernels.load import build_kernel
 from tilewright.kernels.paged.call import callable_for, reason_for
 from tilewright.kernels.paged.rotate_family import ROTATE_ROWS
@@ -233,3 +234,21 @@ def test_what_is_off_is_absent_from_the_text() -> None:
         assert ("2 * i" in text) == args[4]
         texts.append(text)
     assert len(set(texts)) == len(texts)
+
+
+class Moved(torch.nn.Module):
+    """Keys out of a pool, each sequence as if it stood elsewhere."""
+
+    def forward(self, pool: Any, by: Any, pace: Any, table: Any) -> Any:
+        return ops.rotate_rows(pool, by[:, None, None], pace, table) * 2
+
+
+@on_cpu
+def test_a_compiled_graph_runs_the_kernel() -> None:
+    args = torch.randn(5, 3, 8, 16), torch.tensor([40, -7]), pace_of(8), torch.tensor([[4, 0], [2, -1]]).int()
+    options = {"pipeline": "exact", "lower": "eager"}
+    report = explain(Moved().eval(), args, **options)
+    assert [row["kernel"].startswith("rotate_rows_") for row in report.kernels] == [True]
+    got = torch.compile(Moved().eval(), backend="tilewright", options=options)(*args)
+    want = oracle(args[0], args[1][:, None, None], *args[2:]) * 2
+    assert_parity(got, want, **BOUNDS[F32])
