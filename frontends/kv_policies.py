@@ -67,9 +67,11 @@ class StreamingLayer(PagedLayer):
     def _chosen(self, q: Tensor, later: int, first: Tensor | None, scale: float) -> Tensor:
         """Attention [B, H, 1, E] of the token that is the newest but `later`."""
         pool, (table, lengths) = self.view.pool, self.view.tables()
-        pages, attention = (pool.k_pages, pool.v_pages, table), partial(run, "token_attention")
+        pages, calls = (pool.k_pages, pool.v_pages, table), ("token_attention", "rotate_rows")
         out: Tensor
-        out, _ = self.policy.attend(q, *pages, lengths - later, first, scale, attention)
+        out, _ = self.policy.attend(
+            q, *pages, lengths - later, first, scale, *[partial(run, op) for op in calls]
+        )
         return out
 
     def _give_up(self, first: Tensor | None) -> None:
@@ -105,12 +107,8 @@ class QuestLayer(PagedLayer):
         if max(view.lengths) <= self.policy.budget:
             return super().decode(q, first, scale)
         pool, (table, lengths) = view.pool, view.tables()
-        planes = (q, pool.low, pool.high, table, lengths, self.page)
-        if q.is_cpu:
-            count, sink = self.policy.budget // self.page, self.policy.sink_page
-            picked = run("pick_pages", *planes, count, first, sink)
-        else:  # where the bounds alone have a kernel
-            picked = self.policy.picked(run("page_bounds", *planes, first, "max"), lengths, first)
+        planes, count = (q, pool.low, pool.high, table, lengths, self.page), self.policy.budget // self.page
+        picked = run("pick_pages", *planes, count, first, self.policy.sink_page)
         out: Tensor
         out, _ = run("paged_attention", q, pool.k_pages, pool.v_pages, table, lengths, first, picked, scale)
         return out

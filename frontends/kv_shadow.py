@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from tilewright.compiler.diagnostics import OptionError
 from tilewright.frontends.kv_extents import ExtentLayer, merged
-from tilewright.frontends.kv_layer import PagedLayer
+from tilewright.frontends.kv_layer import PagedLayer, run
 from tilewright.frontends.kv_offload import OffloadedLayer, Placement
 from tilewright.passes.memory import _shadow as shadows
 from tilewright.passes.memory._paged_sites import first_of
@@ -58,7 +59,8 @@ class ShadowLayer(PagedLayer):
             self._prompt = self.get_seq_length() - 1
             # Padding may be all that there was.
             prompt = (lengths - 1 - begin).clamp(min=0)
-            self._shadow = self.policy.shadow(shifted(pool.k_pages, table, begin), prompt)
+            keys = shifted(pool.k_pages, table, begin)
+            self._shadow = self.policy.shadow(keys, prompt, partial(run, "rotate_rows"))
         if bool(self.policy.fits(self._shadow).all()):
             return super().decode(q, first, scale)
         k, v = (shifted(pages, table, begin) for pages in (pool.k_pages, pool.v_pages))
@@ -96,6 +98,8 @@ class Outline(NamedTuple):
     """[C c, r]: keys of all heads before their rotary embedding, by the directions of `basis`."""
     basis: Tensor
     """[Hkv D, r]."""
+    pace: Tensor
+    """float32 [D / 2]: the radians of a position."""
     landmarks: Tensor
     """[1, Hkv, C, D]: the mean key of each chunk."""
     outliers: Tensor
@@ -161,9 +165,10 @@ class OffloadedShadowLayer(OffloadedLayer):
         heads = torch.arange(self.rows.layout.heads)[:, None]
         blocks = [torch.arange(at, min(at + BLOCK, prompt)) for at in range(0, prompt, BLOCK)]
         gram, means, like = torch.zeros(()), [], []
+        pace, turn = shadows.pace_of(policy.theta, self.rows.layout.size), partial(run, "rotate_rows")
         for at in blocks:
             keys = row.gather(0, begin + at.expand(len(heads), -1))
-            flat = shadows.unrotated(keys, policy.theta, at)
+            flat = shadows.unrotated(keys[None], pace, at, turn)[0]
             gram = gram + flat.mT @ flat
             whole = keys[:, : len(at) // chunk * chunk]
             means.append(whole.unflatten(1, (-1, chunk)).mean(2))
@@ -176,9 +181,9 @@ class OffloadedShadowLayer(OffloadedLayer):
         for at in blocks:
             at = at[at < len(codes)]
             keys = row.gather(0, begin + at.expand(len(heads), -1))
-            codes[at] = (shadows.unrotated(keys, policy.theta, at) @ basis).to(codes.dtype)
+            codes[at] = (shadows.unrotated(keys[None], pace, at, turn)[0] @ basis).to(codes.dtype)
         exact = begin + self._places(odd)
-        return Outline(codes, basis, landmarks, odd, row.gather(0, exact), row.gather(1, exact))
+        return Outline(codes, basis, pace, landmarks, odd, row.gather(0, exact), row.gather(1, exact))
 
     def _places(self, chunks: Tensor) -> Tensor:
         """int64 [Hkv, m]: the tokens of chunks, bool [1, Hkv, C] with as many for every head."""
@@ -201,7 +206,7 @@ class OffloadedShadowLayer(OffloadedLayer):
         picked = shadows.chosen(q, outline.landmarks, ~outline.outliers, wanted, scale)
         at = self._places(picked)
         near = outline.codes[at].to(outline.basis.dtype) @ outline.basis.unflatten(0, (heads, -1)).mT
-        near = shadows.rotated(near, policy.theta, 1, at).to(q.dtype)
+        near = run("rotate_rows", near[None], at[None], outline.pace)[0].to(q.dtype)
         k = torch.cat([outline.keys, near], 1)[None]
         v = torch.cat([outline.values, row.gather(1, begin + at)], 1)[None]
         chosen = shadows.attended(q, k, v, torch.ones(1, heads, k.shape[2], dtype=torch.bool), scale)

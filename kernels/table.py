@@ -29,6 +29,7 @@ from tilewright.kernels.load import Built, build_kernel, built_kernels
 from tilewright.kernels.paged.family import PAGED_FAMILIES
 from tilewright.kernels.paged.merge_family import MERGE_PARTS
 from tilewright.kernels.paged.packed_family import PACKED_FAMILIES
+from tilewright.kernels.paged.rotate_family import ROTATE_ROWS
 from tilewright.kernels.quantized_linear.family import QUANTIZED_LINEAR, QUANTIZED_LINEAR_MULTI
 from tilewright.kernels.rms_norm.family import ADD_RMS_NORM, RMS_NORM
 from tilewright.runtime.contracts import KernelKey, Refusal, Target
@@ -53,6 +54,7 @@ FAMILIES: dict[str, KernelFamily] = {
         *PAGED_FAMILIES,
         MERGE_PARTS,
         *PACKED_FAMILIES,
+        ROTATE_ROWS,
     )
 }
 

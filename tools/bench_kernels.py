@@ -10,6 +10,7 @@ from tilewright.kernels.common.bench import BenchRow
 from tilewright.kernels.gated_mlp import bench as gated_mlp
 from tilewright.kernels.hadamard import bench as hadamard
 from tilewright.kernels.linear import bench as linear
+from tilewright.kernels.paged import bench as rotate_rows
 from tilewright.kernels.rms_norm import bench as rms_norm
 from tilewright.kernels.table import host_target
 from tilewright.runtime.contracts import Target
@@ -19,6 +20,7 @@ BENCHES: dict[str, Callable[[Target], list[BenchRow]]] = {
     "rms_norm": rms_norm.bench,
     "gated_mlp": gated_mlp.bench,
     "hadamard": hadamard.bench,
+    "rotate_rows": rotate_rows.bench,
 }
 
 

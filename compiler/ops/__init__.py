@@ -19,6 +19,7 @@ from tilewright.compiler.ops import pick_pages as _pick_pages
 from tilewright.compiler.ops import quantized_attention as _quantized_attention
 from tilewright.compiler.ops import quantized_linear as _quantized_linear
 from tilewright.compiler.ops import rope as _rope
+from tilewright.compiler.ops import rotate_rows as _rotate_rows
 from tilewright.compiler.ops import step_reuse as _step_reuse
 from tilewright.compiler.ops import step_state as _step_state
 from tilewright.compiler.ops.registry import SemanticOp, all_ops, semantic_op
@@ -48,6 +49,7 @@ rms_norm = _norm.rms_norm.overload
 add_rms_norm = _norm.add_rms_norm.overload
 layer_norm = _norm.layer_norm.overload
 rope = _rope.rope.overload
+rotate_rows = _rotate_rows.rotate_rows.overload
 gated_mlp = _mlp.gated_mlp.overload
 hadamard = _hadamard.hadamard.overload
 kv_update = _cache.kv_update.overload
@@ -96,6 +98,7 @@ __all__ = [
     "quantized_linear_multi",
     "rms_norm",
     "rope",
+    "rotate_rows",
     "semantic_op",
     "step_reuse_begin",
     "step_reuse_end",

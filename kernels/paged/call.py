@@ -22,6 +22,7 @@ _DECIDE = {
     "merge_parts": (0, 1),
     "packed_attention": (0, 1, 2),
     "packed_append": (0, 1, 4, 5),
+    "rotate_rows": (0, 2),
 }
 """By op, the tensors whose dtype and head size decide on a kernel."""
 _POOL = {
@@ -30,6 +31,7 @@ _POOL = {
     "paged_append": 0,
     "packed_attention": 1,
     "packed_append": 0,
+    "rotate_rows": 0,
 }
 """By op, the argument whose third axis is the size of a page."""
 _FOUND: dict[tuple[Any, ...], tuple[Callable[..., Any], str]] = {}

@@ -20,6 +20,7 @@ from tilewright.kernels.common.family import (
 )
 from tilewright.kernels.paged import cpp, cpp_append, cpp_scores, cpp_top, triton
 from tilewright.kernels.paged import triton_rows as rows
+from tilewright.kernels.paged import triton_top as top
 from tilewright.kernels.paged.signature import (
     append_schema,
     attention_names,
@@ -180,8 +181,6 @@ def _configure_bounds(args: Sequence[Any], target: Target) -> KernelKey | Refusa
 
 def _configure_pick(args: Sequence[Any], target: Target) -> KernelKey | Refusal:
     given = dict(zip(PICK_NAMES, args, strict=True))
-    if target.kind != "cpu":
-        return Refusal(f"pick_pages has a kernel for CPUs only, the target is {target}")
     found = _configure_bounds([{**given, "group": "max"}[name] for name in BOUNDS_NAMES], target)
     if isinstance(found, Refusal):
         return found
@@ -222,8 +221,6 @@ def _rewrite_mass(key: KernelKey, args: Sequence[Any]) -> tuple[Any, ...]:
 
 def _configure_top(args: Sequence[Any], target: Target) -> KernelKey | Refusal:
     bounds = args[0]
-    if target.kind != "cpu":
-        return Refusal(f"top_pages has a kernel for CPUs only, the target is {target}")
     refused = check_target([bounds], target)
     if refused is not None:
         return refused
@@ -353,11 +350,11 @@ PAGED_FAMILIES = (
     ),
     _family(
         "pick_pages",
-        legality=(POOL_LEGALITY[0], POOL_LEGALITY[2], "on a CPU"),
+        legality=(POOL_LEGALITY[0], POOL_LEGALITY[2]),
         configure=_configure_pick,
         schema=pick_schema,
-        generate={"cpu": cpp_scores.generate_pick},
-        triton=None,
+        generate={"cpu": cpp_scores.generate_pick, "cuda": top.generate_pick, "hip": top.generate_pick},
+        triton=TritonKernel(top.pick_parameters, rows.no_constants, rows.warps, top.pick_launcher),
         fake=lambda key: (
             lambda q, low, high, page_table, *rest: q.new_empty(
                 (q.shape[0], low.shape[1], min(rest[-1], page_table.shape[1])), dtype=torch.int32
@@ -369,11 +366,11 @@ PAGED_FAMILIES = (
     KernelFamily(
         op="top_pages",
         dtypes=("float32",),
-        legality=("bounds are float32", "on a CPU"),
+        legality=("bounds are float32",),
         configure=_configure_top,
         schema=lambda key: "(Tensor bounds, int count) -> Tensor",
-        generate={"cpu": cpp_top.generate},
-        triton=None,
+        generate={"cpu": cpp_top.generate, "cuda": top.generate_top, "hip": top.generate_top},
+        triton=TritonKernel(top.top_parameters, rows.no_constants, rows.warps, top.top_launcher),
         fake=_fake_top,
         save=None,
         backward=None,

@@ -75,3 +75,28 @@ def mass_schema(key: KernelKey) -> str:
 def present(names: list[str], given: dict[str, Any]) -> list[Any]:
     """The values of the named arguments."""
     return [given[name] for name in names]
+
+
+ROTATE = ("rows", "offsets", "pace")
+SINE = (1.5707963705062866, -0.6459634900093079, 0.07968003302812576, -0.00460165785625577)
+"""sin(pi r / 2) is r times this polynomial of r^2 for |r| <= 1/2, within 3.3e-9."""
+COSINE = (-1.2337005138397217, 0.25366923213005066, -0.02086016535758972, 0.0009037665440700948)
+"""cos(pi r / 2) is 1 and r^2 times this polynomial of r^2, within 1e-10."""
+
+
+def polynomial(terms: tuple[float, ...], suffix: str) -> str:
+    """Its value at z, as an expression of Triton or, with suffix f, of C++."""
+    text = f"{terms[-1]}{suffix}"
+    for term in reversed(terms[:-1]):
+        text = f"({text} * z + {term}{suffix})"
+    return text
+
+
+def rotate_names(key: KernelKey) -> list[str]:
+    """The tensor arguments of a rotation kernel in order."""
+    return [*ROTATE, *(["page_table"] if config_of(key)["page"] else [])]
+
+
+def rotate_schema(key: KernelKey) -> str:
+    """`(Tensor rows, Tensor offsets, Tensor pace[, Tensor page_table]) -> Tensor`."""
+    return f"({', '.join(f'Tensor {name}' for name in rotate_names(key))}) -> Tensor"

@@ -129,13 +129,12 @@ def bounds_parameters(key: KernelKey) -> list[tuple[str, str]]:
     return [*found, ("out", "*fp32"), *[(name, "i32") for name in numbers]]
 
 
-def generate_bounds(key: KernelKey, op: str) -> str:
-    """page_bounds: one program per sequence, head and STEP pages."""
-    config = config_of(key)
+def bounds_lines(config: dict[str, Any]) -> list[str]:
+    """The bounds `best` of pages `i` of sequence `b`, head `g`."""
     head, page = config["head"], config["page"]
     summed = config["group"] == "sum"
     start = "0.0" if summed else 'float("-inf")'
-    lines = [
+    return [
         "b = tl.program_id(0) // Hkv",
         "g = tl.program_id(0) % Hkv",
         f"i = tl.program_id(1) * {STEP} + tl.arange(0, {STEP})",
@@ -157,10 +156,16 @@ def generate_bounds(key: KernelKey, op: str) -> str:
         "    best = best + s"
         if summed
         else "    best = tl.maximum(best, s, propagate_nan=tl.PropagateNan.ALL)",
-        'tl.store(out + (b * Hkv + g) * n + i, tl.where(holds, best, float("-inf")), mask=i < n)',
+        'best = tl.where(holds, best, float("-inf"))',
     ]
+
+
+def generate_bounds(key: KernelKey, op: str) -> str:
+    """page_bounds: one program per sequence, head and STEP pages."""
+    config = config_of(key)
+    lines = [*bounds_lines(config), "tl.store(out + (b * Hkv + g) * n + i, best, mask=i < n)"]
     return triton_file(
-        title=f"Bounds of the scores of pages of {page}, {key.dtype}.",
+        title=f"Bounds of the scores of pages of {config['page']}, {key.dtype}.",
         target=str(key.target),
         kernel=op,
         params=", ".join(name for name, _ in bounds_parameters(key)),

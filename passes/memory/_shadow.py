@@ -5,11 +5,17 @@ Sequences are shifted here so that token 0 lies at 0: a place is a position.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from tilewright.compiler import ops
+
+Turn = Callable[..., Tensor]
+"""What computes `rotate_rows`."""
 
 
 class Shadow(NamedTuple):
@@ -33,23 +39,16 @@ def shifted(pages: Tensor, table: Tensor, begin: Tensor) -> Tensor:
     return rows.gather(2, at[:, None, :, None].expand_as(rows))
 
 
-def rotated(keys: Tensor, theta: float, sign: int, at: Tensor | None = None) -> Tensor:
-    """Rotary embedding (halves) of [..., S, D] at places int64 [..., S], None: 0..S-1; sign = -1 takes it
-    back."""
-    size, wide = keys.shape[-2:]
-    pace = torch.arange(0, wide, 2, dtype=torch.float64, device=keys.device) / -wide
-    at = torch.arange(size, device=keys.device) if at is None else at
-    angle = at.double()[..., None] * theta**pace
-    cos, sin = (torch.cat([f(angle)] * 2, -1).to(keys.dtype) for f in (torch.cos, torch.sin))
-    low, high = keys.chunk(2, -1)
-    return keys * cos + sign * torch.cat([-high, low], -1) * sin
+def pace_of(theta: float, wide: int, device: torch.device | None = None) -> Tensor:
+    """float32 [wide / 2]: the radians of a position, by pair of a head's channels."""
+    return (theta ** (torch.arange(0, wide, 2, dtype=torch.float64, device=device) / -wide)).float()
 
 
-def unrotated(keys: Tensor, theta: float, at: Tensor | None = None) -> Tensor:
-    """[..., S, Hkv D]: keys [..., Hkv, S, D] before their rotary embedding at places int64 [S], None: 0..S-1;
-    float32 at least."""
+def unrotated(keys: Tensor, pace: Tensor, at: Tensor, turn: Turn = ops.rotate_rows) -> Tensor:
+    """[B, S, Hkv D]: keys [B, Hkv, S, D] before their rotary embedding at places int64 [S]; float32 at
+    least."""
     exact = keys.float() if keys.dtype in (torch.float16, torch.bfloat16) else keys
-    return rotated(exact, theta, -1, at).transpose(-3, -2).flatten(-2)
+    return turn(exact, -at[None, None], pace).transpose(1, 2).flatten(2)
 
 
 def directions(gram: Tensor, rank: int) -> Tensor:
@@ -58,19 +57,20 @@ def directions(gram: Tensor, rank: int) -> Tensor:
     return vectors[..., -rank:]
 
 
-def low_rank(keys: Tensor, lengths: Tensor, rank: int, theta: float) -> Tensor:
+def low_rank(keys: Tensor, lengths: Tensor, rank: int, theta: float, turn: Turn = ops.rotate_rows) -> Tensor:
     """[B, Hkv, S, D]: the keys of `lengths` tokens by the best `rank` directions over all heads, unrotated.
 
     By eigenvectors of the (Hkv D)^2 Gram matrix. The keys themselves where that is every direction."""
     batch, heads, size, wide = keys.shape
     if rank >= heads * wide:
         return keys
-    flat = unrotated(keys, theta)
-    held = torch.arange(size, device=keys.device) < lengths[:, None]
+    pace, at = pace_of(theta, wide, keys.device), torch.arange(size, device=keys.device)
+    flat = unrotated(keys, pace, at, turn)
+    held = at < lengths[:, None]
     flat = flat * held[:, :, None]
     basis = directions(flat.mT @ flat, rank)
     near = (flat @ basis @ basis.mT).unflatten(2, (heads, wide)).transpose(1, 2)
-    return rotated(near, theta, 1).to(keys.dtype)
+    return turn(near, at[None, None], pace).to(keys.dtype)
 
 
 def likeness(keys: Tensor, landmarks: Tensor) -> Tensor:

@@ -65,8 +65,8 @@ class QuestKV(GraphPass):
 
     def attend(self, q, k_pages, v_pages, table, lengths, first, scale):
         """The rewritten attention: (out, lse)."""
-        bounds = ops.page_bounds(q, k_pages.amin(2), k_pages.amax(2), table, lengths, self.page, first)
-        chosen = self.picked(bounds, lengths, first)
+        planes, count = (k_pages.amin(2), k_pages.amax(2)), self.budget // self.page
+        chosen = ops.pick_pages(q, *planes, table, lengths, self.page, count, first, self.sink_page)
         return ops.paged_attention(q, k_pages, v_pages, table, lengths, first, chosen, scale)
 
     def apply(self, program: Program, log: PassLog) -> None:

@@ -63,12 +63,12 @@ class ShadowKV(GraphPass):
             if getattr(self, name) < low:
                 raise self.option_error(name, f"expected {low} or more")
 
-    def shadow(self, keys: Tensor, lengths: Tensor) -> Shadow:
+    def shadow(self, keys: Tensor, lengths: Tensor, turn: shadows.Turn = ops.rotate_rows) -> Shadow:
         """Of prompts of int64 [B] tokens, whose keys are [B, Hkv, S, D] from place 0 on."""
         chunks = (torch.div(lengths, self.chunk, rounding_mode="floor") - self.local_chunks).clamp(min=0)
         means = keys.unflatten(2, (-1, self.chunk)).mean(3)
         rest = shadows.outliers(shadows.likeness(keys, means), chunks, self.outlier_chunks)
-        return Shadow(shadows.low_rank(keys, lengths, self.rank, self.theta), means, rest, chunks)
+        return Shadow(shadows.low_rank(keys, lengths, self.rank, self.theta, turn), means, rest, chunks)
 
     def fits(self, shadow: Shadow) -> Tensor:
         """bool [B]: where every chunk is within the budget: those sequences are attended as they are."""
@@ -110,11 +110,12 @@ class ShadowKV(GraphPass):
         k, v = (shadows.shifted(pages, table, begin) for pages in (k_pages, v_pages))
         count, at = (lengths - begin)[:, None, None], torch.arange(k.shape[2], device=q.device)
         scale = q.shape[3] ** -0.5 if scale is None else scale
-        flat = (shadows.rotated(k, self.theta, -1) * (at < count)[..., None]).transpose(1, 2).flatten(2)
+        pace = shadows.pace_of(self.theta, k.shape[3], q.device)
+        flat = shadows.unrotated(k, pace, at) * (at < count).mT
         left, values, right = torch.linalg.svd(flat, full_matrices=False)
         values = values * (torch.arange(values.shape[1], device=q.device) < self.rank)
         near = (left * values[:, None]) @ right
-        near = shadows.rotated(near.unflatten(2, (heads, -1)).transpose(1, 2), self.theta, 1)
+        near = ops.rotate_rows(near.unflatten(2, (heads, -1)).transpose(1, 2), at[None, None], pace)
         rows = k.unflatten(2, (-1, chunk))
         mean, place = rows.sum(3) / chunk, torch.arange(k.shape[2] // chunk, device=q.device)
         inside = place < count // chunk - self.local_chunks
@@ -127,11 +128,8 @@ class ShadowKV(GraphPass):
         best = (shares[..., None, :] > shares[..., None]).sum(-1) < self.budget // chunk
         picked = (best & inside & ~odd).repeat_interleave(chunk, 2)
         tail = at >= (count // chunk - self.local_chunks).clamp(min=0) * chunk
-        exact = (
-            odd.repeat_interleave(chunk, 2)
-            | tail
-            | (count // chunk - self.local_chunks <= self.budget // chunk)
-        )
+        whole = count // chunk - self.local_chunks <= self.budget // chunk
+        exact = odd.repeat_interleave(chunk, 2) | tail | whole
         k = torch.where(exact[..., None], k, near)
         return shadows.attended(q, k, v, (picked | exact) & (at < count), scale)
 

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from tilewright.compiler import Exactness, Example, GraphPass, PassLog, Program, Stage, graph_pass, ops
-from tilewright.passes.memory import _shadow as shadows
 from tilewright.passes.memory._paged_sites import (
     choose_at_sites,
     decode_inputs,
     first_of,
     masked_attention,
 )
+from tilewright.passes.memory._shadow import pace_of
 
 
 @graph_pass(
@@ -82,17 +82,17 @@ class StreamingKV(GraphPass):
         return (lengths - first_of(lengths, first) - self.sinks - self.window).clamp(min=0)
 
     def attend(
-        self, q, k_pages, v_pages, table, lengths, first, scale, attention=ops.token_attention
+        self, q, k_pages, v_pages, table, lengths, first, scale,
+        attention=ops.token_attention, turn=ops.rotate_rows,
     ):  # fmt: skip
-        """The rewritten attention: (out, lse). `attention`: what computes `token_attention`."""
+        """(out, lse). `attention`: what computes `token_attention`, `turn`: `rotate_rows`."""
         pages, size = (k_pages, v_pages, table, lengths), table.shape[1] * k_pages.shape[2]
         kept = self.kept(lengths, first, size)
         if self.positions == "original" or not self.sinks:
             return attention(q, *pages, kept, first, scale)
         sinks, recent = kept.tensor_split([min(self.sinks, size)], 2)
         back = self.nearer(lengths, first)[:, None, None]
-        exact = q.float() if q.dtype in (torch.float16, torch.bfloat16) else q
-        turned = shadows.rotated(exact, self.theta, -1, back).to(q.dtype)
+        turned = turn(q, -back, pace_of(self.theta, q.shape[3], q.device))
         out, lse = attention(q, *pages, recent.contiguous(), first, scale)
         part, total = attention(turned, *pages, sinks.contiguous(), first, scale)
         out, lse = ops.merge_attention(out.to(lse.dtype), lse, part.to(lse.dtype), total)
@@ -107,9 +107,10 @@ class StreamingKV(GraphPass):
         def masked(q, k_pages, v_pages, table, lengths, first, scale):
             begin = first_of(lengths, first)
             if self.positions == "cache":
+                pace, by = pace_of(self.theta, q.shape[3], q.device), self.nearer(lengths, first)
+                moved = ops.rotate_rows(k_pages, by[:, None, None], pace, table)
+                moved = moved.unflatten(2, (table.shape[1], -1)).transpose(1, 2)
                 k_pages, v_pages = (pages[table.clamp(min=0).long()] for pages in (k_pages, v_pages))
-                by = self.nearer(lengths, first)[:, None, None, None]
-                moved = shadows.rotated(k_pages, self.theta, 1, by)
                 place = torch.arange(table.numel() // len(table) * k_pages.shape[3], device=q.device)
                 sink = place.view(k_pages.shape[1], 1, -1, 1) < begin[:, None, None, None, None] + self.sinks
                 k_pages, v_pages = torch.where(sink, moved, k_pages).flatten(0, 1), v_pages.flatten(0, 1)

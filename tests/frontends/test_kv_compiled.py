@@ -24,6 +24,10 @@ V, NEW = 64, 33
 CASES = {
     "plain": ("", ""),
     "streaming-kv": ("sinks=4,window=60,dense_layers=0", "sinks=1,window=9,dense_layers=1"),
+    "streaming-kv that moves": (
+        "sinks=4,window=60,dense_layers=0,positions=cache,theta=1e4",
+        "sinks=3,window=9,dense_layers=0,positions=cache,theta=1e4",
+    ),
     "heavy-hitter-kv": ("budget=64,recent=8,dense_layers=0", "budget=12,recent=4,dense_layers=0"),
     "keyformer-kv": ("budget=64,recent=8,dense_layers=0", "budget=12,recent=4,dense_layers=0"),
     "snap-kv": ("budget=64,window=8,dense_layers=0", "budget=12,window=4,dense_layers=0"),
@@ -69,7 +73,7 @@ def generate(model: Any, given: Any, pipeline: str | None, count: int = NEW, **m
 
 
 def spelled(policy: str, options: str) -> str:
-    return "" if policy == "plain" else f"{policy}{{{options}}}"
+    return "" if policy == "plain" else f"{policy.split()[0]}{{{options}}}"
 
 
 BACKENDS: dict[str, dict[str, Any]] = {
@@ -146,6 +150,29 @@ def test_two_forwards_of_one_graph_keep_their_order(backend: str) -> None:
         assert cache.get_seq_length() == 14
         parts = [parts[0][:, :14], compiled(cache, ids[:, 14:21].contiguous(), ids[:, 21:].contiguous())]
         torch.testing.assert_close(torch.cat(parts, 1), want, atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+@pytest.mark.usefixtures("fresh")
+@pytest.mark.parametrize("backend", ["passes", *SLOW])
+def test_sinks_move_with_the_window(backend: str) -> None:
+    """positions=cache: one token at a time and several, behind a prompt with padding, as without a graph."""
+    plain, compiled, given = make_model(), make_model(), prompts(3, 40)
+    compiled.forward = torch.compile(compiled.forward, fullgraph=True, **BACKENDS[backend])
+    found, ids = {}, torch.randint(3, V, (3, 9))
+    for model, positions in ((plain, "cache,theta=1e4"), (compiled, "cache,theta=1e4"), (plain, "original")):
+        options = f"sinks=3,window=9,dense_layers=0,positions={positions}"
+        with tw.kv_cache(model, f"streaming-kv{{{options}}}", page=8) as cache:
+            model(**given, past_key_values=cache)
+            steps, mask = [], given["attention_mask"]
+            for part in (*ids[:, :6].split(1, 1), ids[:, 6:]):
+                mask = torch.cat([mask, torch.ones_like(part)], 1)
+                how = {"attention_mask": mask, "past_key_values": cache}
+                steps.append(model(part.contiguous(), **how).logits)
+        found[model, positions] = torch.cat(steps, 1)
+    eager, graph, still = found.values()
+    torch.testing.assert_close(graph, eager, atol=1e-4, rtol=0)
+    assert float((still - eager).abs().amax()) > 0.1, "nothing moved"
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from tilewright.frontends.api import explain
 from tilewright.kernels.common.abi import HEADER, TORCH_ABI
 from tilewright.kernels.paged.call import callable_for, reason_for
 from tilewright.kernels.paged.family import PAGED_FAMILIES
+from tilewright.kernels.paged.rotate_family import ROTATE_ROWS
 from tilewright.kernels.table import KernelChoice, host_target, select_for_node
 from tilewright.passes.memory.quest_kv import QuestKV
 from tilewright.runtime.build import compile_cpp
@@ -330,7 +331,7 @@ def test_ops_agree_with_their_fakes(op: str) -> None:
 @pytest.mark.parametrize("dtype", [F32, BF16, F16])
 def test_avx512_compiles(dtype: torch.dtype) -> None:
     """Nothing here can run it."""
-    for family in PAGED_FAMILIES:
+    for family in (*PAGED_FAMILIES, ROTATE_ROWS):
         if family.op == "top_pages" and dtype != F32:
             continue  # bounds are always float32
         args = next(a for a in family.examples() if a[0].dtype == dtype)

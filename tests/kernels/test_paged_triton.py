@@ -150,6 +150,56 @@ def test_bounds(group: str, first: torch.Tensor | None) -> None:
     torch.testing.assert_close(run("page_bounds", args), all_ops()["page_bounds"].definition(*args))
 
 
+def greatest(row: list[float], count: int) -> list[int]:
+    """By sorting; a NaN is the greatest, of equal ones the first."""
+    worth = [(math.isnan(x), 0.0 if math.isnan(x) else x) for x in row]
+    best = sorted((i for i in range(len(row)) if row[i] != -math.inf), key=lambda i: worth[i], reverse=True)
+    some = min(count, len(row))
+    return (sorted(best[:some]) + [-1] * some)[:some]
+
+
+@in_interpreter
+@pytest.mark.interpreter
+@pytest.mark.parametrize("size", [1, 40, 1024, 2500])
+def test_top_pages(size: int) -> None:
+    """Many ties, zeros of both signs, NaNs of both signs, infinities, digits that differ at the end only."""
+    bounds = torch.randint(-3, 9, (2, 4, size)).float()
+    bounds[0, 0], bounds[0, 1, 5:], bounds[1, 2, ::2] = -math.inf, -math.inf, -0.0
+    bounds[1, 1, ::7], bounds[1, 1, 1::7], bounds[1, 0, ::3] = math.nan, -torch.tensor(math.nan), math.inf
+    bounds[0, 3] = 1 + torch.randint(0, 40, (size,)) * 2.0**-23
+    bounds[1, 3] = -bounds[0, 3].flip(0) * torch.finfo(torch.float32).tiny / 4
+    for rows in (bounds, bounds.transpose(0, 1), bounds[:, :, : size // 2]):
+        for count in (1, 17, size, size + 9):
+            got = run("top_pages", (rows, count))
+            assert got.dtype == torch.int32
+            assert torch.equal(got, all_ops()["top_pages"].definition(rows, count))
+            want = [greatest(row, count) for row in rows.flatten(0, 1).tolist()]
+            assert got.flatten(0, 1).tolist() == want
+
+
+@in_interpreter
+@pytest.mark.interpreter
+@pytest.mark.parametrize(("dtype", "padded"), [(torch.float32, True), (torch.float16, False)])
+def test_pages_are_picked(dtype: torch.dtype, padded: bool) -> None:
+    """Keys and queries of whole numbers, so that bounds are exact and often equal."""
+    k, _, table, lengths = pool(8, 24, 16)
+    low, high = (x.round().to(dtype) for x in (k.nan_to_num(9).amin(2), k.nan_to_num(-9).amax(2)))
+    low[int(table[2, 3])] = math.nan
+    lengths[1] = 0  # nothing is held, and yet the first page is forced
+    for count, sink in ((1, True), (3, True), (2, False), (50, True)):
+        q = torch.randint(-2, 3, (3, 6, 1, 24)).to(dtype)
+        args = (q, low, high, table, lengths, 8, count, FIRST if padded else None, sink)
+        got = run("pick_pages", args)
+        assert got.shape == (3, 2, min(count, table.shape[1]))
+        assert torch.equal(got, all_ops()["pick_pages"].definition(*args))
+        bounds = all_ops()["page_bounds"].definition(*args[:6], args[7]).tolist()
+        for b, sequence in enumerate(bounds):
+            begin, newest = int(FIRST[b]) if padded else 0, int(lengths[b]) - 1
+            forced = {newest // 8, *([begin // 8] if sink else [])}
+            rows = [[math.inf if i in forced else x for i, x in enumerate(row)] for row in sequence]
+            assert got[b].tolist() == [greatest(row, count) for row in rows]
+
+
 @in_interpreter
 @pytest.mark.interpreter
 @pytest.mark.parametrize(("causal", "first"), [(True, None), (False, torch.tensor([0, 9]))])
