@@ -75,8 +75,10 @@ def _inverse_factor(hessian: Tensor, dead: Tensor, damping: float) -> Tensor:
     square[dead, dead] = 1.0
     mean = square.diagonal().mean()
     for attempt in range(_ATTEMPTS):
-        damped = square + torch.diag((damping * 10**attempt * mean).expand(square.shape[0]))
+        damped = square.clone()
+        damped.diagonal().add_(damping * 10**attempt * mean)
         lower, failed = torch.linalg.cholesky_ex(damped)
+        del damped
         if not int(failed):
             factor, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
             if not int(failed):
