@@ -10,7 +10,6 @@ from torch import fx
 from tilewright.compiler import Program, ops
 from tilewright.compiler.float_format import AnyFormat, FloatFormat, rounded_activation
 from tilewright.compiler.gptq import gptq
-from tilewright.compiler.paging import page_out
 from tilewright.compiler.quantizers import (
     Quantized,
     fake_static,
@@ -74,9 +73,7 @@ def round_weight(
     quantizer = form.quantizer()
     if rounding == "gptq":
         assert hessian is not None, "the pass checks that gptq has a calibration"
-        found = gptq(quantizer, weight, hessian)
-        page_out(hessian)  # the file of the calibration holds it
-        return found
+        return gptq(quantizer, weight, hessian)
     if rounding == "whole-zero":
         return whole_zero(quantizer, weight)
     return half_quadratic(quantizer, weight) if rounding == "hqq" else quantizer.quantize(weight)
