@@ -40,8 +40,8 @@ def gptq(quantizer: Quantizer, weight: Tensor, hessian: Tensor, *, damping: floa
     left = weight.float().clone()
     dead = hessian.diagonal() == 0
     left[:, dead] = 0.0
+    give_back_freed()  # what making the weight took: the matrices that follow are larger
     factor = _inverse_factor(hessian.double(), dead, damping).to(left)
-    page_out(hessian)
     give_back_freed()
     width = quantizer.group or BLOCK
     grid = quantizer.grid(left) if quantizer.group == WHOLE_ROW else None
@@ -79,6 +79,7 @@ def _inverse_factor(hessian: Tensor, dead: Tensor, damping: float) -> Tensor:
     diagonal[dead] = 1.0
     for attempt in range(_ATTEMPTS):
         damped = hessian.clone()
+        page_out(hessian)
         damped.diagonal().copy_(diagonal + damping * 10**attempt * diagonal.mean())
         lower, failed = torch.linalg.cholesky_ex(damped)
         del damped  # few matrices of this size at once
