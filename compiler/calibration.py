@@ -22,6 +22,7 @@ from tilewright.compiler import ops
 from tilewright.compiler.dataflow import see_through
 from tilewright.compiler.described_tensors import read_described, write_described
 from tilewright.compiler.diagnostics import FactError, nearest
+from tilewright.compiler.paging import give_back_freed, in_a_file, page_out
 from tilewright.compiler.program import Program
 from tilewright.compiler.schema import arguments
 
@@ -85,7 +86,7 @@ class LayerStatistics:
         if hessian and rows.shape[1] <= LARGEST_HESSIAN:
             wide = rows.double()
             product = wide.t() @ wide
-            self.hessian = product if self.hessian is None else self.hessian + product
+            self.hessian = product if self.hessian is None else self.hessian.add_(product)
         if means:
             mean = rows.mean(0, keepdim=True)
             self.means = mean if self.means is None else torch.cat((self.means, mean))
@@ -235,13 +236,20 @@ def fingerprint(program: Program) -> str:
 
 
 class Observer(fx.Interpreter):
-    """Runs a program and takes in what each of its linear layers reads."""
+    """Runs a program and takes in what each of its linear layers reads.
+
+    Where the program has a folder for scratch files, they hold the Hessians too, and of those and of the
+    derived weights only what the layer at work reads is in memory.
+    """
 
     def __init__(
         self, program: Program, statistics: Statistics, *, hessian: bool = False, means: bool = False
     ) -> None:
         super().__init__(program.module, garbage_collect_values=True)
         self._statistics, self._hessian, self._means = statistics, hessian, means
+        self._scratch = program.scratch
+        derived = {n: program.derived_of(n) for n in program.graph.nodes if n.op == "get_attr"}
+        self._filed = {n for n, found in derived.items() if found is not None and self._scratch is not None}
         self._names = {
             n: (weight_path(program, n), basis_of(n)) for n in program.graph.nodes if n.target is ops.linear
         }
@@ -269,7 +277,10 @@ class Observer(fx.Interpreter):
             else:
                 seen = self._statistics.layers[self._names[first][0]]
                 self._statistics.layers[path] = replace(seen, basis=basis)
-        return super().run_node(n)
+        result = super().run_node(n)
+        for read in self._filed.intersection(n.all_input_nodes):
+            page_out(self.module.get_buffer(str(read.target)))
+        return result
 
     def _observe(self, n: fx.Node, layer: LayerStatistics, x: Tensor) -> None:
         norm = self._norm_of.get(n)
@@ -280,6 +291,11 @@ class Observer(fx.Interpreter):
             means=self._means,
             energy=None if norm is None else self._energies[norm],
         )
+        if self._scratch is not None and layer.hessian is not None:
+            if layer.samples == 1:
+                layer.hessian = in_a_file(layer.hessian, self._scratch)
+            page_out(layer.hessian)
+            give_back_freed()  # what the product took
 
 
 def _energy(x: Tensor) -> Tensor:

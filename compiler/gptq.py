@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tilewright.compiler.diagnostics import OptionError, TilewrightError
+from tilewright.compiler.paging import give_back_freed, page_out
 from tilewright.compiler.quantizers import WHOLE_ROW, Quantized, Quantizer
 
 BLOCK = 128
@@ -28,7 +29,8 @@ def gptq(quantizer: Quantizer, weight: Tensor, hessian: Tensor, *, damping: floa
     """Codes and grids of a weight [N, K] for inputs with the second moments `hessian` [K, K], of any scale.
 
     damping: share of the mean diagonal that is added to it, tenfold after each failed factorisation.
-    Inputs that never occurred (a zero on the diagonal) count as their weight being zero.
+    Inputs that never occurred (a zero on the diagonal) count as their weight being zero. A Hessian that a
+    file holds leaves memory.
     """
     columns = weight.shape[1]
     if hessian.shape != (columns, columns):
@@ -38,7 +40,9 @@ def gptq(quantizer: Quantizer, weight: Tensor, hessian: Tensor, *, damping: floa
     left = weight.float().clone()
     dead = hessian.diagonal() == 0
     left[:, dead] = 0.0
+    give_back_freed()  # what making the weight took: the matrices that follow are larger
     factor = _inverse_factor(hessian.double(), dead, damping).to(left)
+    give_back_freed()
     width = quantizer.group or BLOCK
     grid = quantizer.grid(left) if quantizer.group == WHOLE_ROW else None
     row = Quantizer(
@@ -71,14 +75,18 @@ def _inverse_factor(hessian: Tensor, dead: Tensor, damping: float) -> Tensor:
     """Upper Cholesky factor of the inverse of the damped Hessian, float64 [K, K]."""
     if not bool(torch.isfinite(hessian).all()):
         raise HessianError("the Hessian holds NaN or infinite values")
-    square = hessian.clone()
-    square[dead, dead] = 1.0
-    mean = square.diagonal().mean()
+    diagonal = hessian.diagonal().clone()
+    diagonal[dead] = 1.0
     for attempt in range(_ATTEMPTS):
-        damped = square + torch.diag((damping * 10**attempt * mean).expand(square.shape[0]))
+        damped = hessian.clone()
+        page_out(hessian)
+        damped.diagonal().copy_(diagonal + damping * 10**attempt * diagonal.mean())
         lower, failed = torch.linalg.cholesky_ex(damped)
+        del damped  # few matrices of this size at once
         if not int(failed):
-            factor, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            inverse = torch.cholesky_inverse(lower)
+            del lower
+            factor, failed = torch.linalg.cholesky_ex(inverse, upper=True)
             if not int(failed):
                 return cast(Tensor, factor)
     worst = damping * 10 ** (_ATTEMPTS - 1)

@@ -118,7 +118,10 @@ class Pipeline:
         """Run every pass over the program in place. A pass that raises leaves the program as it found it."""
         options = options or RunOptions()
         fuel = fuel or Fuel(options.fuel)
-        return [run_pass(p, program, options, fuel) for p in self.passes]
+        try:
+            return [_run_pass(p, program, options, fuel) for p in self.passes]
+        finally:
+            program.settle()
 
 
 def _at_their_stages(passes: list[Pass], by_preset: list[Pass]) -> list[Pass]:
@@ -142,6 +145,13 @@ def _resolve(name: str, texts: dict[str, str]) -> list[Pass]:
 
 def run_pass(p: Pass, program: Program, options: RunOptions, fuel: Fuel) -> PassReport:
     """Run one pass with snapshot, verification and timing; returns its report."""
+    try:
+        return _run_pass(p, program, options, fuel)
+    finally:
+        program.settle()
+
+
+def _run_pass(p: Pass, program: Program, options: RunOptions, fuel: Fuel) -> PassReport:
     report = PassReport(p.name, p.text(), p.stage.name, p.exactness.value, p.paper)
     report.nodes_before = len(program.graph.nodes)
     if program.training and not p.trains:

@@ -8,13 +8,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import fx
 
 from tilewright.compiler.diagnostics import FactError
-from tilewright.compiler.paging import give_back_freed, page_out
+from tilewright.compiler.paging import give_back_freed, in_a_file, page_out
 
 
 class InputKind(Enum):
@@ -137,6 +138,8 @@ class Program:
     facts: Facts = field(default_factory=Facts)
     derived: list[Derived] = field(default_factory=list)
     graph_breaks: list[dict[str, str]] = field(default_factory=list)
+    scratch: Path | None = None
+    """A folder for nameless files that hold derived tensors; None: memory holds them."""
 
     @property
     def graph(self) -> fx.Graph:
@@ -172,8 +175,9 @@ class Program:
 
     def tensor_of(self, node: fx.Node) -> torch.Tensor:
         """The real tensor behind a weight placeholder or a derived buffer."""
-        if self.derived_of(node) is not None:
-            return self.module.get_buffer(str(node.target))
+        derived = self.derived_of(node)
+        if derived is not None:
+            return self._value_of(derived)
         for i, spec in enumerate(self.inputs):
             if spec.name == node.name:
                 value = self.example_inputs[i]
@@ -197,30 +201,42 @@ class Program:
             self.training,
             self.facts,
             list(self.derived),
+            scratch=self.scratch,
         )
 
     def _by_name(self) -> dict[str, InputSpec]:
         return {spec.name: spec for spec in self.inputs}
 
-    def derive(self, name: str, sources: Sequence[fx.Node], compute: Callable[..., torch.Tensor]) -> fx.Node:
+    def derive(
+        self,
+        name: str,
+        sources: Sequence[fx.Node],
+        compute: Callable[..., torch.Tensor],
+        *,
+        like: fx.Node | None = None,
+    ) -> fx.Node:
         """Register a buffer computed from weights and return the get_attr node that reads it.
 
         The node is inserted right after the placeholders. The executable re-computes the buffer whenever a
         source tensor is another object or has another version than at the last call. A source may itself be
         derived: the computations are chained in float64 and the last result is rounded once.
+
+        like: the source whose shape and dtype the result has. Its value is then computed when `tensor_of`
+        asks for it, or by `settle`: never, where another pass derives from it and nothing else reads it.
         """
         if self.training:
             raise ValueError(
                 f"derived buffer {name!r}: weights are inputs in training and may not be derived from"
             )
         names, whole = self._from_weights(sources, compute)
-        given = [self._input_named(n) for n in names]
-        value = whole(*given)
-        if any([page_out(source) for source in given]):
-            give_back_freed()  # what rounding one weight took, before the next takes as much again
+        derived = Derived("", names, whole)
+        value = None if like is None else self._blank(like)
+        value = self._compute(derived) if value is None else value
         node = self.constant(value, sources[0], prefix="tw_derived_")
+        if like is not None and value.is_meta:
+            node.meta["val"] = torch.empty_like(like.meta["val"])
         node.meta["derived"] = name
-        self.derived.append(Derived(str(node.target), names, whole))
+        self.derived.append(replace(derived, name=str(node.target)))
         return node
 
     def constant(self, value: torch.Tensor, like: fx.Node, *, prefix: str = "tw_constant_") -> fx.Node:
@@ -234,6 +250,36 @@ class Program:
         mode = getattr(like.meta.get("val"), "fake_mode", None)
         node.meta["val"] = mode.from_tensor(value, static_shapes=True) if mode is not None else value
         return node
+
+    def settle(self) -> None:
+        """Compute the derived buffers that nothing has asked for yet; only then may the module run."""
+        for derived in self.derived:
+            self._value_of(derived)
+
+    def _value_of(self, derived: Derived) -> torch.Tensor:
+        held = self.module.get_buffer(derived.name)
+        if held.is_meta:
+            held = self._compute(derived)
+            self.module.register_buffer(derived.name, held, persistent=False)
+        return held
+
+    def _compute(self, derived: Derived) -> torch.Tensor:
+        given = [self._input_named(n) for n in derived.sources]
+        value = derived.compute(*given)
+        if self.scratch is not None:
+            value = in_a_file(value, self.scratch)
+            page_out(value)
+        for source in given:
+            page_out(source)
+        give_back_freed()  # what making one weight took, before the next takes as much again
+        return value
+
+    def _blank(self, like: fx.Node) -> torch.Tensor | None:
+        """What stands for a value not computed yet: it has no memory. None where it cannot be described."""
+        derived, meta = self.derived_of(like), like.meta.get("val")
+        held = self.tensor_of(like) if derived is None else self.module.get_buffer(derived.name)
+        known = getattr(meta, "fake_mode", None) is not None and held.layout == torch.strided
+        return torch.empty_like(held, device="meta") if known and held.is_contiguous() else None
 
     def hold(self, prefix: str, value: torch.Tensor) -> str:
         """Register a buffer under a free name `prefix<number>`; returns the name."""
@@ -267,7 +313,7 @@ class Program:
         )
         if all(part is None for part in parts):
             return names, compute
-        narrow = next(self.tensor_of(s).dtype for s, part in zip(sources, parts, strict=True) if part)
+        narrow = next(self.module.get_buffer(part.name).dtype for part in parts if part)
         return names, partial(_chained, tuple(parts), compute, narrow)
 
     def _input_named(self, name: str) -> torch.Tensor:

@@ -17,6 +17,8 @@ from tilewright.compiler.schema import arguments
 
 ROTATED = "tw_rotated"
 """Node metadata: which rotations a node has taken part in."""
+_PIECE = 1 << 22
+"""Elements of a table that are rotated at once."""
 
 
 @dataclass(frozen=True)
@@ -144,7 +146,9 @@ class Rotator:
         key = (weight, edits)
         if key not in self._derived:
             name = f"{self.program.path_of(weight)} rotated"
-            self._derived[key] = self.program.derive(name, (weight,), partial(rotated, edits=edits))
+            self._derived[key] = self.program.derive(
+                name, (weight,), partial(rotated, edits=edits), like=weight
+            )
         return self._derived[key]
 
     def _note(self, node: fx.Node, mark: str) -> None:
@@ -162,6 +166,18 @@ class Rotator:
 
 def rotated(weight: Tensor, *, edits: tuple[Edit, ...]) -> Tensor:
     """A weight after its edits, computed in float64 and rounded once."""
+    if weight.numel() <= _PIECE or any(edit.form != "columns" for edit in edits):
+        return _rotated(weight, edits)
+    found = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+    rows = max(
+        1, _PIECE // weight.shape[-1]
+    )  # each row for itself: float64 of a large table is not held whole
+    for part, into in zip(weight.split(rows), found.split(rows), strict=True):
+        into.copy_(_rotated(part, edits))
+    return found
+
+
+def _rotated(weight: Tensor, edits: tuple[Edit, ...]) -> Tensor:
     wide = weight.double()
     for edit in edits:
         turned = wide.t() if edit.form == "rows" else wide

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import mmap
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +13,7 @@ from torch import fx, nn
 
 from tilewright.compiler.calibration import Observer, Statistics, fingerprint, vocabulary_of
 from tilewright.compiler.diagnostics import CaptureError, OptionError
+from tilewright.compiler.paging import SCRATCH, in_a_file
 from tilewright.compiler.pipeline import Pipeline, RunOptions
 from tilewright.compiler.precision_plan import LayerChoices, measure
 from tilewright.compiler.program import Program
@@ -21,9 +24,12 @@ Progress = Callable[[int, int], None]
 """progress(samples done, samples in all)."""
 
 
-def _behind(pipeline: Pipeline, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Program | None:
+def _behind(
+    pipeline: Pipeline, gm: fx.GraphModule, example_inputs: Sequence[Any], scratch: Path | None = None
+) -> Program | None:
     """A captured program after some passes; None where it holds no linear layer."""
     program = from_dynamo(gm, example_inputs)
+    program.scratch = scratch
     options = RunOptions(replay=False)
     normalize(program, options)
     pipeline.run(program, options)
@@ -34,12 +40,15 @@ def _behind(pipeline: Pipeline, gm: fx.GraphModule, example_inputs: Sequence[Any
 class _Observing:
     """A backend that runs each captured program, behind the given passes, under an observer."""
 
-    def __init__(self, pipeline: Pipeline, hessian: bool, means: bool, quantile: float) -> None:
+    def __init__(
+        self, pipeline: Pipeline, hessian: bool, means: bool, quantile: float, scratch: Path | None
+    ) -> None:
         self.statistics: Statistics | None = None
         self._pipeline, self._hessian, self._means, self._quantile = pipeline, hessian, means, quantile
+        self._scratch = scratch
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        program = _behind(self._pipeline, gm, example_inputs)
+        program = _behind(self._pipeline, gm, example_inputs, self._scratch)
         if program is None:
             return gm.forward
         if self.statistics is None:
@@ -60,21 +69,27 @@ def calibrate(
     means: bool = False,
     quantile: float = 0.999,
     progress: Progress | None = None,
+    scratch: Path | str | None = SCRATCH,
 ) -> Statistics:
     """Run every call through the captured model and return what its linear layers read.
 
     calls: (args, kwargs) of the module, in a fixed order; the result depends on nothing else. pipeline:
     passes that come before the ones that will use the statistics. hessian: also sum x^T x per layer, K^2
     doubles each. means: also the mean over each sample and what norms read, for `prune-width-for-decode`.
-    Raises OptionError for no calls or an impossible quantile, CaptureError when no linear layer ran, and
-    FactError for activations that are not finite.
+    scratch: a folder for nameless files that hold rotated weights and Hessians while they are not worked
+    on, and the Hessians of the result; None keeps all in memory. It should lie on a disk.
+    Raises OptionError for no calls, an impossible quantile or a folder that takes no file, CaptureError when
+    no linear layer ran, and FactError for activations that are not finite.
     """
     if not 0.5 <= quantile <= 1.0:
         raise OptionError(f"quantile = {quantile!r}: expected 0.5 to 1")
+    folder = None if scratch is None else Path(scratch)
+    if folder is not None:
+        in_a_file(torch.zeros(mmap.PAGESIZE), folder)  # an impossible folder is found out before any work
     given = list(calls)
     if not given:
         raise OptionError("there are no samples to calibrate on")
-    observing = _Observing(Pipeline.parse(pipeline or []), hessian, means, quantile)
+    observing = _Observing(Pipeline.parse(pipeline or []), hessian, means, quantile, folder)
     torch._dynamo.reset()
     compiled = torch.compile(module, backend=observing, dynamic=False)
     with torch.no_grad():

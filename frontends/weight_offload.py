@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterable
 from itertools import chain
 from pathlib import Path
-from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from tilewright.compiler.diagnostics import OptionError
-from tilewright.compiler.paging import give_back_freed
-
-_PIECE = 1 << 24
+from tilewright.compiler.paging import SCRATCH, give_back_freed, mapped
 
 
-def offload_weights(model: nn.Module, folder: Path | str = "/var/tmp") -> int:
+def offload_weights(model: nn.Module, folder: Path | str = SCRATCH) -> int:
     """Move the storage of every CPU parameter and buffer of `model` to a file; returns the bytes moved.
 
     Call it after the first calls of a compiled, quantized model: what its kernels read are weights derived
@@ -39,7 +35,7 @@ def offload_weights(model: nn.Module, folder: Path | str = "/var/tmp") -> int:
         return 0
     moved = 0
     try:
-        maps = [_mapped(group[0].untyped_storage(), Path(folder)) for group in groups.values()]
+        maps = [mapped(group[0].untyped_storage(), Path(folder)) for group in groups.values()]
     except OSError as error:
         reason = error.strerror or str(error)
         raise OptionError(f"folder = {str(folder)!r}: {reason}", remedy="give a folder with room") from None
@@ -61,14 +57,3 @@ def _plain(tensors: Iterable[Tensor]) -> list[Tensor]:
         if type(t.data) is Tensor and t.device.type == "cpu" and t.layout == torch.strided and t.numel()
     }
     return list(found.values())
-
-
-def _mapped(storage: torch.UntypedStorage, folder: Path) -> torch.UntypedStorage:
-    """A private map of a nameless file that holds the bytes of `storage`."""
-    data = torch.empty(0, dtype=torch.uint8).set_(storage).numpy().data  # type: ignore[call-overload]
-    with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
-        at = 0
-        while at < len(data):
-            at += file.write(data[at : at + _PIECE])
-        mapped = torch.UntypedStorage.from_file(f"/proc/self/fd/{file.fileno()}", False, len(data))
-        return cast(torch.UntypedStorage, mapped)

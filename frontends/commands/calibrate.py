@@ -24,6 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--samples", type=int, default=4, metavar="N", help="windows of --length (default 4)")
     parser.add_argument("--first", type=int, default=0, metavar="N", help="first token of the text to use")
     parser.add_argument("--hessian", action="store_true", help="also second moments, for GPTQ and plans")
+    parser.add_argument(
+        "--scratch", metavar="DIR", help="a folder on a disk for what is not worked on (default /var/tmp)"
+    )
     parser.add_argument("--means", action="store_true", help="also means, for prune-width-for-decode")
     parser.add_argument(
         "--exits", metavar="N+N", help="train the policy of early-exit for leaving after so many layers"
@@ -31,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> Result:
+    from tilewright.compiler.paging import SCRATCH
     from tilewright.compiler.pipeline import Pipeline
     from tilewright.frontends.calibration import calibrate
 
@@ -54,6 +58,7 @@ def run(args: argparse.Namespace) -> Result:
             source=source,
             hessian=args.hessian,
             means=args.means,
+            scratch=args.scratch or SCRATCH,
         )
     found.save(out)
     rows: list[dict[str, Any]] = [

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from tilewright.compiler.float_format import FloatFormat, parse_format
-from tilewright.compiler.quantizers import Quantized
+from tilewright.compiler.quantizers import ACTIVATION_MAX_4, SMALLEST_SCALED, Quantized
 from tilewright.compiler.weight_format import WeightFormat
 from tilewright.frontends.export.onnx_graph import MICROSOFT, OnnxGraph, Unsupported, rank_of, shape_of
 from tilewright.frontends.export.onnx_pointwise import Arguments, Converter
@@ -50,8 +50,12 @@ def _several(
     codes, scale = torch.cat([p.codes for p in parts]), torch.cat([p.scale for p in parts])
     weight, label = Quantized(codes, scale, offset, form.group), g.program.path_of(packed[0])
     step = form.step_of(g.tensor(packed[0])) if form.has_step else None
-    found = (_grouped if form.group else _per_row)(g, x, weight, form, label, step)
-    if any(bias is not None for bias in biases):
+    biased = any(bias is not None for bias in biases)
+    if form.group:
+        found = _grouped(g, x, weight, form, label, step)
+    else:
+        found = _per_row(g, x, weight, form, label, step, biased)
+    if biased:
         shifts = [torch.zeros(n) if b is None else _held(g, b) for b, n in zip(biases, rows, strict=True)]
         found = g.node("Add", [found, g.weight(torch.cat(shifts), f"{label}.bias")])
     if len(rows) == 1:
@@ -68,10 +72,13 @@ def _held(g: OnnxGraph, bias: fx.Node) -> Tensor:
 def _grouped(
     g: OnnxGraph, x: fx.Node, weight: Quantized, form: WeightFormat, label: str, step: float | None
 ) -> str:
-    """com.microsoft::MatMulNBits, 4 bits for narrower codes too; static activations are rounded before it."""
+    """com.microsoft::MatMulNBits, 4 bits for narrower codes too; activations on a static grid or one of
+    4 bits are rounded before it."""
     columns, given = int(shape_of(x)[-1]), g.name(x)
     if step is not None:
         given = g.shared("grid", "Mul", [_static(g, given, step), g.constant(step, torch.float32)])
+    elif form.activation == "int4-token":
+        given = g.shared("grid", "Mul", [*_tokens_of_4_bits(g, given)])
     bits, middle = (8 if form.bits == 8 else 4), form.middle
     shift = (1 << (bits - 1)) - middle
     rows, count = weight.scale.shape
@@ -81,10 +88,7 @@ def _grouped(
     stored = codes.reshape(rows, count, form.group).to(torch.uint8)
     if bits == 4:
         stored = stored[..., 0::2] | stored[..., 1::2] << 4
-    if form.activation == "int4-token":
-        raise Unsupported("activations in 4 bits")
-    as_they_are = form.activation in ("none", "int8-static")
-    level = _FLOAT_ACTIVATIONS if as_they_are else _INT8_ACTIVATIONS
+    level = _INT8_ACTIVATIONS if form.activation in ("int8-token", "int8-group") else _FLOAT_ACTIVATIONS
     scales = g.weight(weight.scale.float().flatten(), f"{label}.scales")
     inputs = [given, g.weight(stored, f"{label}.codes"), scales]
     sizes: dict[str, Any] = {"K": columns, "N": rows, "bits": bits, "block_size": form.group}
@@ -136,12 +140,20 @@ def _static(g: OnnxGraph, x: str, step: float) -> str:
 
 
 def _per_row(
-    g: OnnxGraph, x: fx.Node, weight: Quantized, form: WeightFormat, label: str, step: float | None
+    g: OnnxGraph,
+    x: fx.Node,
+    weight: Quantized,
+    form: WeightFormat,
+    label: str,
+    step: float | None,
+    biased: bool,
 ) -> str:
     """A scale per row: MatMulInteger on int8 activations with a scale per token or one for all, else
     DequantizeLinear.
 
-    Both sides signed: with unsigned activations and signed weights the AVX2 kernels saturate.
+    Both sides signed: with unsigned activations and signed weights the AVX2 kernels saturate. Where a bias
+    follows, onnxruntime must not make one node of the product, its scales and the bias: with a scale per
+    token it multiplies the bias by it (found with 1.32).
     """
     signed = (weight.codes.to(torch.int16) - form.middle).to(torch.int8)
     scale = weight.scale.float().flatten()
@@ -149,16 +161,19 @@ def _per_row(
         raise Unsupported("a scale per row with an offset")
     stored = g.weight(signed.t().contiguous(), f"{label}.codes")
     scales = g.weight(scale, f"{label}.scales")
-    if form.activation == "int4-token":
-        raise Unsupported("activations in 4 bits")
     if form.activation == "none":
         return g.node("MatMul", [g.name(x), g.node("DequantizeLinear", [stored, scales], axis=1)])
     if step is not None:
         codes = g.cast(_static(g, g.name(x), step), torch.float32, torch.int8)
         steps = g.constant(step, torch.float32)
+    elif form.activation == "int4-token":
+        whole_codes, steps = _tokens_of_4_bits(g, g.name(x))
+        codes = g.cast(whole_codes, torch.float32, torch.int8)
     else:
         codes, steps = _tokens(g, g.name(x))
     whole = g.cast(g.node("MatMulInteger", [codes, stored]), torch.int32, torch.float32)
+    if biased and step is None:
+        return g.node("Mul", [g.node("Mul", [whole, scales]), steps])
     return g.node("Mul", [whole, g.node("Mul", [steps, scales])])
 
 
@@ -170,6 +185,21 @@ def _tokens(g: OnnxGraph, x: str) -> tuple[str, str]:
     step = g.shared("step", "Max", [step, tiny])
     rounded = g.shared("codes", "Round", [g.shared("codes", "Div", [x, step])])
     return g.cast(rounded, torch.float32, torch.int8), step
+
+
+def _tokens_of_4_bits(g: OnnxGraph, x: str) -> tuple[str, str]:
+    """(whole float32 numbers in -7..7, float32 step) of activations with one step per token.
+
+    Multiplied by the inverse step as `quantize_activation` does: where a code is a seventh of the largest,
+    one that a division rounds the other way shows.
+    """
+    last, least = g.constant([-1], torch.int64), g.constant(SMALLEST_SCALED, torch.float32)
+    top = g.shared("top", "ReduceMax", [g.shared("top", "Abs", [x]), last], keepdims=1)
+    top = g.shared("top", "Max", [top, least])
+    inverse = g.shared("inverse", "Div", [g.constant(ACTIVATION_MAX_4, torch.float32), top])
+    codes = g.shared("codes", "Round", [g.shared("codes", "Mul", [x, inverse])])
+    share = g.constant(1.0 / ACTIVATION_MAX_4, torch.float32)
+    return codes, g.shared("step", "Mul", [top, share])
 
 
 QUANTIZED: dict[str, Converter] = {

@@ -15,15 +15,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from tilewright.compiler.described_tensors import DTYPES
 from tilewright.compiler.diagnostics import LoadError
 from tilewright.frontends.model_files import open_model_file, show
 from tilewright.frontends.safetensors_check import check_safetensors
-
-_DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32,
-    "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip
 
 
 def content_name(tensor: Tensor) -> str:
@@ -73,9 +68,9 @@ def read_weights(paths: Iterable[Path]) -> Weights:
         rows = check_safetensors(path)
         with open_model_file(path) as (file, _):
             for name, row in sorted(rows.items(), key=lambda item: item[1].start):
-                if row.dtype not in _DTYPES:
+                if row.dtype not in DTYPES:
                     raise LoadError(f"{show(name)} has the dtype {row.dtype}", where=str(path))
-                tensor = torch.empty(row.shape, dtype=_DTYPES[row.dtype])
+                tensor = torch.empty(row.shape, dtype=DTYPES[row.dtype])
                 file.seek(row.start)
                 if file.readinto(_bytes(tensor).numpy().data) != tensor.nbytes:
                     raise LoadError("became shorter while it was read", where=str(path))

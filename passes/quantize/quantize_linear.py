@@ -117,6 +117,7 @@ class QuantizeLinear(GraphPass):
         log.applied(node, rule=form.text, inserted=[new], removed=[node])
         node.replace_all_uses_with(new)
         program.graph.erase_node(node)
+        program.drop_unread()  # the weight as it was, before the next is made
 
     def reference(self, program: Program) -> None:
         """The same layers with dequantized weights, under activations quantized and back."""

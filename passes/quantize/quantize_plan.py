@@ -70,7 +70,6 @@ class QuantizePlan(GraphPass):
                 log.refused(node, form)
             elif log.take(node):
                 self._quantize(program, node, form, log)
-        program.drop_unread()
         log.finish(("tilewright::linear",))
 
     @staticmethod
@@ -96,6 +95,7 @@ class QuantizePlan(GraphPass):
         log.applied(node, rule=form.text, inserted=[new], removed=[node])
         node.replace_all_uses_with(new)
         program.graph.erase_node(node)
+        program.drop_unread()  # the weight as it was, before the next is made
 
     def reference(self, program: Program) -> None:
         """The same layers with rounded weights, under activations quantized and back."""

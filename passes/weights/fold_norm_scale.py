@@ -80,7 +80,7 @@ class FoldNormScale(GraphPass):
         for user in users:
             weight, bias = arguments(user)["weight"], arguments(user)["bias"]
             name = f"{program.path_of(weight)} * norm gain"
-            folded = program.derive(name, (weight, gain), partial(_scaled, offset=offset))
+            folded = program.derive(name, (weight, gain), partial(_scaled, offset=offset), like=weight)
             moved = bias
             if shift is not None:
                 sources = (weight, shift) if bias is None else (weight, shift, bias)

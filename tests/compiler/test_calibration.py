@@ -11,7 +11,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from tilewright.compiler.calibration import LayerStatistics, Statistics
+from tilewright.compiler.described_tensors import read_described, write_described
 from tilewright.compiler.diagnostics import CaptureError, FactError, LoadError, OptionError
+from tilewright.compiler.paging import page_out
 from tilewright.frontends.calibration import calibrate, token_windows
 
 
@@ -67,6 +69,60 @@ def test_it_repeats_bit_for_bit_and_reports_progress(statistics):
     for path, layer in statistics.layers.items():
         assert torch.equal(layer.absmax, again.layers[path].absmax)
         assert torch.equal(layer.hessian, again.layers[path].hessian)
+
+
+class Wide(nn.Module):
+    """Two layers that read 256 channels: their second moments are half a megabyte."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(3)
+        self.left, self.right = nn.Linear(256, 96, bias=False), nn.Linear(256, 64, bias=False)
+        for p in self.parameters():
+            p.data = torch.randn(p.shape, generator=generator)
+
+    def forward(self, x):
+        return self.left(x).sum() + self.right(x.tanh()).sum()
+
+
+def test_scratch_files_change_no_bit(tmp_path):
+    torch.manual_seed(0)
+    given = [((torch.randn(9, 256),), {}) for _ in range(3)]
+    pipeline = "rotate-hadamard"
+    in_memory = calibrate(Wide(), given, hessian=True, pipeline=pipeline, scratch=None)
+    filed = calibrate(Wide(), given, hessian=True, pipeline=pipeline, scratch=tmp_path)
+    assert not list(tmp_path.iterdir())
+    for path, layer in in_memory.layers.items():
+        assert not page_out(layer.hessian)
+        assert page_out(filed.layers[path].hessian), "a file holds it"
+        assert torch.equal(filed.layers[path].hessian, layer.hessian)
+        assert torch.equal(filed.layers[path].absmax, layer.absmax)
+    for found in (in_memory, filed):
+        found.save(tmp_path / "stats")
+        back = Statistics.load(tmp_path / "stats")
+        assert all(torch.equal(back.layers[p].hessian, v.hessian) for p, v in in_memory.layers.items())
+
+
+def test_files_are_as_those_of_the_library(tmp_path):
+    """Read by it, and with the same data at the same places."""
+    tensors = {
+        "b": torch.randn(3, 5),
+        "a": torch.randn(2, 2, dtype=torch.float64),
+        "none": torch.zeros(0, 4),
+        "one": torch.tensor(2.0),
+        "c": torch.arange(7, dtype=torch.uint8),
+    }
+    write_described(tmp_path / "ours", "some-format", {"x": "\u00fc"}, tensors)
+    save_file(tensors, tmp_path / "theirs", metadata={"format": "some-format", "statistics": "{}"})
+    ours, theirs = ((tmp_path / n).read_bytes() for n in ("ours", "theirs"))
+    begins = [8 + int.from_bytes(data[:8], "little") for data in (ours, theirs)]
+    assert ours[begins[0] :] == theirs[begins[1] :]
+    heads = [json.loads(data[8:begin]) for data, begin in zip((ours, theirs), begins, strict=True)]
+    assert {k: v for k, v in heads[0].items() if k in tensors} == {k: heads[1][k] for k in tensors}
+    assert begins[0] % 8 == 0
+    with read_described(tmp_path / "ours", "some-format", missing="", remedy="") as (data, file):
+        assert data == {"x": "\u00fc"}
+        assert all(torch.equal(file.get_tensor(name), value) for name, value in tensors.items())
 
 
 def test_it_is_saved_whole(statistics, tmp_path):
@@ -152,6 +208,8 @@ def test_bad_requests():
         calibrate(Model(), [])
     with pytest.raises(OptionError, match="quantile"):
         calibrate(Model(), calls(), quantile=2.0)
+    with pytest.raises(OptionError, match="nowhere.*No such file"):
+        calibrate(Model(), calls(), scratch="/nowhere")
     with pytest.raises(CaptureError, match="no linear layer"):
         calibrate(nn.ReLU(), [((torch.ones(2, 2),), {})])
 

@@ -136,6 +136,29 @@ def test_static_activations_keep_their_step(tmp_path: Path, group: int) -> None:
     assert (want - plain).norm() > 0.1 * plain.norm(), "nothing was cut"
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("activation", "group"), [("int8-token", 0), ("int4-token", 0), ("int4-token", 32)])
+def test_a_step_per_token(tmp_path: Path, activation: str, group: int, bias: bool) -> None:
+    """Tokens of any size, and of none: each has its step, and the bias has none."""
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(96, 40, bias=bias), nn.ReLU()).eval()
+    x = torch.randn(2, 6, 96) * torch.tensor([1e-6, 0.1, 1.0, 7.0, 1e12, 0.0])[:, None]
+    scheme = f"quantize-linear{{weight=int4,group={group},activation={activation}}}"
+    manifest = tw.export(module, (x,), scheme, tmp_path / "out", "onnx")
+    (entry,) = manifest["entries"]
+    assert entry["operators"]["MatMulInteger" if group == 0 else "com.microsoft::MatMulNBits"] == 1
+    torch._dynamo.reset()
+    compiled = torch.compile(module, backend="tilewright", options={"pipeline": scheme, "lower": "eager"})
+    with torch.no_grad():
+        want, plain = compiled(x), module(x)
+    (name,) = [i.name for i in session(tmp_path / "out" / "call.onnx").get_inputs()]
+    (got,) = session(tmp_path / "out" / "call.onnx").run(None, {name: x.numpy()})
+    errors = (torch.from_numpy(got) - want).norm(dim=-1) / want.norm(dim=-1).clamp_min(1e-30)
+    assert errors.max() < 1e-5, "token by token"
+    coarse = ((want - plain).norm(dim=-1) / plain.norm(dim=-1))[:, 2:5].min()
+    assert coarse > (0.05 if activation == "int4-token" else 0.02)
+
+
 def test_small_floats_are_refused_by_name(tmp_path: Path) -> None:
     module = nn.Sequential(nn.Linear(32, 16), nn.ReLU()).eval()
     with pytest.raises(ExportError, match="a weight of nvfp4"):
