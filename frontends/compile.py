@@ -20,6 +20,7 @@ from tilewright.compiler.ops import semantic_op
 from tilewright.compiler.pipeline import Pipeline, RunOptions
 from tilewright.compiler.program import DerivedCheck, Program
 from tilewright.compiler.report import Report
+from tilewright.frontends import vector_probe
 from tilewright.frontends.capture import normalize
 from tilewright.frontends.chains import raise_chains
 from tilewright.frontends.exits import FILL, split_exits
@@ -211,6 +212,7 @@ def compile_graph(
         return module
     from torch._inductor.compile_fx import compile_fx
 
+    vector_probe.finish()
     compiled: Any = compile_fx(module, example_inputs, config_patches=dict(INDUCTOR_PATCHES))
     return cast(Callable[..., Any], compiled)
 
