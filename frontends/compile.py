@@ -25,6 +25,7 @@ from tilewright.frontends.capture import normalize
 from tilewright.frontends.chains import raise_chains
 from tilewright.frontends.exits import FILL, split_exits
 from tilewright.frontends.instances import compile_pieces
+from tilewright.frontends.late_wait import waiting_at_the_end
 from tilewright.frontends.lowering import lower, where_of
 from tilewright.kernels.table import host_target
 
@@ -193,7 +194,8 @@ def _say_that_nothing_is_left_out(program: Program, report: Report) -> None:
 
 def _compile_rest(program: Program, options: CompileOptions, report: Report) -> Callable[..., Any]:
     if options.lower == "inductor":
-        chain = compile_pieces(program, lambda gm, fakes: compile_graph(gm, fakes, options))
+        with waiting_at_the_end():
+            chain = compile_pieces(program, lambda gm, fakes: compile_graph(gm, fakes, options))
         if chain is not None:
             report.pieces = chain[1]
             return chain[0]
