@@ -39,7 +39,9 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class _Run:
+class Run:
+    """`count` windows of `period` calls each that have the same code."""
+
     start: int
     period: int
     count: int
@@ -94,10 +96,10 @@ def cut(graph: fx.Graph, is_alone: Callable[[fx.Node], bool] = lambda _: False) 
     if any(mutates(n) and not is_write(n) and not is_alone(n) for n in calls):
         return []
     single = [i for i, n in enumerate(calls) if is_alone(n)]
-    runs = _find_runs(calls, _gaps(calls, single))
+    runs = find_runs(calls, is_alone)
     if not runs and not single:
         return []
-    runs += [_Run(i, _results_end(calls, i) - i, 1) for i in single]
+    runs += [Run(i, _results_end(calls, i) - i, 1) for i in single]
     pieces = list(_pieces(calls, sorted(runs, key=lambda r: r.start), set(single)))
     return [] if _leaks(graph, pieces) else pieces
 
@@ -116,10 +118,13 @@ def _gaps(calls: Sequence[fx.Node], single: Sequence[int]) -> list[tuple[int, in
     return list(zip(ends, [*single, len(calls)], strict=True))
 
 
-def _find_runs(calls: Sequence[fx.Node], pending: list[tuple[int, int]]) -> list[_Run]:
-    keys = _keys(calls)
+def find_runs(calls: Sequence[fx.Node], is_alone: Callable[[fx.Node], bool]) -> list[Run]:
+    """The stretches of these calls that repeat, most saving first where they lie between the same calls that
+    stand alone."""
+    pending = _gaps(calls, [i for i, n in enumerate(calls) if is_alone(n)])
+    keys = keys_of(calls)
     last = _last_uses(calls)
-    found: list[_Run] = []
+    found: list[Run] = []
     while pending:
         low, high = pending.pop()
         run = _best_run(calls, keys, last, low, high)
@@ -129,7 +134,7 @@ def _find_runs(calls: Sequence[fx.Node], pending: list[tuple[int, int]]) -> list
     return found
 
 
-def _keys(calls: Sequence[fx.Node]) -> list[int]:
+def keys_of(calls: Sequence[fx.Node]) -> list[int]:
     """A number per node: equal for calls of one target with equal constants and values of equal layout."""
     numbers: dict[Any, int] = {}
     rows = []
@@ -170,9 +175,9 @@ def _last_uses(calls: Sequence[fx.Node]) -> list[int]:
 
 def _best_run(
     calls: Sequence[fx.Node], keys: Sequence[int], last: Sequence[int], low: int, high: int
-) -> _Run | None:
+) -> Run | None:
     """The run inside [low, high) that saves most."""
-    best: _Run | None = None
+    best: Run | None = None
     for period in _periods(keys, low, high):
         begin = low
         for i in range(low, high - period + 1):
@@ -198,7 +203,7 @@ def _periods(keys: Sequence[int], low: int, high: int) -> list[int]:
     return [d for d, _ in distances.most_common(24)]
 
 
-def _place(calls: Sequence[fx.Node], last: Sequence[int], begin: int, end: int, period: int) -> _Run | None:
+def _place(calls: Sequence[fx.Node], last: Sequence[int], begin: int, end: int, period: int) -> Run | None:
     """Where to cut a periodic stretch: most repetitions, then fewest values that cross a cut."""
 
     def crossing(cut_at: int) -> int:
@@ -214,7 +219,7 @@ def _place(calls: Sequence[fx.Node], last: Sequence[int], begin: int, end: int, 
     for start, count in ranked[:4]:
         count = _isomorphic(calls, start, period, count)
         if count >= MIN_COUNT:
-            return _Run(start, period, count)
+            return Run(start, period, count)
     return None
 
 
@@ -223,18 +228,18 @@ def _isomorphic(calls: Sequence[fx.Node], start: int, period: int, count: int) -
     first = calls[start : start + period]
     for k in range(1, count):
         window = calls[start + k * period : start + (k + 1) * period]
-        if _correspondence(first, window) is None:
+        if correspondence(first, window) is None:
             return k
     return count
 
 
-def _correspondence(first: Sequence[fx.Node], second: Sequence[fx.Node]) -> dict[fx.Node, fx.Node] | None:
+def correspondence(first: Sequence[fx.Node], second: Sequence[fx.Node]) -> dict[fx.Node, fx.Node] | None:
     """What each node read or computed by `first` is in `second`; None when the two compute differently."""
     inside, other = {n: i for i, n in enumerate(first)}, {n: i for i, n in enumerate(second)}
     partner = dict(zip(first, second, strict=True))
     written: set[fx.Node] = set()
     for a, b in zip(first, second, strict=True):
-        for x, y in zip(_arguments(a), _arguments(b), strict=True):
+        for x, y in zip(arguments_of(a), arguments_of(b), strict=True):
             if inside.get(x) != other.get(y) or partner.setdefault(x, y) is not y:
                 return None
         if is_write(a):
@@ -245,22 +250,22 @@ def _correspondence(first: Sequence[fx.Node], second: Sequence[fx.Node]) -> dict
     return partner
 
 
-def _arguments(node: fx.Node) -> list[fx.Node]:
+def arguments_of(node: fx.Node) -> list[fx.Node]:
     """Node arguments in order, repeated ones included."""
     found: list[fx.Node] = []
     fx.node.map_arg((node.args, node.kwargs), found.append)
     return found
 
 
-def _pieces(calls: Sequence[fx.Node], runs: Sequence[_Run], single: set[int]) -> Iterator[Piece]:
+def _pieces(calls: Sequence[fx.Node], runs: Sequence[Run], single: set[int]) -> Iterator[Piece]:
     number, at = 0, 0
-    for run in [*runs, _Run(len(calls), 0, 0)]:
+    for run in [*runs, Run(len(calls), 0, 0)]:
         if run.start > at:
             yield _piece(calls[at : run.start], number)
             number += 1
         windows = [calls[run.start + k * run.period :][: run.period] for k in range(run.count)]
         if run.start in single:
-            values = tuple(_arguments(calls[run.start]))  # as the call has them: one value may stand twice
+            values = tuple(arguments_of(calls[run.start]))  # as the call has them: one value may stand twice
             yield replace(_piece(windows[0], number), inputs=values, alone=True)
             number += 1
         else:
@@ -278,7 +283,7 @@ def _piece(nodes: Sequence[fx.Node], number: int) -> Piece:
 
 def _inputs(nodes: Sequence[fx.Node]) -> tuple[fx.Node, ...]:
     inside = set(nodes)
-    return tuple(dict.fromkeys(x for n in nodes for x in _arguments(n) if x not in inside))
+    return tuple(dict.fromkeys(x for n in nodes for x in arguments_of(n) if x not in inside))
 
 
 def _instances(windows: Sequence[Sequence[fx.Node]], number: int) -> Iterator[Piece]:
@@ -292,7 +297,7 @@ def _instances(windows: Sequence[Sequence[fx.Node]], number: int) -> Iterator[Pi
     first = windows[0]
     inputs = _inputs(first)
     for window in windows:
-        partner = _correspondence(first, window)
+        partner = correspondence(first, window)
         assert partner is not None, "the run was checked"
         given = tuple(partner.get(n, n) for n in inputs)
         yield Piece(tuple(window), given, tuple(window[i] for i in sorted(places)), number)

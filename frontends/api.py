@@ -18,6 +18,7 @@ from tilewright.compiler.pipeline import clone_inputs
 from tilewright.compiler.program import Program
 from tilewright.compiler.replay import relative_rms, tensors_in
 from tilewright.compiler.report import Report
+from tilewright.frontends import vector_probe
 from tilewright.frontends.breaks import recorded_breaks
 from tilewright.frontends.capture import from_dynamo
 from tilewright.frontends.compile import (
@@ -62,6 +63,8 @@ class _Collecting:
         self._model = model
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        if self._run and self.options.lower == "inductor":
+            vector_probe.begin(example_inputs)
         started = time.perf_counter()
         program = from_dynamo(gm, example_inputs)
         captured = time.perf_counter() - started

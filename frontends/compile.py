@@ -20,10 +20,12 @@ from tilewright.compiler.ops import semantic_op
 from tilewright.compiler.pipeline import Pipeline, RunOptions
 from tilewright.compiler.program import DerivedCheck, Program
 from tilewright.compiler.report import Report
+from tilewright.frontends import vector_probe
 from tilewright.frontends.capture import normalize
 from tilewright.frontends.chains import raise_chains
 from tilewright.frontends.exits import FILL, split_exits
 from tilewright.frontends.instances import compile_pieces
+from tilewright.frontends.late_wait import waiting_at_the_end
 from tilewright.frontends.lowering import lower, where_of
 from tilewright.kernels.table import host_target
 
@@ -192,7 +194,8 @@ def _say_that_nothing_is_left_out(program: Program, report: Report) -> None:
 
 def _compile_rest(program: Program, options: CompileOptions, report: Report) -> Callable[..., Any]:
     if options.lower == "inductor":
-        chain = compile_pieces(program, lambda gm, fakes: compile_graph(gm, fakes, options))
+        with waiting_at_the_end():
+            chain = compile_pieces(program, lambda gm, fakes: compile_graph(gm, fakes, options))
         if chain is not None:
             report.pieces = chain[1]
             return chain[0]
@@ -211,6 +214,7 @@ def compile_graph(
         return module
     from torch._inductor.compile_fx import compile_fx
 
+    vector_probe.finish()
     compiled: Any = compile_fx(module, example_inputs, config_patches=dict(INDUCTOR_PATCHES))
     return cast(Callable[..., Any], compiled)
 

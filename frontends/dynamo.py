@@ -11,7 +11,7 @@ from torch import fx
 
 from tilewright.compiler.diagnostics import CaptureError, OptionError
 from tilewright.compiler.report import Report
-from tilewright.frontends import kv_compiled
+from tilewright.frontends import kv_compiled, vector_probe
 from tilewright.frontends.capture import from_dynamo
 from tilewright.frontends.compile import (
     REPORTS,
@@ -42,6 +42,8 @@ def tilewright_backend(
             f"mode = {mode!r}: this backend has no modes", remedy="use options={'pipeline': ...}"
         )
     parsed = CompileOptions.parse(options)
+    if parsed.lower == "inductor":
+        vector_probe.begin(example_inputs)
     started = time.perf_counter()
     try:
         program = from_dynamo(gm, example_inputs)

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from tilewright.compiler import ops
 from tilewright.compiler.diagnostics import VerifyError
+from tilewright.compiler.first_instance import gather_first_instances
 from tilewright.compiler.graph import fake_mode_of, output_node
 from tilewright.compiler.ops import early_exit, step_reuse
 from tilewright.compiler.program import Program
@@ -76,6 +77,7 @@ def compile_pieces(program: Program, compile_one: CompileOne) -> tuple[Compiled,
     if program.training or fake_mode_of(*program.graph.nodes) is None:
         return None
     sink_writes(program.graph)
+    gather_first_instances(program.graph, _stands_alone)
     pieces = cut(program.graph, _stands_alone)
     if not pieces:
         return None

@@ -15,6 +15,7 @@ from tilewright.compiler.regions import inline
 from tilewright.compiler.report import Report
 from tilewright.compiler.rewrite import signature_of, trace, traced_outputs
 from tilewright.compiler.schema import arguments
+from tilewright.kernels.load import compile_side_by_side
 from tilewright.kernels.table import KernelChoice, host_target, select_for_node, too_small
 from tilewright.runtime.contracts import Refusal, Target
 
@@ -34,15 +35,20 @@ def lower(
     target = target or host_target()
     report.target = str(target)
     traces: dict[Any, fx.GraphModule] = {}
-    for node in list(program.graph.nodes):
-        op = semantic_op(node.target) if node.op == "call_function" else None
-        if op is None:
-            continue
-        choice = (
+    found = [(node, semantic_op(node.target)) for node in program.graph.nodes if node.op == "call_function"]
+    chosen = [
+        (
+            node,
+            op,
             _choose(op, node, target, program.training, rest)
             if use_kernels
-            else Refusal("generated kernels are off")
+            else Refusal("generated kernels are off"),
         )
+        for node, op in found
+        if op is not None
+    ]
+    compile_side_by_side((c.family, c.key) for *_, c in chosen if not isinstance(c, Refusal))
+    for node, op, choice in chosen:
         row = {"node": node.name, "op": op.name, "kernel": "", "why": "", "source": ""}
         if isinstance(choice, Refusal) and op.opaque:
             row.update(kernel="definition", why=choice.reason)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import threading
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,6 +57,21 @@ def build_kernel(family: KernelFamily, key: KernelKey) -> Built:
         return _BUILT[key]
 
 
+def compile_side_by_side(wanted: Iterable[tuple[KernelFamily, KernelKey]]) -> None:
+    """Compile the C++ of several kernels at once, on every core: `build_kernel` then only loads it.
+
+    BuildError tells the first, in the order given, that the compiler refuses.
+    """
+    texts: dict[str, tuple[str, KernelKey]] = {}
+    for family, key in wanted:
+        if key.target.kind == "cpu" and key not in _BUILT:
+            name, text = family.source(key)
+            texts.setdefault(name, (text, key))
+    missing = [(name, text, key) for name, (text, key) in texts.items() if name not in _LOADED]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(lambda given: _compiled(*given), missing))
+
+
 def _build(family: KernelFamily, key: KernelKey) -> Built:
     name, text = family.source(key)
     if name in _LOADED:  # two keys may generate one text
@@ -72,15 +90,19 @@ def _build(family: KernelFamily, key: KernelKey) -> Built:
 
 
 def _load_cpp(name: str, text: str, key: KernelKey) -> Path:
+    folder = _compiled(name, text, key)
+    load_operator(name, folder / LIBRARY)
+    return folder / SOURCE
+
+
+def _compiled(name: str, text: str, key: KernelKey) -> Path:
     try:
-        folder = compile_cpp(text, key.target.arch, {HEADER: TORCH_ABI})
+        return compile_cpp(text, key.target.arch, {HEADER: TORCH_ABI})
     except CompileFailed as error:
         raise BuildError(
             f"kernel {name}: {error}",
             remedy="the source is generated: report it with the target and versions",
         ) from error
-    load_operator(name, folder / LIBRARY)
-    return folder / SOURCE
 
 
 def store_triton_source(name: str, text: str) -> Path:

@@ -1,0 +1,69 @@
+"""The kernels of one program are compiled at once; what the compiler refuses is told as one error."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from tilewright.compiler.diagnostics import BuildError
+from tilewright.kernels import load
+from tilewright.kernels.common.family import KernelFamily
+from tilewright.kernels.table import FAMILIES, KernelChoice, host_target, select_for_node
+from tilewright.runtime.contracts import KernelKey
+from tilewright.runtime.store import ArtifactStore
+
+TARGET = host_target()
+pytestmark = pytest.mark.skipif(TARGET.arch == "generic", reason="kernels need AVX2")
+
+
+def _key(op: str, *args: Any) -> KernelKey:
+    found = select_for_node(op, args, TARGET, training=False)
+    assert isinstance(found, KernelChoice), str(found)
+    return found.key
+
+
+def _with(op: str, line: str) -> KernelFamily:
+    honest = FAMILIES[op].generate["cpu"]
+    return dataclasses.replace(
+        FAMILIES[op], generate={"cpu": lambda key, name: honest(key, name) + f"\n{line}\n"}
+    )
+
+
+def test_lowering_compiles_its_kernels_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    both, honest, meetings = threading.Barrier(2), load.compile_cpp, []
+
+    def compile_together(source: str, arch: str, headers: Mapping[str, str]) -> Path:
+        if threading.current_thread() is not threading.main_thread():
+            meetings.append(both.wait(timeout=60))
+        return honest(source, arch, headers)
+
+    monkeypatch.setattr(load, "compile_cpp", compile_together)
+    monkeypatch.setattr(load.os, "cpu_count", lambda: 2)
+    module, x = nn.Sequential(nn.RMSNorm(1483), nn.Linear(1483, 29)).eval(), torch.randn(7, 1483)
+    with torch.no_grad():
+        got = torch.compile(module, backend="tilewright", options={"lower": "eager"})(x)
+        torch.testing.assert_close(got, module(x), rtol=1e-4, atol=1e-5)
+    assert sorted(meetings) == [0, 1], "each kernel is compiled once, and one did not wait for the other"
+
+
+def test_the_first_that_is_refused_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TILEWRIGHT_CACHE", str(tmp_path / "store"))
+    monkeypatch.setattr(load, "_BUILT", {})
+    x = torch.randn(7, 89)
+    wanted = [
+        (_with("linear", "// sound"), _key("linear", x, torch.randn(31, 89))),
+        (_with("rms_norm", "#error first"), _key("rms_norm", x, torch.randn(89), 1e-6)),
+        (_with("gated_mlp", "#error second"), _key("gated_mlp", x, x, "silu")),
+    ]
+    with pytest.raises(BuildError, match="#error first") as caught:
+        load.compile_side_by_side(wanted)
+    assert "\n" not in str(caught.value)
+    assert [entry.key["kind"] for entry in ArtifactStore.default().entries()] == ["cpp-kernel"]
+    assert not list((tmp_path / "store" / "building").iterdir()), "nothing half built is left"
