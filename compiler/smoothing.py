@@ -99,7 +99,10 @@ def apply_site(program: Program, site: Site, largest: Tensor | None, alpha: floa
     for reader, weight in zip(site.readers, weights, strict=True):
         given = arguments(reader)
         given["weight"] = program.derive(
-            f"{program.path_of(weight)} smoothed", (weight, *weights), partial(shared, form="columns")
+            f"{program.path_of(weight)} smoothed",
+            (weight, *weights),
+            partial(shared, form="columns"),
+            like=weight,
         )
         _set(reader, given, name)
     given = arguments(site.source)
@@ -111,7 +114,8 @@ def apply_site(program: Program, site: Site, largest: Tensor | None, alpha: floa
         if value is not None:
             shift = offset if part == "weight" else 0.0
             compute = partial(shared, form=form, offset=shift)
-            given[part] = program.derive(f"{program.path_of(value)} smoothed", (value, *weights), compute)
+            smoothed = f"{program.path_of(value)} smoothed"
+            given[part] = program.derive(smoothed, (value, *weights), compute, like=value)
     _set(site.source, given, name)
 
 
