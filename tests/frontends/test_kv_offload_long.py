@@ -159,7 +159,8 @@ def test_shadow_kv_holds_its_outline_and_no_keys(tmp_path: Path) -> None:
     chosen = tokens // policy.chunk - policy.local_chunks
     codes = chosen * policy.chunk * policy.rank + policy.rank * KEY_HEADS * SIZE
     exact = 2 * policy.outlier_chunks * policy.chunk * KEY_HEADS * SIZE
-    outline = 4 * (codes + chosen * KEY_HEADS * SIZE + exact) + chosen * KEY_HEADS  # and a mark for a chunk
+    pace, marks = SIZE // 2, chosen * KEY_HEADS
+    outline = 4 * (codes + pace + marks * SIZE + exact) + marks
     keys = tokens * KEY_HEADS * SIZE * 4
     assert beside == outline < 0.3 * keys
     assert fast < kept <= fast + outline + keys // 4

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from tilewright.compiler.diagnostics import BuildError
+from tilewright.frontends import lowering
 from tilewright.kernels import load
 from tilewright.kernels.common.family import KernelFamily
 from tilewright.kernels.table import FAMILIES, KernelChoice, host_target, select_for_node
@@ -36,21 +37,36 @@ def _with(op: str, line: str) -> KernelFamily:
     )
 
 
-def test_lowering_compiles_its_kernels_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_are_compiled_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     both, honest, meetings = threading.Barrier(2), load.compile_cpp, []
 
     def compile_together(source: str, arch: str, headers: Mapping[str, str]) -> Path:
-        if threading.current_thread() is not threading.main_thread():
-            meetings.append(both.wait(timeout=60))
+        meetings.append(both.wait(timeout=60))
         return honest(source, arch, headers)
 
     monkeypatch.setattr(load, "compile_cpp", compile_together)
     monkeypatch.setattr(load.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(load, "_BUILT", {})
+    monkeypatch.setattr(load, "_LOADED", {})
+    x = torch.randn(7, 89)
+    norm, mlp = _key("rms_norm", x, torch.randn(89), 1e-6), _key("gated_mlp", x, x, "silu")
+    load.compile_side_by_side([(FAMILIES["rms_norm"], norm), (FAMILIES["gated_mlp"], mlp)] * 2)
+    assert sorted(meetings) == [0, 1], "each kernel is compiled once, and one did not wait for the other"
+
+
+def test_lowering_asks_for_all_its_kernels_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[str]] = []
+
+    def note(wanted: Iterable[tuple[KernelFamily, KernelKey]]) -> None:
+        asked.append([key.op for _, key in wanted])
+
+    monkeypatch.setattr(lowering, "compile_side_by_side", note)
+    torch._dynamo.reset()
     module, x = nn.Sequential(nn.RMSNorm(1483), nn.Linear(1483, 29)).eval(), torch.randn(7, 1483)
     with torch.no_grad():
         got = torch.compile(module, backend="tilewright", options={"lower": "eager"})(x)
         torch.testing.assert_close(got, module(x), rtol=1e-4, atol=1e-5)
-    assert sorted(meetings) == [0, 1], "each kernel is compiled once, and one did not wait for the other"
+    assert asked == [["rms_norm", "linear"]]
 
 
 def test_the_first_that_is_refused_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
