@@ -24,6 +24,7 @@ from tilewright.compiler.program import Program
 from tilewright.compiler.repeats import Piece, cut, layout_of, sink_writes
 from tilewright.frontends.chains import is_chain
 from tilewright.frontends.exits import FILL, Fill, is_gate
+from tilewright.frontends.lowering import MEASURE
 from tilewright.runtime.contracts import REUSE
 
 Compiled = Callable[..., Any]
@@ -131,9 +132,11 @@ def _direct(piece: Piece) -> Compiled:
         if _may_alias(call):
             return lambda entry, active, *_: early_exit.enter(entry, active, gate, layers)
         return lambda entry, active, *held: op(entry, active, list(held), gate, layers)
-    if call.target in _ITSELF and _may_alias(call):
-        op = _ITSELF[call.target]
     constants = tuple(a for a in call.args if not isinstance(a, fx.Node))
+    if call.target in _ITSELF:
+        op = _ITSELF[call.target] if _may_alias(call) else _copied(_ITSELF[call.target])
+        if MEASURE in call.meta:
+            constants += (call.meta[MEASURE],)
     if constants:  # gates: their numbers come last
         return lambda *given: op(*given, *constants)
     if _is_bare(piece):
@@ -147,12 +150,20 @@ def _direct(piece: Piece) -> Compiled:
     return run
 
 
-_ITSELF = {
+_ITSELF: dict[Any, Compiled] = {
     ops.step_reuse_begin: step_reuse.enter,
     ops.step_reuse_end: step_reuse.leave,
     ops.step_reuse_end_beside: step_reuse.leave_beside,
 }
 """Ops of gates without the dispatcher and the copy that an op's result has to be."""
+
+
+def _copied(gate: Compiled) -> Compiled:
+    def run(passed: Any, *rest: Any) -> Any:
+        found = gate(passed, *rest)
+        return found.clone() if found is passed else found
+
+    return run
 
 
 def _may_alias(gate: fx.Node) -> bool:

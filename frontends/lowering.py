@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from tilewright.compiler import ops
 from tilewright.compiler.graph import dead_code
 from tilewright.compiler.ops import SemanticOp, semantic_op
 from tilewright.compiler.program import Program
@@ -47,7 +48,14 @@ def lower(
         for node, op in found
         if op is not None
     ]
-    compile_side_by_side((c.family, c.key) for *_, c in chosen if not isinstance(c, Refusal))
+    between = use_kernels and rest == "inductor" and not program.training  # gates stand between pieces
+    gates = _measures(program, target) if between else {}
+    wanted = [*(c for *_, c in chosen), *gates.values()]
+    compile_side_by_side((c.family, c.key) for c in wanted if not isinstance(c, Refusal))
+    for node, measure in gates.items():
+        node.meta[MEASURE] = measure.op
+        shown = {"kernel": measure.name, "why": "", "source": str(measure.source_path)}
+        report.kernels.append({"node": node.name, "op": "measured_copy", **shown})
     for node, op, choice in chosen:
         row = {"node": node.name, "op": op.name, "kernel": "", "why": "", "source": ""}
         if isinstance(choice, Refusal) and op.opaque:
@@ -62,6 +70,23 @@ def lower(
     dead_code(program.graph)
     program.graph.lint()
     program.module.recompile()
+
+
+MEASURE = "tw_measure"
+"""In a gate's meta: the kernel of `measured_copy` its policy measures with, in place of the definition."""
+_MEASURED = {ops.step_reuse_begin: 1, ops.step_reuse_end: 2}
+"""The gates that hand something to a policy, and the place of it."""
+
+
+def _measures(program: Program, target: Target) -> dict[fx.Node, KernelChoice]:
+    found = {}
+    for node in program.graph.nodes:
+        if node.target in _MEASURED:
+            x = node.args[_MEASURED[node.target]].meta["val"]
+            choice = select_for_node("measured_copy", [x, x, x], target, training=False)
+            if isinstance(choice, KernelChoice):
+                found[node] = choice
+    return found
 
 
 def _choose(

@@ -26,6 +26,7 @@ from tilewright.kernels.gated_mlp.family import GATED_MLP
 from tilewright.kernels.hadamard.family import HADAMARD
 from tilewright.kernels.linear.family import LINEAR, LINEAR_MULTI
 from tilewright.kernels.load import Built, build_kernel, built_kernels
+from tilewright.kernels.measured_copy.family import MEASURED_COPY
 from tilewright.kernels.paged.family import PAGED_FAMILIES
 from tilewright.kernels.paged.merge_family import MERGE_PARTS
 from tilewright.kernels.paged.packed_family import PACKED_FAMILIES
@@ -55,6 +56,7 @@ FAMILIES: dict[str, KernelFamily] = {
         MERGE_PARTS,
         *PACKED_FAMILIES,
         ROTATE_ROWS,
+        MEASURED_COPY,
     )
 }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -86,10 +86,14 @@ STATE: ContextVar[StateAccess | None] = ContextVar("tilewright_state", default=N
 """The state of the call that is running, None outside of any request."""
 
 
+Measure = Callable[[Any, Any, Any], Any]
+"""What computes the op `measured_copy`: (x [B, ...], before, into) -> sums [2, B]; `into` becomes x."""
+
+
 class ReuseAccess(Protocol):
     """What a program asks whether a stretch of blocks is computed at this step, and keeps its residual in."""
 
-    def decide(self, gate: int, entry: Any, probe: Any) -> bool:
+    def decide(self, gate: int, entry: Any, probe: Any, measure: Measure) -> bool:
         """Whether the kept residual is added instead; asked once a call, before the stretch."""
 
     def reuses(self, gate: int) -> bool:
@@ -101,14 +105,14 @@ class ReuseAccess(Protocol):
     def residual(self, gate: int) -> Any:
         """The residual of the stretch, from the last step that computed it."""
 
-    def keep(self, gate: int, residual: Any, measured: Any) -> None:
-        """Take in a computed residual, and what the next decisions may measure."""
+    def keep(self, gate: int, exit: Any, entry: Any, measured: Any, measure: Measure) -> None:
+        """Take in exit - entry of a computed stretch, and what the next decisions may measure."""
 
     def residual_beside(self, gate: int, stream: int, entry: Any) -> Any:
         """The residual of another stream of the stretch, to be added to `entry`."""
 
-    def keep_beside(self, gate: int, stream: int, residual: Any) -> None:
-        """Take in the computed residual of another stream of the stretch."""
+    def keep_beside(self, gate: int, stream: int, exit: Any, entry: Any) -> None:
+        """Take in the residual exit - entry of another stream of a computed stretch."""
 
 
 REUSE: ContextVar[ReuseAccess | None] = ContextVar("tilewright_reuse", default=None)

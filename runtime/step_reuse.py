@@ -12,22 +12,48 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import ClassVar, Protocol
 
+import torch
 from torch import Tensor
 
-from tilewright.runtime.contracts import REUSE, STATE
-from tilewright.runtime.step_probe import Kept
+from tilewright.runtime.contracts import REUSE, STATE, Measure
+from tilewright.runtime.step_probe import Kept, fits, room_for
 
 
 class StepReuseError(Exception):
     """A policy that cannot be, a step that goes backwards, or a request that does not run."""
 
 
+@dataclass(frozen=True, slots=True)
+class Residual:
+    """What a stretch added to its entry when it was last computed."""
+
+    tensor: Tensor
+    spare: Tensor | None
+    """Memory for the next one, that of the one before: fresh pages cost more than the difference. Only on the
+    CPU: allocators of other devices keep what is freed."""
+
+    @classmethod
+    def of(cls, exit: Tensor, entry: Tensor, before: Residual | None) -> Residual:
+        """exit - entry; `before` stays as it is, and is the last that does."""
+        exit, entry = exit.detach(), entry.detach()
+        if not exit.is_cpu:
+            return cls(exit - entry, None)
+        same = before is not None and fits(before.tensor, exit)
+        room = before.spare if same and before is not None else None
+        tensor = torch.sub(exit, entry, out=room_for(exit) if room is None else room)
+        return cls(tensor, before.tensor if same and before is not None else None)
+
+    def bytes(self) -> int:
+        """Memory held."""
+        return sum(t.numel() * t.element_size() for t in (self.tensor, self.spare) if t is not None)
+
+
 @dataclass
 class Lane:
     """What one gate of one request and branch remembers."""
 
-    residual: Tensor | None = None
-    beside: dict[int, Tensor] = field(default_factory=dict)
+    residual: Residual | None = None
+    beside: dict[int, Residual] = field(default_factory=dict)
     """Residuals of the other streams of coupled blocks, by number from 1."""
     seen: Kept | None = None
     """What its policy keeps."""
@@ -90,7 +116,7 @@ class Codebook:
         if lane.seen is None:
             return
         gap = step - lane.computed
-        change = seen.change(lane.seen) / gap
+        change = seen.change / gap
         if self.frames > 1 and self.window[0] * steps <= step < self.window[1] * steps:
             motion = (_motion(seen.tensor, self.frames) / self.norm) ** self.power
             before = motion if lane.motion is None else lane.motion
@@ -124,7 +150,7 @@ class Accumulated:
     def reuse(self, lane: Lane, step: int, steps: int, seen: Kept | None) -> bool:
         if step >= steps - 1 or seen is None or lane.seen is None:
             return False
-        change, scaled = seen.change(lane.seen), 0.0
+        change, scaled = seen.change, 0.0
         for c in self.coefficients:
             scaled = scaled * change + c
         lane.drift += max(0.0, scaled)
@@ -151,7 +177,7 @@ class FirstBlock:
     def reuse(self, lane: Lane, step: int, steps: int, seen: Kept | None) -> bool:
         if step < self.warmup or (self.longest and step - lane.computed > self.longest):
             return False
-        return seen is not None and lane.seen is not None and seen.change(lane.seen) < self.threshold
+        return seen is not None and seen.change < self.threshold
 
     def computed(self, lane: Lane, step: int, steps: int, seen: Kept) -> None:
         """The probe of a computed step is kept for every policy."""
@@ -225,9 +251,8 @@ class StepReuse:
         with self._lock:
             branches = [b for r in self._requests.values() for b in list(r.branches.values())]
         lanes = [lane for branch in branches for lane in list(branch.lanes.values())]
-        tensors = [t for lane in lanes for t in (lane.residual, *lane.beside.values()) if t is not None]
-        kept = sum(lane.seen.bytes() for lane in lanes if lane.seen is not None)
-        return kept + sum(t.numel() * t.element_size() for t in tensors)
+        held = [x for lane in lanes for x in (lane.residual, lane.seen, *lane.beside.values())]
+        return sum(x.bytes() for x in held if x is not None)
 
     def running(self, request: str) -> _Request:
         """A request between its begin and its end; StepReuseError for any other."""
@@ -293,19 +318,14 @@ class _Access:
             branch.latest = self._step
         branch.busy.release()
 
-    def decide(self, gate: int, entry: Tensor, probe: Tensor) -> bool:
+    def decide(self, gate: int, entry: Tensor, probe: Tensor, measure: Measure) -> bool:
         before = self._branch.lanes.get(gate)
         kept = None if before is None else before.residual
-        fits = (
-            kept is not None
-            and kept.shape == entry.shape
-            and kept.dtype == entry.dtype
-            and kept.device == entry.device
-        )
-        lane = Lane() if before is None or not fits else before.copy()
+        known = kept is not None and fits(kept.tensor, entry)
+        lane = Lane() if before is None or not known else before.copy()
         # What is kept is copied: a compiled program may use the memory again.
-        seen = Kept(probe, lane.seen) if self._probes else None
-        reuses = fits and not self._again and self._policy.reuse(lane, self._step, self._steps, seen)
+        seen = Kept(probe, lane.seen, measure) if self._probes else None
+        reuses = known and not self._again and self._policy.reuse(lane, self._step, self._steps, seen)
         self._gates[gate] = _Gate(lane, seen, reuses)
         self._inside = reuses
         if reuses:
@@ -326,30 +346,32 @@ class _Access:
         kept = self._gates[gate].lane.residual
         if kept is None:
             raise StepReuseError(f"gate {gate} holds no residual")
-        return kept
+        return kept.tensor
 
-    def keep(self, gate: int, residual: Tensor, measured: Tensor) -> None:
+    def keep(self, gate: int, exit: Tensor, entry: Tensor, measured: Tensor, measure: Measure) -> None:
         if self._again:
             return
         lane, seen = self._gates[gate].lane, self._gates[gate].seen
-        seen = seen or Kept(measured, lane.seen)
+        seen = seen or Kept(measured, lane.seen, measure)
         self._policy.computed(lane, self._step, self._steps, seen)
-        lane.residual, lane.computed, lane.seen = residual.detach(), self._step, seen
+        lane.residual = Residual.of(exit, entry, lane.residual)
+        lane.computed, lane.seen = self._step, seen
 
     def residual_beside(self, gate: int, stream: int, entry: Tensor) -> Tensor:
         kept = self._gates[gate].lane.beside.get(stream)
-        if kept is None or kept.shape != entry.shape:
-            shown = None if kept is None else list(kept.shape)
+        if kept is None or kept.tensor.shape != entry.shape:
+            shown = None if kept is None else list(kept.tensor.shape)
             raise StepReuseError(
                 f"gate {gate}, stream {stream} of {list(entry.shape)} with a kept residual of {shown}: a "
                 "request keeps its sizes"
             )
-        return kept
+        return kept.tensor
 
-    def keep_beside(self, gate: int, stream: int, residual: Tensor) -> None:
+    def keep_beside(self, gate: int, stream: int, exit: Tensor, entry: Tensor) -> None:
         if not self._again:
             lane = self._gates[gate].lane
-            lane.beside = {**lane.beside, stream: residual.detach()}
+            residual = Residual.of(exit, entry, lane.beside.get(stream))
+            lane.beside = {**lane.beside, stream: residual}
 
 
 FAST_30 = Codebook(((0.08, 6), (0.16, 5), (0.24, 4), (0.32, 3), (0.40, 2), (math.inf, 1)))

@@ -10,6 +10,7 @@ from tilewright.compiler.ops import cache as _cache
 from tilewright.compiler.ops import early_exit as _early_exit
 from tilewright.compiler.ops import hadamard as _hadamard
 from tilewright.compiler.ops import linear as _linear
+from tilewright.compiler.ops import measured_copy as _measured_copy
 from tilewright.compiler.ops import merge_parts as _merge_parts
 from tilewright.compiler.ops import mlp as _mlp
 from tilewright.compiler.ops import norm as _norm
@@ -30,6 +31,7 @@ block_sparse_attention_backward = _block_sparse.block_sparse_attention_backward.
 block_sparse_attention_fp8 = _quantized_attention.block_sparse_attention_fp8.overload
 block_sparse_attention_int8 = _quantized_attention.block_sparse_attention_int8.overload
 merge_attention = _block_sparse.merge_attention.overload
+measured_copy = _measured_copy.measured_copy.overload
 merge_parts = _merge_parts.merge_parts.overload
 block_mass = _block_mass.block_mass.overload
 early_exit_begin = _early_exit.early_exit_begin.overload
@@ -87,6 +89,7 @@ __all__ = [
     "linear",
     "linear_multi",
     "merge_attention",
+    "measured_copy",
     "merge_parts",
     "packed_append",
     "packed_attention",

@@ -13,19 +13,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tilewright.compiler.ops.measured_copy import measured_copy
 from tilewright.compiler.ops.registry import define
-from tilewright.runtime.contracts import REUSE
+from tilewright.runtime.contracts import REUSE, Measure
 
 
-def enter(entry: Tensor, probe: Tensor, gate: int) -> Tensor:
+def enter(entry: Tensor, probe: Tensor, gate: int, measure: Measure = measured_copy.definition) -> Tensor:
     """`entry` itself, after the decision for this gate was made from it and `probe`."""
     access = REUSE.get()
     if access is not None:
-        access.decide(gate, entry, probe)
+        access.decide(gate, entry, probe, measure)
     return entry
 
 
-def leave(exit: Tensor, entry: Tensor, measured: Tensor, gate: int) -> Tensor:
+def leave(
+    exit: Tensor, entry: Tensor, measured: Tensor, gate: int, measure: Measure = measured_copy.definition
+) -> Tensor:
     """`exit` itself, or `entry` plus the kept residual where that was decided."""
     access = REUSE.get()
     if access is None:
@@ -33,7 +36,7 @@ def leave(exit: Tensor, entry: Tensor, measured: Tensor, gate: int) -> Tensor:
     if access.reuses(gate):
         kept: Tensor = access.residual(gate)
         return entry + kept
-    access.keep(gate, exit - entry, measured)
+    access.keep(gate, exit, entry, measured, measure)
     return exit
 
 
@@ -45,7 +48,7 @@ def leave_beside(exit: Tensor, entry: Tensor, gate: int, stream: int) -> Tensor:
     if access.reuses(gate):
         kept: Tensor = access.residual_beside(gate, stream, entry)
         return entry + kept
-    access.keep_beside(gate, stream, exit - entry)
+    access.keep_beside(gate, stream, exit, entry)
     return exit
 
 

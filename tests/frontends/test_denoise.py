@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tilewright.compiler.diagnostics import OptionError
+from tilewright.compiler.ops.measured_copy import measured_copy
 from tilewright.frontends.denoise import StepRunner
 from tilewright.runtime.contracts import REUSE, STATE
 from tilewright.runtime.step_reuse import FAST_30, FirstBlock, StepReuse, StepReuseError
@@ -26,9 +27,9 @@ class Gated:
     def __call__(self, x: Tensor, timestep: Tensor) -> Tensor:
         access = REUSE.get()
         assert access is not None
-        reuse = access.decide(0, x, x)
+        reuse = access.decide(0, x, x, measured_copy.definition)
         if not reuse:
-            access.keep(0, x, x)
+            access.keep(0, 2 * x, x, x, measured_copy.definition)
         self.computed.append(not reuse)
         return x + (access.residual(0) if reuse else x)
 

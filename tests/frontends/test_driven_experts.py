@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tilewright.compiler.diagnostics import OptionError
+from tilewright.compiler.ops.measured_copy import measured_copy
 from tilewright.frontends.denoise import StepRunner, driven
 from tilewright.frontends.phases import phase_programs
 from tilewright.frontends.window_search import WindowSearch
@@ -185,9 +186,9 @@ def test_an_expert_that_is_back_computes(experts: tuple[nn.Module, nn.Module]) -
         def run(timestep: Any) -> None:
             access, x = REUSE.get(), torch.ones(1, 2, 3)
             assert access is not None
-            reused = access.decide(0, x, x)
+            reused = access.decide(0, x, x, measured_copy.definition)
             if not reused:
-                access.keep(0, x, x)
+                access.keep(0, 2 * x, x, x, measured_copy.definition)
             computed.append((number, not reused))
 
         return run

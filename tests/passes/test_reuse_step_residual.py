@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import tilewright.frontends.compile as compile_module
 from tilewright.frontends.bundled_models import BUNDLED
 from tilewright.frontends.compile import REPORTS
+from tilewright.kernels.table import host_target
 from tilewright.runtime.step_reuse import FAST_30, Accumulated, FirstBlock, StepReuse
 
 CALLS: list[int] = []
@@ -42,9 +43,9 @@ def _pieces_without_inductor(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch._dynamo.reset()
 
 
-def _compiled(model: nn.Module, options: str) -> Any:
+def _compiled(model: nn.Module, options: str, kernels: bool = False) -> Any:
     text = f"reuse-step-residual{{{options}}}"
-    return torch.compile(model, backend="tilewright", options={"pipeline": text, "kernels": False})
+    return torch.compile(model, backend="tilewright", options={"pipeline": text, "kernels": kernels})
 
 
 def _inputs(model: Any, seed: int) -> dict[str, Any]:
@@ -106,6 +107,27 @@ def test_threshold_zero_is_the_program_bit_for_bit() -> None:
             got = compiled(**_inputs(model, step))[0]
         assert torch.equal(got, compiled(**_inputs(model, step))[0])
     assert reuse.end("r") == (3, 0)
+
+
+@torch.no_grad()
+@pytest.mark.skipif(host_target().arch == "generic", reason="kernels need AVX2")
+@pytest.mark.parametrize("options", METRICS)
+def test_a_compiled_gate_measures_with_a_kernel(options: str) -> None:
+    """Once a step from the second on; the report names it at every gate."""
+    model = BUNDLED["tiny-video-dit"]()
+    compiled = _compiled(model.module, options, kernels=True)
+    compiled(**_inputs(model, 0))
+    rows = [row for row in REPORTS[-1].kernels if row["op"] == "measured_copy"]
+    assert {row["node"].split("_default")[0] for row in rows} == {"step_reuse_begin", "step_reuse_end"}
+    reuse = StepReuse(METRICS[options])
+    reuse.begin("r", 30)
+    with torch.profiler.profile() as seen:
+        for step in range(3):
+            with reuse.call("r", "", step):
+                compiled(**_inputs(model, step))
+    calls = 1 if options == "metric=residual" else 2  # its rate leaves the third step out
+    found = [event.name.split("::")[-1] for event in seen.events() or [] if "measured_copy" in event.name]
+    assert found == [rows[0]["kernel"]] * calls
 
 
 @torch.no_grad()

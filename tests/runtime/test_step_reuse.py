@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tilewright.compiler.ops.measured_copy import measured_copy
 from tilewright.runtime.contracts import REUSE, STATE
 from tilewright.runtime.step_reuse import (
     FAST_30,
@@ -31,9 +32,9 @@ def gate(entry: Tensor, probe: Tensor, residual: Tensor, number: int = 0) -> tup
     """What a gated program does: (computed, result)."""
     access = REUSE.get()
     assert access is not None
-    if access.decide(number, entry, probe):
+    if access.decide(number, entry, probe, measured_copy.definition):
         return False, entry + access.residual(number)
-    access.keep(number, residual, residual)
+    access.keep(number, entry + residual, entry, residual, measured_copy.definition)
     return True, entry + residual
 
 
@@ -199,7 +200,7 @@ def test_state_that_a_stretch_left_out_reads_does_not_age() -> None:
             access, held = REUSE.get(), STATE.get()
             assert access is not None
             assert held is not None
-            left_out = access.decide(0, X, X)
+            left_out = access.decide(0, X, X, measured_copy.definition)
             assert access.leaves_out() == left_out == (step not in (0, 5))
             if step == 0:
                 held.put(0, {"rho": X})
@@ -207,6 +208,27 @@ def test_state_that_a_stretch_left_out_reads_does_not_age() -> None:
             if left_out:
                 access.residual(0)
             else:
-                access.keep(0, X, X)
+                access.keep(0, 2 * X, X, X, measured_copy.definition)
             assert not access.leaves_out()
     assert state.age("r", "") == 0
+
+
+def test_two_residuals_take_turns_and_a_failed_call_spoils_neither() -> None:
+    """After any number of failures the residual that is added is that of the last step that went well."""
+    reuse, at = StepReuse(FirstBlock(0.5)), list[int]()
+    reuse.begin("r", 20)
+    for step in range(4):  # probes far apart: all are computed
+        with reuse.call("r", "", step):
+            assert gate(X, X * 4.0**step, X * step)[0]
+        held = reuse.running("r").branches[""].lanes[0].residual
+        assert held is not None
+        at.append(held.tensor.data_ptr())
+    assert at[2:] == at[:2] != at[1:3]
+    for _ in range(3):
+        with pytest.raises(ZeroDivisionError), reuse.call("r", "", 4):
+            assert gate(X, X * 4.0**9, X * 77)[0]
+            raise ZeroDivisionError
+    with reuse.call("r", "", 4):
+        computed, result = gate(X, X * 4.0**3, X * 99)
+    assert not computed
+    assert torch.equal(result, 4 * X)

@@ -5,8 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tilewright.compiler.ops.measured_copy import measured_copy
 from tilewright.runtime.step_reuse import Accumulated, FirstBlock, StepReuse
 from tilewright.tools import bench_gate
+
+DEFINITION = measured_copy.definition
 
 
 def test_a_line_for_every_side(capsys: pytest.CaptureFixture[str]) -> None:
@@ -33,7 +36,7 @@ def test_a_side_that_reuses_does(
             super().begin(request, steps)
 
     monkeypatch.setattr(bench_gate, "StepReuse", Noted)
-    step = bench_gate.gate(policy(threshold), torch.ones(1, 1, 8), torch.full((1, 1, 8), 2.0))
+    step = bench_gate.gate(policy(threshold), torch.ones(1, 1, 8), torch.full((1, 1, 8), 2.0), DEFINITION)
     for _ in range(5):
         step()
     assert made[0].counts("r") == want
