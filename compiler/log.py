@@ -133,10 +133,11 @@ class PassLog:
         self._report.notes.append(text)
 
     def finish(self, anchors: Iterable[str]) -> None:
-        """Called once at the end: says when nothing was even looked at, and when fuel ran out."""
+        """Called once at the end: says when fuel ran out, and, of a pass that noted nothing, that nothing was
+        even looked at."""
         if self._starved:
             self._report.skipped = f"out of fuel after {self._fuel.spent} rewrites"
-        elif not self._report.applied and not self._report.refused:
+        elif not (self._report.applied or self._report.refused or self._report.notes):
             self.note(f"no candidate: the program has no {' or '.join(sorted(anchors))} that starts to match")
 
 

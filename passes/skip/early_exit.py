@@ -65,7 +65,8 @@ class EarlyExit(GraphPass):
         if not 0.0 <= self.threshold <= 1.0:
             raise self.option_error("threshold", "expected 0 to 1")
         if bool(self.policy) != (self.measure == "policy"):
-            raise self.option_error("policy", "a file belongs to measure=policy, and only there")
+            expected = "only measure=policy reads a file" if self.policy else "measure=policy needs a file"
+            raise self.option_error("policy", expected)
 
     def numbers(self) -> list[int]:
         """The exits in the order given."""

@@ -70,7 +70,12 @@ class PruneWidthForDecode(GraphPass):
         if bool(self.calibration) != (self.importance == "activation") and (
             self.hidden_ratio or self.mlp_ratio
         ):
-            raise self.option_error("calibration", "a file belongs to importance=activation, and only there")
+            expected = (
+                "only importance=activation reads a file"
+                if self.calibration
+                else ("importance=activation needs a file of statistics, importance=weight none")
+            )
+            raise self.option_error("calibration", expected)
 
     def apply(self, program: Program, log: PassLog) -> None:
         if any(self.name in n.meta.get("rewritten_by", ()) for n in program.graph.nodes):

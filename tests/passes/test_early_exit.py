@@ -225,8 +225,8 @@ def test_a_prompt_that_may_leave_gives_what_single_tokens_give(lower: str, plain
         ("exits=2;3", "expected numbers joined by"),
         ("threshold=1.5", "expected 0 to 1"),
         ("threshold=nan", "finite number"),
-        ("exits=2,measure=policy", "belongs to measure=policy"),
-        ("exits=2,policy=x.json", "belongs to measure=policy"),
+        ("exits=2,measure=policy", "measure=policy needs a file"),
+        ("exits=2,policy=x.json", "only measure=policy reads"),
         ("exits=2,measure=feeling", "one of saturation, confidence"),
     ],
 )

@@ -224,10 +224,14 @@ def test_two_residuals_take_turns_and_a_failed_call_spoils_neither() -> None:
         assert held is not None
         at.append(held.tensor.data_ptr())
     assert at[2:] == at[:2] != at[1:3]
+
+    def fail() -> None:
+        assert gate(X, X * 4.0**9, X * 77)[0]
+        raise ZeroDivisionError
+
     for _ in range(3):
         with pytest.raises(ZeroDivisionError), reuse.call("r", "", 4):
-            assert gate(X, X * 4.0**9, X * 77)[0]
-            raise ZeroDivisionError
+            fail()
     with reuse.call("r", "", 4):
         computed, result = gate(X, X * 4.0**3, X * 99)
     assert not computed
