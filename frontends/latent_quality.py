@@ -24,6 +24,7 @@ from tilewright.frontends.commands.shared import timed
 from tilewright.frontends.compile import REPORTS
 from tilewright.frontends.denoise import StepRunner
 from tilewright.frontends.phases import phase_programs
+from tilewright.runtime.step_fit import Recorded
 from tilewright.runtime.step_reuse import Accumulated, Codebook, FirstBlock, Policy, StepReuse
 from tilewright.runtime.step_state import PRESETS, Phase, Schedule, StepState
 
@@ -73,13 +74,14 @@ def psnr(found: Tensor, wanted: Tensor) -> float:
     return math.inf if error == 0 else 10 * math.log10(toy_video.PEAK**2 / error)
 
 
-def noises(items: int) -> list[tuple[Tensor, str]]:
-    """(noise, prompt) of the requests that are compared; at most one per bundled prompt."""
+def noises(items: int, first: int = 900) -> list[tuple[Tensor, str]]:
+    """(noise, prompt) of the requests that are compared, by seeds from `first`; at most one per bundled
+    prompt."""
     if not 1 <= items <= len(toy_video.PROMPTS):
         raise OptionError(f"items = {items}: expected 1 to {len(toy_video.PROMPTS)}, the bundled prompts")
     made = []
     for seed, prompt in enumerate(toy_video.PROMPTS[:items]):
-        generator = torch.Generator().manual_seed(900 + seed)
+        generator = torch.Generator().manual_seed(first + seed)
         made.append((torch.randn(1, *toy_video.SHAPE, generator=generator), prompt))
     return made
 
@@ -230,12 +232,16 @@ def codebook(threshold: float) -> Policy:
     return Codebook(((threshold, 3), (2 * threshold, 2), (math.inf, 1)))
 
 
-REUSE: dict[str, tuple[str, int, Callable[[float], Policy], tuple[float, ...]]] = {
+REUSE: dict[str, tuple[str, int, Callable[[float], Policy] | None, tuple[float, ...]]] = {
     "residual": ("metric=residual", 0, codebook, (0.03, 0.06, 0.12, 0.24)),
     "first-block": ("metric=first-block,head=1", 1, FirstBlock, (0.1, 0.15, 0.2, 0.4)),
     "modulated": ("metric=modulated", 0, Accumulated, (0.025, 0.05, 0.1, 0.2)),
+    "modulated, fitted": ("metric=modulated", 0, None, (0.08, 0.1, 0.15, 0.2)),
 }
-"""Policy -> (options of the pass, blocks in front of the gate, its policy at a threshold, thresholds)."""
+"""Policy -> (options of the pass, blocks in front of the gate, its policy at a threshold, thresholds). The
+policy None is TeaCache's with a polynomial fitted to other requests."""
+FITTED = 2
+"""Requests that a polynomial is fitted to."""
 
 
 def reuse_quality(
@@ -252,6 +258,7 @@ def reuse_quality(
         _, call = toy_video.examples()["denoise"](None)
         with torch.no_grad():
             program(**call)
+        policy = policy or _recorded(program, steps).fitted
         for threshold in own if thresholds is None else thresholds:
             quality, calls = _reused(program, policy(threshold), requests, steps, dense)
             computed, reused = len(calls[False]), len(calls[True])
@@ -260,6 +267,16 @@ def reuse_quality(
             shorter = 1 - median(calls[True]) / median(calls[False]) if reused else 0.0
             time_saved = shorter * reused / (computed + reused)
             yield ReuseRow(name, threshold, quality, done, full, 1 - done / full, time_saved)
+
+
+def _recorded(program: Any, steps: int) -> Recorded:
+    """What changes from step to step, in requests that are not among those compared."""
+    recorded = Recorded()
+    runner = StepRunner(program, reuse=StepReuse(recorded))
+    for noise, prompt in noises(FITTED, first=700):
+        with torch.no_grad(), runner.request(prompt, timesteps_of(steps)):
+            sample(runner, noise, prompt, steps, runner.branch)
+    return recorded
 
 
 def _reused(

@@ -81,8 +81,8 @@ class Policy(Protocol):
         """Whether this step reuses the residual; a lane without one is never asked. seen: the probe of this
         step, None for a policy that keeps what is measured."""
 
-    def computed(self, lane: Lane, step: int, steps: int, seen: Kept) -> None:
-        """A step was computed, and `seen` will be kept; `lane` is still that of the step before."""
+    def computed(self, lane: Lane, step: int, steps: int, seen: Kept, residual: Tensor) -> None:
+        """A step was computed, `seen` and `residual` will be kept; `lane` is that of the step before."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ class Codebook:
     def reuse(self, lane: Lane, step: int, steps: int, seen: Kept | None) -> bool:
         return step < min(lane.computed + lane.rate, steps - 2)
 
-    def computed(self, lane: Lane, step: int, steps: int, seen: Kept) -> None:
+    def computed(self, lane: Lane, step: int, steps: int, seen: Kept, residual: Tensor) -> None:
         if lane.seen is None:
             return
         gap = step - lane.computed
@@ -138,11 +138,16 @@ def _motion(residual: Tensor, frames: int) -> float:
 @dataclass(frozen=True)
 class Accumulated:
     """TeaCache (arXiv:2411.19108): reuse while the summed change of the probe, rescaled by a polynomial
-    (highest power first), stays below the threshold. The first and the last step are computed."""
+    (highest power first), stays below the threshold. The first and the last step are computed.
+
+    The polynomial is one model's: `runtime.step_fit.Recorded` fits it. limits: the changes it was fitted to;
+    beyond, where it may be anything, a change counts as the nearer of them.
+    """
 
     keeps: ClassVar[str] = "probe"
     threshold: float
     coefficients: tuple[float, ...] = (1.0, 0.0)
+    limits: tuple[float, float] = (0.0, math.inf)
 
     def __post_init__(self) -> None:
         _check_threshold(self.threshold)
@@ -150,14 +155,14 @@ class Accumulated:
     def reuse(self, lane: Lane, step: int, steps: int, seen: Kept | None) -> bool:
         if step >= steps - 1 or seen is None or lane.seen is None:
             return False
-        change, scaled = seen.change, 0.0
+        change, scaled = min(max(seen.change, self.limits[0]), self.limits[1]), 0.0
         for c in self.coefficients:
             scaled = scaled * change + c
-        lane.drift += max(0.0, scaled)
+        lane.drift += max(0.0, scaled) if math.isfinite(seen.change) else math.inf
         lane.seen = seen
         return lane.drift < self.threshold
 
-    def computed(self, lane: Lane, step: int, steps: int, seen: Kept) -> None:
+    def computed(self, lane: Lane, step: int, steps: int, seen: Kept, residual: Tensor) -> None:
         lane.drift = 0.0
 
 
@@ -179,7 +184,7 @@ class FirstBlock:
             return False
         return seen is not None and seen.change < self.threshold
 
-    def computed(self, lane: Lane, step: int, steps: int, seen: Kept) -> None:
+    def computed(self, lane: Lane, step: int, steps: int, seen: Kept, residual: Tensor) -> None:
         """The probe of a computed step is kept for every policy."""
 
 
@@ -353,9 +358,9 @@ class _Access:
             return
         lane, seen = self._gates[gate].lane, self._gates[gate].seen
         seen = seen or Kept(measured, lane.seen, measure)
-        self._policy.computed(lane, self._step, self._steps, seen)
-        lane.residual = Residual.of(exit, entry, lane.residual)
-        lane.computed, lane.seen = self._step, seen
+        residual = Residual.of(exit, entry, lane.residual)
+        self._policy.computed(lane, self._step, self._steps, seen, residual.tensor)
+        lane.residual, lane.computed, lane.seen = residual, self._step, seen
 
     def residual_beside(self, gate: int, stream: int, entry: Tensor) -> Tensor:
         kept = self._gates[gate].lane.beside.get(stream)

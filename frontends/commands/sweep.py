@@ -87,10 +87,10 @@ def _attention_lines(rows: list[Any]) -> list[str]:
 
 
 def _reuse_lines(rows: list[Any]) -> list[str]:
-    lines = [f"{'policy':<14} {'threshold':>9} {'PSNR dB':>8} {'blocks':>11} {'saved':>6} {'time saved':>11}"]
+    lines = [f"{'policy':<17} {'threshold':>9} {'PSNR dB':>8} {'blocks':>11} {'saved':>6} {'time saved':>11}"]
     for r in rows:
         blocks = f"{r.evaluations}/{r.full}"
-        head = f"{r.policy:<14} {r.threshold:>9g} {r.psnr:>8.1f} {blocks:>11}"
+        head = f"{r.policy:<17} {r.threshold:>9g} {r.psnr:>8.1f} {blocks:>11}"
         lines.append(f"{head} {r.saved:>6.0%} {r.time_saved:>11.0%}")
     return [
         *lines,

@@ -32,7 +32,7 @@ class Odd:
     def reuse(self, lane: Lane, step: int, steps: int, seen: Kept | None) -> bool:
         return step % 2 == 1
 
-    def computed(self, lane: Lane, step: int, steps: int, seen: Kept) -> None:
+    def computed(self, lane: Lane, step: int, steps: int, seen: Kept, residual: Tensor) -> None:
         """Nothing to learn."""
 
 

@@ -112,7 +112,7 @@ def test_requests_and_branches_that_take_turns_never_see_each_other() -> None:
             level = 1.0 + (key[0] == "b") + 2.0 * (key[1] == "neg")
             with reuse.call(*key, step):
                 found.setdefault(key, []).append(gate(X, X, X * level * 1.01**step)[1])
-        assert reuse.bytes() == 4 * (1 + 3) * X.numel() * 4, "a residual, and room for two copies and zeros"
+        assert reuse.bytes() == 4 * (1 + 3) * X.numel() * 4, "two residuals and two copies"
         return found
 
     keys = [(r, b) for r in "ab" for b in ("pos", "neg")]
