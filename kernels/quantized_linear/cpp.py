@@ -143,7 +143,7 @@ _STEPS = """  int64_t m = 0;
   for (; m < M; ++m) rows_of_panel<1>(w, block, panel, rows + m, first + m, K32);"""
 _FOUR = """
   for (; m + 4 <= M; m += 4) rows_of_panel<4>(w, block, panel, rows + m, first + m, K32);"""
-WIDE_STEPS = """  if (M >= kTile) {
+_WIDE_STEPS = """  if (M >= kTile) {
     tiles<kTile>(w, block, panel, rows, first, M, K32);
   } else if (M >= 4) {
     tiles<4>(w, block, panel, rows, first, M, K32);
@@ -163,7 +163,7 @@ inline void tiles(const Weight& w, int64_t block, const Weights* panel, const Ro
 
 def _many(shape: Shape) -> str:
     tiles = f"\n\n{TILES}" * shape.avx512
-    steps = WIDE_STEPS if shape.avx512 else _STEPS.replace("FOUR", "" if shape.is_integer else _FOUR)
+    steps = _WIDE_STEPS if shape.avx512 else _STEPS.replace("FOUR", "" if shape.is_integer else _FOUR)
     return f"""{rows_of_panel()}{tiles}
 
 // M rows of x times two blocks of 8 rows of a weight.

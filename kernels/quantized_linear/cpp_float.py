@@ -249,11 +249,12 @@ def _scratch(cut: bool, wide: bool) -> str:
 inline Row* scratch(int64_t M, int64_t K32) {{
   thread_local std::vector<float> memory;
   thread_local std::vector<Row> rows;
-  const int64_t each = {columns} + {ROW_FLOATS if cut else 0};
-  if (static_cast<int64_t>(memory.size()) < M * each) memory.resize(M * each);
+  const int64_t each = ({columns} + {ROW_FLOATS if cut else 0} + 15) / 16 * 16;
+  if (static_cast<int64_t>(memory.size()) < M * each + 15) memory.resize(M * each + 15);
+  float* first = memory.data() + -(reinterpret_cast<uintptr_t>(memory.data()) / 4) % 16;  // on a cache line
   if (static_cast<int64_t>(rows.size()) < M) rows.resize(M);
   for (int64_t m = 0; m < M; ++m) {{
-    rows[m].x = memory.data() + m * each;{at}
+    rows[m].x = first + m * each;{at}
   }}
   return rows.data();
 }}
@@ -280,7 +281,7 @@ def arithmetic(form: FloatFormat, wide: bool) -> str:
 }};"""
     token = " * *rows[m].scale" if cut else ""
     if wide:
-        decode, dot = cpp_float_wide.decode(element), cpp_float_wide.DOT.replace("TOKEN", token)
+        decode, dot = cpp_float_wide.decode(form), cpp_float_wide.dot(form, token)
     else:
         decode, dot = _decode(element), _DOT.replace("TOKEN", token)
     return "\n\n".join((_geometry(element, form.group), decode, row, prepare, dot))
@@ -301,7 +302,7 @@ constexpr int64_t kAhead = {cpp_float_wide.AHEAD_BYTES if wide else AHEAD_BYTES}
     panel_scale = ("vmul(", ", vset(*rows[i].scale))") if cut else ("", "")
     if wide:
         panel, tile = cpp_float_wide.PANEL, cpp_wide.TILE_TEXT.replace("COLUMNS", "span(K32)")
-        many, steps = [cpp.TILES], cpp.WIDE_STEPS
+        many, steps = [cpp.TILES], "  tiles<kTile>(w, block, panel, rows, first, M, K32);"
     else:
         panel, tile = _PANEL, FLOAT_TILE_TEXT
         many, steps = [], _STEPS
@@ -319,7 +320,7 @@ constexpr int64_t kAhead = {cpp_float_wide.AHEAD_BYTES if wide else AHEAD_BYTES}
         tile,
         cpp.rows_of_panel(*panel_scale),
         *many,
-        _MULTIPLY.replace("FEW", str(FEW)).replace("STEPS", steps),
+        _MULTIPLY.replace("FEW", str(cpp_float_wide.FEW if wide else FEW)).replace("STEPS", steps),
         cpp.run(key, prepares=True, few=1),
     )
     scales = "row" if form.group == 0 else f"{form.group} columns"

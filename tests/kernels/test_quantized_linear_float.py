@@ -86,7 +86,7 @@ def test_prefill_of_512_rows(form: FloatFormat, target: Target) -> None:
 
 
 @pytest.mark.parametrize("name", ["fp8-e4m3", "fp8-e5m2", "nvfp4"])
-@pytest.mark.parametrize("count", [1, 9])
+@pytest.mark.parametrize("count", [1, 23])
 def test_every_code_is_its_value(name: str, count: int, target: Target) -> None:
     """Rows of one code in front of columns of one: every finite code of a byte, of every scale of NVFP4."""
     form = FloatFormat(name, 16 if name == "nvfp4" else 0)
@@ -123,7 +123,7 @@ def test_every_code_in_every_place(name: str, target: Target) -> None:
             torch.testing.assert_close(got.double(), meant, rtol=3e-7, atol=0.0)
 
 
-@pytest.mark.parametrize("count", [1, 12])
+@pytest.mark.parametrize("count", [1, 23])
 def test_activations_round_as_torch_does(count: int, target: Target) -> None:
     """x as multiples of the codes' steps and their middles, seen through 448 times an identity."""
     form, columns = FloatFormat("fp8-e4m3", activation="fp8-token"), 512
@@ -182,14 +182,18 @@ MUTANTS = {
     "avx512": {
         "codes below the others": (E4M3, 1, "_mm512_extracti64x4_epi64(h, 1)", "_mm512_castsi512_si256(h)"),
         "the sign": (E4M3, 1, "_mm512_set1_epi16(-16385)", "_mm512_set1_epi16(16383)"),
-        "the scale of a group": (GROUPS, 1, "(scale_of(row, K32, g))", "(scale_of(row, K32, 0))"),
+        "the scale of a group": (GROUPS, 1, "scale_of(row, K32, c / kGroup)", "scale_of(row, K32, 0)"),
+        "the scale of a group in a panel": (GROUPS, 23, "c / kGroup", "0"),
         "the last code of a word": (NVFP4, 1, "words, 4 * j", "words, 4 * (j & 6)"),
-        "two lanes of a scale": (NVFP4, 1, "_mm_unpacklo_epi8(codes, codes)", "codes"),
-        "the place of e4m3 scales": (NVFP4, 9, "fine_at(K32) + 8 * g", "fine_at(K32)"),
+        "two lanes of a scale": (NVFP4, 1, "(0, 0, 1, 1, 2,", "(0, 1, 1, 1, 2,"),
+        "the second scales of two": (NVFP4, 1, "twice(both, 8)", "twice(both, 0)"),
+        "the place of e4m3 scales": (NVFP4, 23, "fine_at(K32) + 2 * c", "fine_at(K32)"),
         "the columns of x": (NVFP4, 1, "transpose8<16>(eight + 8,", "transpose8<16>(eight,"),
-        "the columns of a tile": (NVFP4, 13, "k < span(K32); ++k", "k < K32 * 32; ++k"),
+        "the columns of a tile": (NVFP4, 23, "k < span(K32); ++k", "k < K32 * 32; ++k"),
         "streams": (E4M3, 1, "at[s].block * 8 + r", "at[0].block * 8 + r"),
         "a row of few": (E4M3, 5, "rows[m].x + c * 32", "rows[0].x + c * 32"),
+        "a row of few of NVFP4": (NVFP4, 2, "rows[m].x + c * 32 + j", "rows[0].x + c * 32 + j"),
+        "the last tile": (E4M3, 23, "rows + M - R, first + M - R", "rows + M - R, first + M - R - 1"),
     },
 }
 """(format, rows of x, text, what it becomes)."""
