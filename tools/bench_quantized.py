@@ -1,7 +1,8 @@
 """Time quantized_linear on this CPU: cold weights, every side in turn in one process, the minimum of rounds.
 
 Sides: torch float32, torch's int8 dynamic linear (fbgemm) and, where onnxruntime and onnx can be imported,
-MatMulNBits with int8 activations. The read bandwidth of the machine (4 streams per thread) stands beside.
+MatMulNBits with int8 activations. The read bandwidth of the machine (4 streams per thread) stands beside,
+measured between the rounds: on a shared machine it changes from minute to minute.
 """
 
 from __future__ import annotations
@@ -46,6 +47,8 @@ FORMATS: dict[str, AnyFormat] = {
 Side = Callable[[int], object]
 WHOLE = "ort MatMulNBits"
 """The side whose call runs every copy."""
+READS = 3
+"""Reads of 256 MiB after every round."""
 
 
 @dataclass(frozen=True)
@@ -154,17 +157,21 @@ def read_op() -> Any:
     return torch.ops.tilewright_kernels.read_once
 
 
+@functools.lru_cache(maxsize=1)
+def _much() -> Tensor:
+    return torch.ones(64 << 20)
+
+
 def bandwidth(rounds: int) -> float:
     """Bytes per second of reading 256 MiB."""
-    x = torch.ones(64 << 20)
-    op = read_op()
+    x, op = _much(), read_op()
     return x.numel() * 4 / interleave({"read": lambda _: op(x)}, 1, rounds)["read"]
 
 
 def measure(
     rows: int, columns: int, tokens: int, formats: list[str], peers: bool, rounds: int
-) -> list[Measured]:
-    """Every side on one shape, interleaved."""
+) -> tuple[list[Measured], float]:
+    """Every side on one shape, interleaved, and the read bandwidth meanwhile."""
     torch.manual_seed(0)
     weight, x = torch.randn(rows, columns) * 0.05, torch.randn(tokens, columns)
     copies = _copies(rows * columns // 2) if tokens == 1 else 1
@@ -175,7 +182,7 @@ def measure(
         sides["fbgemm int8"] = fbgemm(weight, x, copies)
         if all(importlib.util.find_spec(m) for m in ("onnxruntime", "onnx")):
             sides[WHOLE] = matmul_nbits(weight, x, copies)
-    seconds = dict.fromkeys(sides, float("inf"))
+    seconds, limit = dict.fromkeys(sides, float("inf")), 0.0
     for _ in range(rounds):  # what runs all copies at once takes its turn between rounds of the others
         short = {name: run for name, (run, _) in sides.items() if name != WHOLE}
         for name, value in interleave(short, copies, 1).items():
@@ -183,7 +190,8 @@ def measure(
         if WHOLE in sides:
             whole = interleave({WHOLE: sides[WHOLE][0]}, 1, 1)[WHOLE] / copies
             seconds[WHOLE] = min(seconds[WHOLE], whole)
-    return [Measured(name, seconds[name], size) for name, (_, size) in sides.items()]
+        limit = max(limit, bandwidth(READS))
+    return [Measured(name, seconds[name], size) for name, (_, size) in sides.items()], limit
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -198,14 +206,13 @@ def main(argv: list[str] | None = None) -> int:
     default = DECODE if options.tokens == 1 else PREFILL
     shapes = [tuple(int(s) for s in text.split("x")) for text in options.shape or ()] or default
     with torch.inference_mode():
-        limit = bandwidth(options.rounds)
-        print(f"read bandwidth {limit / 1e9:.1f} GB/s, {torch.get_num_threads()} threads")
         for rows, columns in shapes:
-            found = measure(
+            found, limit = measure(
                 rows, columns, options.tokens, options.format or list(FORMATS), not options.no_peers,
                 options.rounds,
             )  # fmt: skip
-            print(f"{rows} x {columns}, {options.tokens} rows of x")
+            machine = f"{torch.get_num_threads()} threads, read bandwidth {limit / 1e9:.1f} GB/s"
+            print(f"{rows} x {columns}, {options.tokens} rows of x, {machine}")
             for side in found:
                 rate = 2 * rows * columns * options.tokens / side.seconds / 1e9
                 read = side.bytes / side.seconds

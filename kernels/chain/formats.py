@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tilewright.compiler.float_format import AnyFormat, FloatFormat
+from tilewright.kernels.common.cpp import TRANSPOSE8
 from tilewright.kernels.quantized_linear import cpp_float
 from tilewright.kernels.quantized_linear.cpp_dot import dot
 from tilewright.kernels.quantized_linear.cpp_parts import Shape, activations, geometry
@@ -81,7 +82,7 @@ def row_floats(form: AnyFormat, columns: int) -> int:
     """Floats that a prepared row of x takes."""
     chunks = -(-columns // 32)
     if isinstance(form, FloatFormat):
-        return chunks * 32 + cpp_float.ROW_FLOATS
+        return cpp_float.row_floats(form, chunks)
     return chunks * 40 + 3 * len(form.chunks(columns))
 
 
@@ -90,7 +91,8 @@ def format_text(form: AnyFormat, space: str, arch: str) -> str:
     if isinstance(form, FloatFormat):
         rest = _CUT_ROW if form.activation != "none" else ""
         body: tuple[str, ...] = (
-            cpp_float.arithmetic(form),
+            *([TRANSPOSE8] if form.is_nvfp4 and arch == "avx512" else []),
+            cpp_float.arithmetic(form, arch == "avx512"),
             _PREPARE.format(rest=rest, given="", step=""),
             _MULTIPLY_ROWS,
         )

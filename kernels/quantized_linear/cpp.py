@@ -75,7 +75,18 @@ inline void store(const Weight& w, int64_t m, int64_t block, Vec value) {{
 }}"""
 
 
-def _walk() -> str:
+_STREAMS = """template <int S>
+inline void blocks_of_streams(const Place* at, const Row& row, int64_t m, int64_t K32) {
+  const uint8_t* start[S];
+  for (int s = 0; s < S; ++s) start[s] = at[s].weight->data + at[s].block * block_bytes(K32);
+  Vec sum[S];
+  dot_blocks<S>(start, row, K32, sum);
+  for (int s = 0; s < S; ++s) store(*at[s].weight, m, at[s].block, sum[s]);
+}"""
+
+
+def walk(streams: str) -> str:
+    """All blocks of all weights, several ranges of them side by side; `streams` has blocks_of_streams."""
     places = ", ".join(f"{{weights, first + {s} * each}}" for s in range(STREAMS))
     return f"""// A place in the list of all blocks of all weights.
 struct Place {{
@@ -91,30 +102,23 @@ struct Place {{
   }}
 }};
 
-template <int S>
-inline void blocks_of_streams(const Place* at, const Row& row, int64_t m, int64_t K32, int64_t bytes) {{
-  const uint8_t* start[S];
-  for (int s = 0; s < S; ++s) start[s] = at[s].weight->data + at[s].block * bytes;
-  Vec sum[S];
-  dot_blocks<S>(start, row, K32, sum);
-  for (int s = 0; s < S; ++s) store(*at[s].weight, m, at[s].block, sum[s]);
-}}
+{streams}
 
 // Blocks [first, last) of the list times row m of x, in {STREAMS} ranges side by side.
 inline void walk(const Weight* weights, int64_t first, int64_t last, const Row& row, int64_t m,
                  int64_t K32) {{
-  const int64_t each = (last - first) / {STREAMS}, bytes = block_bytes(K32);
+  const int64_t each = (last - first) / {STREAMS};
   if (each > 0) {{
     Place at[{STREAMS}] = {{{places}}};
     for (int64_t i = 0; i < each; ++i) {{
-      blocks_of_streams<{STREAMS}>(at, row, m, K32, bytes);
+      blocks_of_streams<{STREAMS}>(at, row, m, K32);
       if (i + 1 < each)
         for (Place& place : at) place.next();
     }}
   }}
   for (int64_t i = first + each * {STREAMS}; i < last; ++i) {{
     Place at(weights, i);
-    blocks_of_streams<1>(&at, row, m, K32, bytes);
+    blocks_of_streams<1>(&at, row, m, K32);
   }}
 }}"""
 
@@ -146,10 +150,8 @@ _WIDE_STEPS = """  if (M >= kTile) {
   } else {
     tiles<1>(w, block, panel, rows, first, M, K32);
   }"""
-_TILES = """
-
-// M rows of x, at least R; those that the last tile does again come out the same. A tile of few rows takes as
-// long as one of many: its sums wait for themselves.
+TILES = """// M rows of x, at least R; those that the last tile does again come out the same. A tile of few
+// rows takes as long as one of many: its sums wait for themselves.
 template <int R>
 inline void tiles(const Weight& w, int64_t block, const Weights* panel, const Row* rows, int64_t first,
                   int64_t M, int64_t K32) {
@@ -160,8 +162,9 @@ inline void tiles(const Weight& w, int64_t block, const Weights* panel, const Ro
 
 
 def _many(shape: Shape) -> str:
+    tiles = f"\n\n{TILES}" * shape.avx512
     steps = _WIDE_STEPS if shape.avx512 else _STEPS.replace("FOUR", "" if shape.is_integer else _FOUR)
-    return f"""{rows_of_panel()}{_TILES * shape.avx512}
+    return f"""{rows_of_panel()}{tiles}
 
 // M rows of x times two blocks of 8 rows of a weight.
 inline void multiply_panel(const Weight& w, int64_t block, Weights* panel, const Row* rows, int64_t first,
@@ -343,7 +346,7 @@ constexpr int64_t kAhead = {AHEAD_BYTES};  // bytes"""
         "group": f"int8 per {shape.group} columns",
         "static": "int8 of one calibrated step",
     }
-    body = (head, geometry(shape), activations(shape), dot(shape), panel(shape), store(key), _walk())
+    body = (head, geometry(shape), activations(shape), dot(shape), panel(shape), store(key), walk(_STREAMS))
     few = FEW if shape.is_integer or not shape.avx512 else FEW_WIDE
     text = run(key, prepares=shape.is_integer, few=few, static=shape.is_static)
     parts = (*body, _many(shape), _rows(shape), text)

@@ -2,8 +2,9 @@
 
 Rows of the weight lie one after the other. Codes of fp8 are shifted to where the bits of a float16 lie (the
 processor converts those, subnormals too), which leaves a power of two; the 16 codes of NVFP4 are looked up.
-Few rows of x meet the codes as they are decoded, several weight rows at a time so that a thread reads several
-streams; more rows of x share a decoded panel of 16 weight rows that stays in cache.
+Few rows of x meet the codes as they are decoded, several weight rows at a time so that a thread reads
+several streams; one row of x meets rows far apart. More rows of x share a decoded panel of 16 weight rows
+that stays in cache. What differs on AVX-512 is in cpp_float_wide.py.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from tilewright.compiler.float_format import E2M1, FloatFormat
 from tilewright.compiler.weight_format import CHUNK
 from tilewright.kernels.common.cpp import ELEMENT, TRANSPOSE8, cpp_file, vector_text
 from tilewright.kernels.common.family import config_of
-from tilewright.kernels.quantized_linear import cpp
+from tilewright.kernels.quantized_linear import cpp, cpp_float_wide, cpp_wide
 from tilewright.kernels.quantized_linear.cpp_panel import FLOAT_TILE, FLOAT_TILE_TEXT
 from tilewright.kernels.quantized_linear.cpp_parts import AHEAD_BYTES, range_text
 from tilewright.runtime.contracts import KernelKey
@@ -128,7 +129,7 @@ inline void dot(const uint8_t* const* start, const Row* rows, int64_t K32, float
     }
   }
   for (int r = 0; r < R; ++r)
-    for (int m = 0; m < M; ++m) lane[m][r] = vsum(sum[r][m]) * ROW_SCALE;
+    for (int m = 0; m < M; ++m) lane[m][r] = vsum(sum[r][m]) * (kUnitTOKEN);
 }"""
 
 _BLOCKS = """// 8 weight rows times M rows of x; rows behind the last are read as the last, and not stored.
@@ -143,45 +144,47 @@ inline void block_times(const Weight& w, int64_t block, const Row* rows, int64_t
     for (int m = 0; m < M; ++m) std::memcpy(lane[m] + r, some[m], kSide * sizeof(float));
   }
   for (int m = 0; m < M; ++m) store(w, first + m, block, vload(lane[m]));
-}
-
-// Blocks [first, last) of the list of all blocks of all weights, times row m of x.
-inline void walk(const Weight* weights, int64_t first, int64_t last, const Row& row, int64_t m, int64_t K32) {
-  for (; first < last; ++first) {
-    for (; first >= weights->blocks; ++weights) {
-      first -= weights->blocks;
-      last -= weights->blocks;
-    }
-    block_times<1>(*weights, first, &row, m, K32);
-  }
 }"""
 
-_PANEL = f"""constexpr int kTile = {FLOAT_TILE};
-using Weights = float;
-// A panel of 16 rows: [columns][16] decoded.
-inline int64_t panel_size(int64_t K32) {{ return K32 * 32 * 16; }}
+_STREAMS = """// Blocks of S ranges far apart, row by row.
+template <int S>
+inline void blocks_of_streams(const Place* at, const Row& row, int64_t m, int64_t K32) {
+  if (S == 1) return block_times<1>(*at->weight, at->block, &row, m, K32);
+  float lane[S][8], some[1][8];
+  for (int r = 0; r < 8; ++r) {
+    const uint8_t* start[S];
+    for (int s = 0; s < S; ++s) start[s] = row_of(*at[s].weight, at[s].block * 8 + r, K32);
+    dot<S, 1>(start, &row, K32, some);
+    for (int s = 0; s < S; ++s) lane[s][r] = some[0][s];
+  }
+  for (int s = 0; s < S; ++s) store(*at[s].weight, m, at[s].block, vload(lane[s]));
+}"""
 
-inline void unpack_block(const Weight& w, int64_t block, int64_t K32, float* to) {{
+_PANEL = """using Weights = float;
+// A panel of 16 rows: [columns][16] decoded.
+inline int64_t panel_size(int64_t K32) { return K32 * 32 * 16; }
+
+inline void unpack_block(const Weight& w, int64_t block, int64_t K32, float* to) {
   alignas(32) float wide[8][32];
   const uint8_t* start[8];
   const float* rows[8];
-  for (int r = 0; r < 8; ++r) {{
+  for (int r = 0; r < 8; ++r) {
     start[r] = row_of(w, block * 8 + r, K32);
     rows[r] = wide[r];
-  }}
-  for (int64_t g = 0, c = 0; c < K32; ++g) {{
+  }
+  for (int64_t g = 0, c = 0; c < K32; ++g) {
     float scale[8];
     for (int r = 0; r < 8; ++r) scale[r] = scale_of(start[r], K32, g) * kUnit;
-    for (const int64_t last = c + chunks_of(c, K32); c < last; ++c, to += 32 * 16) {{
-      for (int r = 0; r < 8; ++r) {{
+    for (const int64_t last = c + chunks_of(c, K32); c < last; ++c, to += 32 * 16) {
+      for (int r = 0; r < 8; ++r) {
         Vec v[4];
         decode(start[r] + c * kChunkBytes, start[r] + fine_at(K32) + 2 * c, v);
         for (int i = 0; i < 4; ++i) vstore(wide[r] + i * 8, vmul(v[i], vset(scale[r])));
-      }}
+      }
       for (int k = 0; k < 32; k += 8) transpose8<16>(rows, k, to + k * 16);
-    }}
-  }}
-}}"""
+    }
+  }
+}"""
 
 _MULTIPLY = """// M rows of x times two blocks of 8 rows of a weight.
 inline void multiply_panel(const Weight& w, int64_t block, Weights* panel, const Row* rows, int64_t first,
@@ -201,10 +204,12 @@ inline void multiply_panel(const Weight& w, int64_t block, Weights* panel, const
   }
   unpack_block(w, block, K32, panel);
   if (both) unpack_block(w, block + 1, K32, panel + 8);
-  int64_t m = 0;
-  for (; m + kTile <= M; m += kTile) rows_of_panel<kTile>(w, block, panel, rows + m, first + m, K32);
-  for (; m < M; ++m) rows_of_panel<1>(w, block, panel, rows + m, first + m, K32);
+STEPS
 }"""
+
+_STEPS = """  int64_t m = 0;
+  for (; m + kTile <= M; m += kTile) rows_of_panel<kTile>(w, block, panel, rows + m, first + m, K32);
+  for (; m < M; ++m) rows_of_panel<1>(w, block, panel, rows + m, first + m, K32);"""
 
 
 def _geometry(element: str, group: int) -> str:
@@ -213,8 +218,7 @@ def _geometry(element: str, group: int) -> str:
     count = "(K32 + kGroup - 1) / kGroup" if chunks else "1"
     many = "(K32 - first < kGroup ? K32 - first : kGroup)" if chunks else "K32"
     fine = " + 2 * K32" if element == "nvfp4" else ""
-    return f"""using Int = __m256i;
-constexpr int64_t kGroup = {chunks};  // chunks of 32 columns with one float32 scale; 0: a whole row
+    return f"""constexpr int64_t kGroup = {chunks};  // chunks of 32 columns with a float32 scale; 0: a row
 constexpr int64_t kChunkBytes = {16 if element == "nvfp4" else 32};
 
 inline int64_t groups_of(int64_t K32) {{ return {count}; }}
@@ -232,23 +236,25 @@ inline float scale_of(const uint8_t* row, int64_t K32, int64_t g) {{
 
 def _decode(element: str) -> str:
     if element != "nvfp4":
-        return f"{_E4M3 if element == 'e4m3' else _E5M2}\n\n{_FP8}"
+        return f"using Int = __m256i;\n\n{_E4M3 if element == 'e4m3' else _E5M2}\n\n{_FP8}"
     doubled = [int(2 * v) for v in E2M1]
     return _NVFP4.replace("TABLE", ", ".join(str(v) for v in (*doubled, *[-v for v in doubled])))
 
 
-def _scratch(cut: bool) -> str:
+def _scratch(cut: bool, wide: bool) -> str:
     """Memory for rows of x, and how they get there."""
     at = "\n    rows[m].scale = rows[m].x + K32 * 32;" if cut else ""
+    columns = "span(K32)" if wide else "K32 * 32"
     return f"""// Memory for every row of x, kept by the calling thread from call to call.
 inline Row* scratch(int64_t M, int64_t K32) {{
   thread_local std::vector<float> memory;
   thread_local std::vector<Row> rows;
-  const int64_t each = K32 * 32 + {ROW_FLOATS if cut else 0};
-  if (static_cast<int64_t>(memory.size()) < M * each) memory.resize(M * each);
+  const int64_t each = ({columns} + {ROW_FLOATS if cut else 0} + 15) / 16 * 16;
+  if (static_cast<int64_t>(memory.size()) < M * each + 15) memory.resize(M * each + 15);
+  float* first = memory.data() + -(reinterpret_cast<uintptr_t>(memory.data()) / 4) % 16;  // on a cache line
   if (static_cast<int64_t>(rows.size()) < M) rows.resize(M);
   for (int64_t m = 0; m < M; ++m) {{
-    rows[m].x = memory.data() + m * each;{at}
+    rows[m].x = first + m * each;{at}
   }}
   return rows.data();
 }}
@@ -256,16 +262,29 @@ inline Row* scratch(int64_t M, int64_t K32) {{
 {cpp.WIDEN_ROW}"""
 
 
-def arithmetic(form: FloatFormat) -> str:
-    """Where a weight of a format lies, Row (a row of x), `prepare`, and `dot`, their products."""
+def row_floats(form: FloatFormat, chunks: int) -> int:
+    """Floats that a prepared row of x of so many chunks takes at most."""
+    return -(-chunks // 4) * 128 if form.is_nvfp4 else chunks * 32 + ROW_FLOATS
+
+
+def arithmetic(form: FloatFormat, wide: bool) -> str:
+    """Where a weight of a format lies, Row (a row of x), `prepare`, and `dot`, their products.
+
+    wide: of 16 lanes, for AVX-512; those of NVFP4 need TRANSPOSE8.
+    """
     element, cut = form.name.removeprefix("fp8-"), form.activation != "none"
-    prepare = f"{range_text(448)}\n{_CUT}" if cut else _EVEN_ODD if form.is_nvfp4 else _AS_IT_IS
+    settled = cpp_float_wide.SETTLE if wide else _EVEN_ODD
+    prepare = f"{range_text(448)}\n{_CUT}" if cut else settled if form.is_nvfp4 else _AS_IT_IS
     scale = "\n  float* scale;" if cut else ""
     row = f"""struct Row {{
-  float* x;  // [32 * K32]{scale}
+  float* x;  // the columns, as `prepare` lays them out{scale}
 }};"""
-    dot = _DOT.replace("ROW_SCALE", "(kUnit * *rows[m].scale)" if cut else "kUnit")
-    return "\n\n".join((_geometry(element, form.group), _decode(element), row, prepare, dot))
+    token = " * *rows[m].scale" if cut else ""
+    if wide:
+        decode, dot = cpp_float_wide.decode(form), cpp_float_wide.dot(form, token)
+    else:
+        decode, dot = _decode(element), _DOT.replace("TOKEN", token)
+    return "\n\n".join((_geometry(element, form.group), decode, row, prepare, dot))
 
 
 _ROW_OF = """inline const uint8_t* row_of(const Weight& w, int64_t row, int64_t K32) {
@@ -275,24 +294,33 @@ _ROW_OF = """inline const uint8_t* row_of(const Weight& w, int64_t row, int64_t 
 
 def generate(key: KernelKey, op: str, form: FloatFormat) -> str:
     """The source file for one configuration: `form`, number of weights, which have biases, dtype of x."""
-    config = config_of(key)
+    config, wide = config_of(key), key.target.arch == "avx512"
     cut = form.activation != "none"
     head = f"""using T = {ELEMENT[key.dtype]};
 constexpr int kCount = {config["count"]};  // weights
-constexpr int64_t kAhead = {AHEAD_BYTES};  // bytes"""
+constexpr int64_t kAhead = {cpp_float_wide.AHEAD_BYTES if wide else AHEAD_BYTES};  // bytes"""
     panel_scale = ("vmul(", ", vset(*rows[i].scale))") if cut else ("", "")
+    if wide:
+        panel, tile = cpp_float_wide.PANEL, cpp_wide.TILE_TEXT.replace("COLUMNS", "span(K32)")
+        many, steps = [cpp.TILES], "  tiles<kTile>(w, block, panel, rows, first, M, K32);"
+    else:
+        panel, tile = _PANEL, FLOAT_TILE_TEXT
+        many, steps = [], _STEPS
     body = (
         head,
         TRANSPOSE8,
-        arithmetic(form),
-        _scratch(cut),
+        arithmetic(form, wide),
+        _scratch(cut, wide),
         cpp.store(key),
         _ROW_OF,
         _BLOCKS,
-        _PANEL,
-        FLOAT_TILE_TEXT,
+        cpp.walk(_STREAMS),
+        f"constexpr int kTile = {cpp_wide.TILE if wide else FLOAT_TILE};",
+        panel,
+        tile,
         cpp.rows_of_panel(*panel_scale),
-        _MULTIPLY.replace("FEW", str(FEW)),
+        *many,
+        _MULTIPLY.replace("FEW", str(cpp_float_wide.FEW if wide else FEW)).replace("STEPS", steps),
         cpp.run(key, prepares=True, few=1),
     )
     scales = "row" if form.group == 0 else f"{form.group} columns"

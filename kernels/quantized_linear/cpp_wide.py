@@ -139,14 +139,14 @@ inline void unpack_block(const uint8_t* p, int64_t K32, float* to, int half) {{
   }}
 }}
 
-{_TILE}"""
+{TILE_TEXT.replace("COLUMNS", "K32 * 32")}"""
 
 
-_TILE = f"""template <int R>
+TILE_TEXT = f"""template <int R>
 inline void tile(const float* panel, const Row* rows, int64_t K32, Vec (&sum)[R][2]) {{
   __m512 sum16[R];
   for (int m = 0; m < R; ++m) sum16[m] = _mm512_setzero_ps();
-  for (int64_t k = 0; k < K32 * 32; ++k) {{
+  for (int64_t k = 0; k < COLUMNS; ++k) {{
     const __m512 b = _mm512_loadu_ps(panel + k * 16);
 #pragma GCC unroll {TILE}
     for (int m = 0; m < R; ++m) sum16[m] = _mm512_fmadd_ps(_mm512_set1_ps(rows[m].x[k]), b, sum16[m]);
