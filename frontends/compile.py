@@ -215,7 +215,8 @@ def compile_graph(
     from torch._inductor.compile_fx import compile_fx
 
     vector_probe.finish()
-    compiled: Any = compile_fx(module, example_inputs, config_patches=dict(INDUCTOR_PATCHES))
+    with vector_probe.asked_in_order():
+        compiled: Any = compile_fx(module, example_inputs, config_patches=dict(INDUCTOR_PATCHES))
     return cast(Callable[..., Any], compiled)
 
 
