@@ -1,12 +1,18 @@
-"""Libraries of several generated sources: each is compiled by itself, and the first complaint is told."""
+"""Libraries of several generated sources: each is compiled by itself, and the first complaint is told; a
+kernel's needs torch's without being linked to it."""
 
 from __future__ import annotations
 
 import ctypes
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
+import torch
 
-from tilewright.runtime.build import LIBRARY, CompileFailed, compile_library
+from tilewright.runtime.build import LIBRARY, TORCH_LIBRARY, CompileFailed, compile_cpp, compile_library
 
 EXPORTED = """#include "shared.h"
 extern "C" __attribute__((visibility("default"))) int {name}() {{ return {value}; }}
@@ -32,3 +38,30 @@ def test_the_source_that_is_refused_is_told() -> None:
     }
     with pytest.raises(CompileFailed, match=r"bad\.cpp.*kEight"):
         compile_library(sources, "avx2", HEADERS)
+
+
+TORCH_NUMBER = """#include "shared.h"
+extern "C" int aoti_torch_dtype_float32();
+extern "C" __attribute__((visibility("default"))) int number() { return aoti_torch_dtype_float32() + kSeven; }
+"""
+
+
+def test_a_kernel_needs_torch_and_is_linked_without_reading_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    honest, commands = subprocess.run, list[str]()
+
+    def run(command: list[str], **kwargs: object) -> object:
+        commands.extend(command)
+        return honest(command, **kwargs)  # type: ignore[call-overload]
+
+    monkeypatch.setattr(subprocess, "run", run)
+    library = compile_cpp(TORCH_NUMBER + f"// {os.urandom(8).hex()}\n", "avx2", HEADERS) / LIBRARY
+    real = Path(torch.__file__).parent / "lib"
+    assert commands
+    assert not [given for given in commands if str(real) in given]
+    assert ctypes.CDLL(str(library)).number() == 6 + 7
+    text = f"import ctypes; print(ctypes.CDLL({str(library)!r}).number())"
+    alone = {k: v for k, v in os.environ.items() if k != "LD_LIBRARY_PATH"}
+    for env, found in ((alone, False), ({**alone, "LD_LIBRARY_PATH": str(real)}, True)):
+        done = honest([sys.executable, "-c", text], env=env, capture_output=True, text=True, check=False)
+        assert (done.stdout == "13\n") is found
+        assert (f"{TORCH_LIBRARY}: cannot open" in done.stderr) is not found
