@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from typing import Any
 
 import torch
@@ -15,9 +15,10 @@ from tilewright.compiler.regions import inline
 from tilewright.compiler.report import Report
 from tilewright.compiler.rewrite import signature_of, trace, traced_outputs
 from tilewright.compiler.schema import arguments
+from tilewright.kernels.common.family import KernelFamily
 from tilewright.kernels.load import compile_side_by_side
 from tilewright.kernels.table import KernelChoice, host_target, select_for_node, too_small
-from tilewright.runtime.contracts import Refusal, Target
+from tilewright.runtime.contracts import KernelKey, Refusal, Target
 
 
 def lower(
@@ -35,18 +36,7 @@ def lower(
     target = target or host_target()
     report.target = str(target)
     traces: dict[Any, fx.GraphModule] = {}
-    found = [(node, semantic_op(node.target)) for node in program.graph.nodes if node.op == "call_function"]
-    chosen = [
-        (
-            node,
-            op,
-            _choose(op, node, target, program.training, rest)
-            if use_kernels
-            else Refusal("generated kernels are off"),
-        )
-        for node, op in found
-        if op is not None
-    ]
+    chosen = _chosen(program, target, rest) if use_kernels else _unchosen(program)
     compile_side_by_side((c.family, c.key) for *_, c in chosen if not isinstance(c, Refusal))
     for node, op, choice in chosen:
         row = {"node": node.name, "op": op.name, "kernel": "", "why": "", "source": ""}
@@ -62,6 +52,34 @@ def lower(
     dead_code(program.graph)
     program.graph.lint()
     program.module.recompile()
+
+
+def wanted_kernels(
+    program: Program, target: Target, rest: str, but: Set[fx.Node]
+) -> list[tuple[KernelFamily, KernelKey]]:
+    """The kernels that `lower` will build for all nodes but these."""
+    chosen = _chosen(program, target, rest, but)
+    return [(c.family, c.key) for *_, c in chosen if not isinstance(c, Refusal)]
+
+
+_Chosen = list[tuple[fx.Node, SemanticOp, KernelChoice | Refusal]]
+
+
+def _semantic(program: Program) -> list[tuple[fx.Node, SemanticOp]]:
+    found = [(node, semantic_op(node.target)) for node in program.graph.nodes if node.op == "call_function"]
+    return [(node, op) for node, op in found if op is not None]
+
+
+def _chosen(program: Program, target: Target, rest: str, but: Set[fx.Node] = frozenset()) -> _Chosen:
+    return [
+        (node, op, _choose(op, node, target, program.training, rest))
+        for node, op in _semantic(program)
+        if node not in but
+    ]
+
+
+def _unchosen(program: Program) -> _Chosen:
+    return [(node, op, Refusal("generated kernels are off")) for node, op in _semantic(program)]
 
 
 def _choose(

@@ -6,7 +6,7 @@ import functools
 import os
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -72,6 +72,15 @@ def compile_cpp(source: str, arch: str, headers: Mapping[str, str]) -> Path:
     paths = (f"-I{Path(torch.__file__).parent / 'include'}", *_needs_torch())
     identity = {"kind": "cpp-kernel", "source": source, "torch": str(torch.__version__)}
     return _compile(identity, {SOURCE: source}, arch, headers, paths)
+
+
+def begin_cpp(sources: Iterable[str], arch: str, headers: Mapping[str, str]) -> None:
+    """Start to compile generated files, on every core, and return: `compile_cpp` waits for what is under way,
+    and tells what the compiler refuses."""
+    with_all = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="tilewright-compile")
+    for source in dict.fromkeys(sources):
+        with_all.submit(compile_cpp, source, arch, headers)
+    with_all.shutdown(wait=False)
 
 
 def compile_library(sources: Mapping[str, str], arch: str, headers: Mapping[str, str]) -> Path:

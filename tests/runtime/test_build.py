@@ -7,12 +7,21 @@ import ctypes
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 
-from tilewright.runtime.build import LIBRARY, TORCH_LIBRARY, CompileFailed, compile_cpp, compile_library
+from tilewright.runtime import build
+from tilewright.runtime.build import (
+    LIBRARY,
+    TORCH_LIBRARY,
+    CompileFailed,
+    begin_cpp,
+    compile_cpp,
+    compile_library,
+)
 
 EXPORTED = """#include "shared.h"
 extern "C" __attribute__((visibility("default"))) int {name}() {{ return {value}; }}
@@ -65,3 +74,30 @@ def test_a_kernel_needs_torch_and_is_linked_without_reading_it(monkeypatch: pyte
         done = honest([sys.executable, "-c", text], env=env, capture_output=True, text=True, check=False)
         assert (done.stdout == "13\n") is found
         assert (f"{TORCH_LIBRARY}: cannot open" in done.stderr) is not found
+
+
+def test_what_is_under_way_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    both, honest, compiled = threading.Barrier(2), build._run, list[str]()
+
+    def run(folder: Path, command: list[str]) -> None:
+        if "kernel.cpp" in command:
+            both.wait(60)
+            compiled.append((folder / "kernel.cpp").read_text())
+        honest(folder, command)
+
+    monkeypatch.setattr(build, "_run", run)
+    monkeypatch.setattr(build.os, "cpu_count", lambda: 2)
+    texts = [
+        EXPORTED.format(name="number", value=f"kSeven + {i}") + f"// {os.urandom(8).hex()}\n" for i in (1, 2)
+    ]
+    begin_cpp(texts * 2, "avx2", HEADERS)
+    libraries = [ctypes.CDLL(str(compile_cpp(text, "avx2", HEADERS) / LIBRARY)) for text in texts]
+    assert [library.number() for library in libraries] == [8, 9]
+    assert sorted(compiled) == sorted(texts), "each once, and one did not wait for the other"
+
+
+def test_what_is_refused_under_way_is_told_by_whom_needs_it() -> None:
+    text = EXPORTED.format(name="number", value="kEight") + f"// {os.urandom(8).hex()}\n"
+    begin_cpp([text], "avx2", HEADERS)
+    with pytest.raises(CompileFailed, match="kEight"):
+        compile_cpp(text, "avx2", HEADERS)
