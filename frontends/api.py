@@ -73,7 +73,7 @@ class _Collecting:
         report.seconds["capture"] = captured
         self.reports.append(report)
         self.programs.append(program)
-        lower_program(program, self.options, report)
+        lower_program(program, self.options, report, run=self._run)
         if self._run:
             return compile_lowered(program, self.options, report)
         if self._measure:

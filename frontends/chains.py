@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
 from torch import fx
@@ -15,8 +15,8 @@ from tilewright.compiler.program import Program
 from tilewright.compiler.repeats import Piece, cut, sink_writes
 from tilewright.compiler.report import Report
 from tilewright.frontends.exits import is_gate
-from tilewright.kernels.chain.build import build, refusal
-from tilewright.kernels.chain.plan import plan
+from tilewright.kernels.chain.build import build, missing_sources, refusal
+from tilewright.kernels.chain.plan import Plan, plan
 from tilewright.kernels.common.cpp import NAMESPACE
 from tilewright.runtime.contracts import Refusal, Target
 
@@ -28,21 +28,38 @@ def is_chain(node: fx.Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and node.target.name().startswith(_PREFIX)
 
 
-def raise_chains(program: Program, target: Target, report: Report) -> None:
-    """Replace each stretch that a chain can run, in place, and record what it runs in `report.kernels`.
+@dataclass(frozen=True)
+class Chains:
+    """Stretches of a program that chains can run."""
 
-    Stretches are repeated ones and what lies between them. Only those with a linear layer are worth a
-    compilation. `report.chains` says why the others have none.
+    pieces: list[Piece]
+    plans: dict[int, Plan]
+    """By the number of the piece that others are instances of."""
+    target: Target
+
+    def nodes(self) -> set[fx.Node]:
+        """What chains will run."""
+        return {n for piece in self.pieces if piece.instance_of in self.plans for n in piece.nodes}
+
+    def sources(self) -> list[str]:
+        """The C++ that this process has not built."""
+        return missing_sources(self.plans.values(), self.target)
+
+
+def find_chains(program: Program, target: Target, report: Report) -> Chains:
+    """The stretches that a chain can run: repeated ones and what lies between them.
+
+    Only those with a linear layer are worth a compilation. `report.chains` says why the others have none.
     """
     if program.training:
-        return
+        return Chains([], {}, target)
     refused = refusal(target)
     if refused is not None:
         report.chains.append(refused.reason)
-        return
+        return Chains([], {}, target)
     sink_writes(program.graph)
     pieces = cut(program.graph, is_gate)
-    chosen: dict[int, tuple[torch._ops.OpOverload, Path]] = {}
+    plans: dict[int, Plan] = {}
     for number, count in sorted(Counter(p.instance_of for p in pieces).items()):
         first = pieces[number]
         if first.alone:
@@ -52,11 +69,17 @@ def raise_chains(program: Program, target: Target, report: Report) -> None:
             stretch = f"{count} x {len(first.nodes)} nodes from {first.nodes[0].name}"
             report.chains.append(f"{stretch}: {made.reason}")
         elif any(stage.kind.endswith("linear") for stage in made.stages):
-            chosen[number] = build(made, target)
+            plans[number] = made
+    return Chains(pieces, plans, target)
+
+
+def raise_chains(program: Program, found: Chains, report: Report) -> None:
+    """Replace each stretch that a chain runs, in place, and record what it runs in `report.kernels`."""
+    built = {number: build(made, found.target) for number, made in found.plans.items()}
     moved: dict[fx.Node, fx.Node] = {}
-    for piece in pieces:
-        if piece.instance_of in chosen:
-            op, path = chosen[piece.instance_of]
+    for piece in found.pieces:
+        if piece.instance_of in built:
+            op, path = built[piece.instance_of]
             report.kernels += _rows(piece, op, str(path))
             _replace(program, piece, op, moved)
     program.graph.lint()

@@ -22,11 +22,12 @@ from tilewright.compiler.program import DerivedCheck, Program
 from tilewright.compiler.report import Report
 from tilewright.frontends import vector_probe
 from tilewright.frontends.capture import normalize
-from tilewright.frontends.chains import raise_chains
+from tilewright.frontends.chains import find_chains, raise_chains
 from tilewright.frontends.exits import FILL, split_exits
 from tilewright.frontends.instances import compile_pieces
 from tilewright.frontends.late_wait import waiting_at_the_end
-from tilewright.frontends.lowering import lower, where_of
+from tilewright.frontends.lowering import lower, wanted_kernels, where_of
+from tilewright.kernels.load import begin_compiling, missing_sources
 from tilewright.kernels.table import host_target
 
 DEFAULT_PIPELINE = "exact"
@@ -141,14 +142,15 @@ def count_semantic_ops(program: Program) -> dict[str, int]:
     return counts
 
 
-def lower_program(program: Program, options: CompileOptions, report: Report) -> None:
-    """Lower the program in place and record what runs where, and at what cost."""
+def lower_program(program: Program, options: CompileOptions, report: Report, *, run: bool = True) -> None:
+    """Lower the program in place and record what runs where, and at what cost. run: it is compiled next."""
     before = {n.name: n for n in program.graph.nodes} if options.costs else {}
     costs = node_costs(program, measure_host()) if options.costs else []
     started = time.perf_counter()
-    for fill in split_exits(program) if options.lower == "inductor" else []:
+    inductor = options.lower == "inductor"
+    for fill in split_exits(program) if inductor else []:
         _lower(fill, options, Report())
-    _lower(program, options, report)
+    _lower(program, options, report, _load_inductor if run and inductor else None)
     report.seconds["lower"] = time.perf_counter() - started
     if options.costs:
         where = where_of(report)
@@ -158,10 +160,28 @@ def lower_program(program: Program, options: CompileOptions, report: Report) -> 
     REPORTS.append(report)
 
 
-def _lower(program: Program, options: CompileOptions, report: Report) -> None:
+def _lower(
+    program: Program, options: CompileOptions, report: Report, meanwhile: Callable[[], None] | None = None
+) -> None:
+    """Lower with kernels and chains; `meanwhile` runs here while the compiler works on them."""
     if options.kernels:
-        raise_chains(program, host_target(), report)
+        target = host_target()
+        chains = find_chains(program, target, report)
+        wanted = wanted_kernels(program, target, options.lower, but=chains.nodes())
+        begin_compiling([*chains.sources(), *missing_sources(wanted)], target)
+        if meanwhile is not None:
+            meanwhile()
+        raise_chains(program, chains, report)
     lower(program, report, rest=options.lower, use_kernels=options.kernels)
+
+
+def _load_inductor() -> None:
+    """What Inductor does once per process."""
+    from torch._inductor import codecache, compile_fx, config
+
+    assert compile_fx
+    if not config.force_disable_caches:
+        codecache.CacheBase.get_system()  # its caches' keys hold a digest of all files of Triton
 
 
 def compile_lowered(program: Program, options: CompileOptions, report: Report) -> Callable[..., Any]:
@@ -215,7 +235,8 @@ def compile_graph(
     from torch._inductor.compile_fx import compile_fx
 
     vector_probe.finish()
-    compiled: Any = compile_fx(module, example_inputs, config_patches=dict(INDUCTOR_PATCHES))
+    with vector_probe.asked_in_order():
+        compiled: Any = compile_fx(module, example_inputs, config_patches=dict(INDUCTOR_PATCHES))
     return cast(Callable[..., Any], compiled)
 
 

@@ -68,3 +68,6 @@ def _left_alone(
     _LOG.warning("a graph is left as it was: %s", error.line())
     REPORTS.append(Report(origin="dynamo", left_alone=error.line()))
     return compile_graph(gm, example_inputs, options)
+
+
+vector_probe.begin_early()  # torch loads this module when the backend is first looked up: tracing comes next

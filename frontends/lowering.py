@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from typing import Any
 
 import torch
@@ -16,9 +16,10 @@ from tilewright.compiler.regions import inline
 from tilewright.compiler.report import Report
 from tilewright.compiler.rewrite import signature_of, trace, traced_outputs
 from tilewright.compiler.schema import arguments
+from tilewright.kernels.common.family import KernelFamily
 from tilewright.kernels.load import compile_side_by_side
 from tilewright.kernels.table import KernelChoice, host_target, select_for_node, too_small
-from tilewright.runtime.contracts import Refusal, Target
+from tilewright.runtime.contracts import KernelKey, Refusal, Target
 
 
 def lower(
@@ -36,20 +37,8 @@ def lower(
     target = target or host_target()
     report.target = str(target)
     traces: dict[Any, fx.GraphModule] = {}
-    found = [(node, semantic_op(node.target)) for node in program.graph.nodes if node.op == "call_function"]
-    chosen = [
-        (
-            node,
-            op,
-            _choose(op, node, target, program.training, rest)
-            if use_kernels
-            else Refusal("generated kernels are off"),
-        )
-        for node, op in found
-        if op is not None
-    ]
-    between = use_kernels and rest == "inductor" and not program.training  # gates stand between pieces
-    gates = _measures(program, target) if between else {}
+    chosen = _chosen(program, target, rest) if use_kernels else _unchosen(program)
+    gates = _measures(program, target, rest) if use_kernels else {}
     wanted = [*(c for *_, c in chosen), *gates.values()]
     compile_side_by_side((c.family, c.key) for c in wanted if not isinstance(c, Refusal))
     for node, measure in gates.items():
@@ -78,8 +67,10 @@ _MEASURED = {ops.step_reuse_begin: 1, ops.step_reuse_end: 2}
 """The gates that hand something to a policy, and the place of it."""
 
 
-def _measures(program: Program, target: Target) -> dict[fx.Node, KernelChoice]:
-    found = {}
+def _measures(program: Program, target: Target, rest: str) -> dict[fx.Node, KernelChoice]:
+    found: dict[fx.Node, KernelChoice] = {}
+    if rest != "inductor" or program.training:  # gates stand between pieces
+        return found
     for node in program.graph.nodes:
         if node.target in _MEASURED:
             x = node.args[_MEASURED[node.target]].meta["val"]
@@ -87,6 +78,35 @@ def _measures(program: Program, target: Target) -> dict[fx.Node, KernelChoice]:
             if isinstance(choice, KernelChoice):
                 found[node] = choice
     return found
+
+
+def wanted_kernels(
+    program: Program, target: Target, rest: str, but: Set[fx.Node]
+) -> list[tuple[KernelFamily, KernelKey]]:
+    """The kernels that `lower` will build for all nodes but these."""
+    chosen = [c for *_, c in _chosen(program, target, rest, but)]
+    wanted = [*chosen, *_measures(program, target, rest).values()]
+    return [(c.family, c.key) for c in wanted if not isinstance(c, Refusal)]
+
+
+_Chosen = list[tuple[fx.Node, SemanticOp, KernelChoice | Refusal]]
+
+
+def _semantic(program: Program) -> list[tuple[fx.Node, SemanticOp]]:
+    found = [(node, semantic_op(node.target)) for node in program.graph.nodes if node.op == "call_function"]
+    return [(node, op) for node, op in found if op is not None]
+
+
+def _chosen(program: Program, target: Target, rest: str, but: Set[fx.Node] = frozenset()) -> _Chosen:
+    return [
+        (node, op, _choose(op, node, target, program.training, rest))
+        for node, op in _semantic(program)
+        if node not in but
+    ]
+
+
+def _unchosen(program: Program) -> _Chosen:
+    return [(node, op, Refusal("generated kernels are off")) for node, op in _semantic(program)]
 
 
 def _choose(

@@ -18,8 +18,8 @@ from tilewright.kernels.common.cpp import NAMESPACE
 from tilewright.kernels.common.family import KernelFamily
 from tilewright.kernels.common.operators import load_operator
 from tilewright.kernels.common.triton_text import is_interpreted
-from tilewright.runtime.build import LIBRARY, SOURCE, CompileFailed, compile_cpp
-from tilewright.runtime.contracts import KernelKey
+from tilewright.runtime.build import LIBRARY, SOURCE, CompileFailed, begin_cpp, compile_cpp
+from tilewright.runtime.contracts import KernelKey, Target
 from tilewright.runtime.offline import import_source
 from tilewright.runtime.store import ArtifactStore
 
@@ -55,6 +55,17 @@ def build_kernel(family: KernelFamily, key: KernelKey) -> Built:
         if key not in _BUILT:
             _BUILT[key] = _build(family, key)
         return _BUILT[key]
+
+
+def missing_sources(wanted: Iterable[tuple[KernelFamily, KernelKey]]) -> list[str]:
+    """The C++ of kernels that this process has not built."""
+    given = [(family, key) for family, key in wanted if key.target.kind == "cpu" and key not in _BUILT]
+    return list(dict.fromkeys(family.source(key)[1] for family, key in given))
+
+
+def begin_compiling(sources: Iterable[str], target: Target) -> None:
+    """Start to compile these, on every core, and return: what needs them waits, and tells what is refused."""
+    begin_cpp(sources, target.arch, {HEADER: TORCH_ABI})
 
 
 def compile_side_by_side(wanted: Iterable[tuple[KernelFamily, KernelKey]]) -> None:

@@ -6,7 +6,7 @@ import functools
 import os
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,6 +15,8 @@ import torch
 from tilewright.runtime.store import ArtifactStore
 
 SOURCE, LIBRARY = "kernel.cpp", "kernel.so"
+TORCH_LIBRARY = "libtorch_cpu.so"
+"""What a kernel finds torch's C ABI in when it is loaded."""
 ARCH_FLAGS = {
     "avx2": ("-mavx2", "-mfma", "-mf16c"),
     "avx512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mfma", "-mf16c"),
@@ -67,16 +69,37 @@ def compile_cpp(source: str, arch: str, headers: Mapping[str, str]) -> Path:
     headers, flags, compiler, its search paths and torch version, so equal source is built once per machine.
     CompileFailed carries the compiler's first complaint.
     """
-    root = Path(torch.__file__).parent
-    paths = (f"-I{root / 'include'}", f"-L{root / 'lib'}", "-ltorch_cpu")
+    paths = (f"-I{Path(torch.__file__).parent / 'include'}", *_needs_torch())
     identity = {"kind": "cpp-kernel", "source": source, "torch": str(torch.__version__)}
     return _compile(identity, {SOURCE: source}, arch, headers, paths)
+
+
+def begin_cpp(sources: Iterable[str], arch: str, headers: Mapping[str, str]) -> None:
+    """Start to compile generated files, on every core, and return: `compile_cpp` waits for what is under way,
+    and tells what the compiler refuses."""
+    with_all = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="tilewright-compile")
+    for source in dict.fromkeys(sources):
+        with_all.submit(compile_cpp, source, arch, headers)
+    with_all.shutdown(wait=False)
 
 
 def compile_library(sources: Mapping[str, str], arch: str, headers: Mapping[str, str]) -> Path:
     """Compile several generated files into one library without torch; as `compile_cpp` otherwise."""
     identity = {"kind": "cpp-library", **{f"source {name}": text for name, text in sources.items()}}
     return _compile(identity, sources, arch, headers, ())
+
+
+def _needs_torch() -> tuple[str, ...]:
+    """Flags that make a library need torch's, by way of an empty one of that name: the linker would read all
+    symbols of the real one, which takes it longer than to link a kernel."""
+    compiler, version = find_compiler()
+    command = [compiler, "-shared", "-nostdlib", f"-Wl,-soname,{TORCH_LIBRARY}", "-x", "c++", os.devnull]
+    folder = ArtifactStore.default().get_or_build(
+        {"kind": "cpp-stand-in", "library": TORCH_LIBRARY, "compiler": version},
+        lambda folder: _run(folder, [*command, "-o", TORCH_LIBRARY]),
+    )
+    # Where needed libraries are linked only for the symbols they have, an empty one would be left out.
+    return (f"-L{folder}", "-Wl,--push-state,--no-as-needed", "-ltorch_cpu", "-Wl,--pop-state")
 
 
 def _compile(

@@ -14,7 +14,7 @@ from torch._inductor.package import package_aoti
 from tilewright.compiler.diagnostics import BuildError, ExportError
 from tilewright.compiler.ops import semantic_op
 from tilewright.compiler.program import InputKind, Program, copy_graph
-from tilewright.frontends.chains import raise_chains
+from tilewright.frontends.chains import find_chains, raise_chains
 from tilewright.frontends.compile import INDUCTOR_PATCHES, CompileOptions
 from tilewright.frontends.export.api import Progress
 from tilewright.frontends.export.artifact import Artifact
@@ -65,7 +65,8 @@ def write_pt2(
             shapes = {side: shape_row(captured, side) for side in ("inputs", "outputs")}
             defined = fx.GraphModule(captured.program.module, copy_graph(captured.program.graph))
             if options.kernels:
-                raise_chains(captured.program, host_target(), captured.report)
+                chains = find_chains(captured.program, host_target(), captured.report)
+                raise_chains(captured.program, chains, captured.report)
             lower(captured.program, captured.report, use_kernels=options.kernels)
         operators = _write_operators(artifact, captured)
         file = f"{entry.name}.pt2"

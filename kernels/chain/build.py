@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -27,6 +28,12 @@ def refusal(target: Target) -> Refusal | None:
     if "ATen parallel backend: OpenMP" not in torch.__config__.parallel_info():
         return Refusal("torch's threads are not OpenMP's: threads of one call need not run at the same time")
     return None
+
+
+def missing_sources(plans: Iterable[Plan], target: Target) -> list[str]:
+    """The C++ of plans that this process has not built."""
+    named = dict(cpp.source(plan, target.arch) for plan in plans)
+    return [text for name, text in named.items() if name not in _LOADED]
 
 
 def build(plan: Plan, target: Target) -> tuple[torch._ops.OpOverload, Path]:
