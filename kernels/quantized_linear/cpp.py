@@ -292,12 +292,13 @@ inline void many_rows(const Weight* weights, const T* x, int64_t first, int64_t 
   const int64_t threads = thread_count();
   parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {{
     thread_local std::vector<Weights> memory;
-    if (static_cast<int64_t>(memory.size()) < panel_size(K32)) memory.resize(panel_size(K32));
+    if (static_cast<int64_t>(memory.size()) < panel_size(K32) + 64) memory.resize(panel_size(K32) + 64);
+    Weights* panel = memory.data() + -reinterpret_cast<uintptr_t>(memory.data()) % 64 / sizeof(Weights);
     for (int64_t index = taken++; begin < end && index < panels; index = taken++) {{
       const Weight* w = weights;
       int64_t block = index;
       for (; block >= (w->blocks + 1) / 2; ++w) block -= (w->blocks + 1) / 2;
-      multiply_panel(*w, block * 2, memory.data(), rows, first, M, K32);
+      multiply_panel(*w, block * 2, panel, rows, first, M, K32);
     }}
   }});
 }}"""

@@ -20,16 +20,19 @@ def panel(shape: Shape) -> str:
 
 FLOAT_TILE_TEXT = f"""template <int R>
 inline void tile(const float* panel, const Row* rows, int64_t K32, Vec (&sum)[R][2]) {{
-  for (int m = 0; m < R; ++m) sum[m][0] = sum[m][1] = vset(0.0f);
+  Vec part[R][2];  // apart from memory that the panel might share: these stay in registers
+  for (int m = 0; m < R; ++m) part[m][0] = part[m][1] = vset(0.0f);
   for (int64_t k = 0; k < K32 * 32; ++k) {{
     Vec b0 = vload(panel + k * 16), b1 = vload(panel + k * 16 + 8);
 #pragma GCC unroll {FLOAT_TILE}
     for (int m = 0; m < R; ++m) {{
       Vec a = vset(rows[m].x[k]);
-      sum[m][0] = vfma(a, b0, sum[m][0]);
-      sum[m][1] = vfma(a, b1, sum[m][1]);
+      part[m][0] = vfma(a, b0, part[m][0]);
+      part[m][1] = vfma(a, b1, part[m][1]);
     }}
   }}
+  for (int m = 0; m < R; ++m)
+    for (int h = 0; h < 2; ++h) sum[m][h] = part[m][h];
 }}"""
 
 

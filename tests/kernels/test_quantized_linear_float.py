@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -168,6 +170,39 @@ def test_nothing_is_left_of_the_last_call(form: FloatFormat, target: Target) -> 
         packed, x = form.pack_weight(torch.ones(8, columns)), torch.full((1, columns), value)
         got = run("quantized_linear", x, packed, None, 8, form.text, target=target)
     assert torch.equal(got, torch.full((1, 8), 160.0))
+
+
+BEHIND = """
+import ctypes, mmap, sys, torch
+from tilewright.compiler.float_format import parse_format
+from tilewright.kernels.load import build_kernel
+from tilewright.kernels.table import FAMILIES, select
+from tilewright.runtime.contracts import Target
+
+family, page, memory = FAMILIES["quantized_linear"], mmap.PAGESIZE, mmap.mmap(-1, 8 * mmap.PAGESIZE)
+forbidden = ctypes.addressof(ctypes.c_char.from_buffer(memory)) + 7 * page
+assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(forbidden), ctypes.c_size_t(page), 0) == 0
+for columns in (32, 64, 96, 128, 160, 224, 256):
+    form, rows = parse_format(sys.argv[2]), 9
+    made = form.pack_weight(torch.randn(rows, columns))
+    packed = torch.frombuffer(memory, dtype=torch.uint8, count=made.numel(), offset=7 * page - made.numel())
+    packed = packed.view(made.shape).copy_(made)
+    for count in (1, 2, 23):
+        args = (torch.randn(count, columns), packed, None, rows, form.text)
+        key = select("quantized_linear", Target("cpu", sys.argv[1]), args)
+        found = build_kernel(family, key).op(*family.rewrite_args(key, args))
+        given = (args[0], made, *args[2:])
+        assert torch.equal(found, build_kernel(family, key).op(*family.rewrite_args(key, given)))
+print("read nothing behind")
+"""
+
+
+@pytest.mark.parametrize("text", ["fp8-e4m3.0.none.rows", "nvfp4.16.none.rows"])
+def test_nothing_behind_a_weight_is_read(text: str, target: Target) -> None:
+    """A page that must not be read lies behind the last byte of the packed weight."""
+    command = [sys.executable, "-c", BEHIND, target.arch, text]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.stdout == "read nothing behind\n", (done.returncode, done.stderr)
 
 
 E4M3, GROUPS, NVFP4 = FORMATS[0], FORMATS[1], FORMATS[4]
