@@ -75,10 +75,10 @@ def compile_cpp(source: str, arch: str, headers: Mapping[str, str]) -> Path:
 
 
 def begin_cpp(sources: Iterable[str], arch: str, headers: Mapping[str, str]) -> None:
-    """Start to compile generated files, on every core, and return: `compile_cpp` waits for what is under way,
-    and tells what the compiler refuses."""
+    """Start to compile generated files, the longest first on every core, and return: `compile_cpp` waits for
+    what is under way, and tells what the compiler refuses."""
     with_all = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="tilewright-compile")
-    for source in dict.fromkeys(sources):
+    for source in sorted(dict.fromkeys(sources), key=len, reverse=True):
         with_all.submit(compile_cpp, source, arch, headers)
     with_all.shutdown(wait=False)
 
