@@ -95,6 +95,10 @@ class _Valid(Sequence[Any]):
 
 
 def _start() -> None:
+    # Loaded here: a thread that reads many files gets the interpreter back late each time.
+    from torch._inductor import codecache, cpp_builder, cpu_vec_isa
+
+    assert all((codecache, cpp_builder, cpu_vec_isa))
     with _LOCK:
         if _running and not _running[0].done():
             return

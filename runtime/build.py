@@ -75,10 +75,10 @@ def compile_cpp(source: str, arch: str, headers: Mapping[str, str]) -> Path:
 
 
 def begin_cpp(sources: Iterable[str], arch: str, headers: Mapping[str, str]) -> None:
-    """Start to compile generated files, on every core, and return: `compile_cpp` waits for what is under way,
-    and tells what the compiler refuses."""
+    """Start to compile generated files, the longest first on every core, and return: `compile_cpp` waits for
+    what is under way, and tells what the compiler refuses."""
     with_all = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="tilewright-compile")
-    for source in dict.fromkeys(sources):
+    for source in sorted(dict.fromkeys(sources), key=len, reverse=True):
         with_all.submit(compile_cpp, source, arch, headers)
     with_all.shutdown(wait=False)
 
@@ -95,11 +95,15 @@ def _needs_torch() -> tuple[str, ...]:
     compiler, version = find_compiler()
     command = [compiler, "-shared", "-nostdlib", f"-Wl,-soname,{TORCH_LIBRARY}", "-x", "c++", os.devnull]
     folder = ArtifactStore.default().get_or_build(
-        {"kind": "cpp-stand-in", "library": TORCH_LIBRARY, "compiler": version},
+        {"kind": "cpp-stand-in", "library": TORCH_LIBRARY, "compiler": version, **_environment()},
         lambda folder: _run(folder, [*command, "-o", TORCH_LIBRARY]),
     )
     # Where needed libraries are linked only for the symbols they have, an empty one would be left out.
     return (f"-L{folder}", "-Wl,--push-state,--no-as-needed", "-ltorch_cpu", "-Wl,--pop-state")
+
+
+def _environment() -> dict[str, str]:
+    return {f"environment {name}": os.environ[name] for name in SEARCH_PATHS if name in os.environ}
 
 
 def _compile(
@@ -116,7 +120,7 @@ def _compile(
         **{f"header {name}": text for name, text in headers.items()},
         "flags": " ".join(flags),
         "compiler": version,
-        **{f"environment {name}": os.environ[name] for name in SEARCH_PATHS if name in os.environ},
+        **_environment(),
     }
     return ArtifactStore.default().get_or_build(
         key, lambda folder: _build(folder, sources, headers, [compiler, *flags], paths)

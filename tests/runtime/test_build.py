@@ -101,3 +101,19 @@ def test_what_is_refused_under_way_is_told_by_whom_needs_it() -> None:
     begin_cpp([text], "avx2", HEADERS)
     with pytest.raises(CompileFailed, match="kEight"):
         compile_cpp(text, "avx2", HEADERS)
+
+
+def test_the_longest_is_begun_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[int] = []
+    done = threading.Event()
+
+    def compile_one(source: str, *_: object) -> None:
+        begun.append(len(source))
+        if len(begun) == 3:
+            done.set()
+
+    monkeypatch.setattr(build, "compile_cpp", compile_one)
+    monkeypatch.setattr(build.os, "cpu_count", lambda: 1)
+    begin_cpp(["a" * n for n in (3, 9, 5, 9)], "avx2", HEADERS)
+    assert done.wait(60)
+    assert begun == [9, 5, 3]
