@@ -55,6 +55,20 @@ def example() -> dict[str, Any]:
     }
 
 
+def six_layers() -> tuple[nn.Module, tuple[Any, ...]]:
+    """Six layers and a call with 1,152 tokens, for `bench_compile tilewright.tools.bench_dit:six_layers`."""
+    frames, rows, columns = 2, *GRID[1:]
+    generator = torch.Generator().manual_seed(1)
+    latents = torch.randn(1, 16, frames, 2 * rows, 2 * columns, generator=generator)
+    return transformer(6), (
+        latents,
+        torch.tensor([500]),
+        torch.randn(1, 64, 256, generator=generator),
+        None,
+        False,
+    )
+
+
 def compiled(module: nn.Module, pipeline: str) -> Callable[..., Any]:
     """The module behind our backend, from a clean slate."""
     torch._dynamo.reset()
