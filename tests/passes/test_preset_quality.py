@@ -11,7 +11,7 @@ from tilewright.frontends.cli import OK, main
 
 BOUNDS = {"cpu-int8": 1.05, "cpu-int4": 1.01}
 """Largest ratio of perplexities on the bundled page, preset over the model as it is (seen: 1.045, 0.999).
-With sums in another order, as kernels for unknown lengths have them, 8 bits a token give 1.056: a few channels
+With sums in another order, as kernels for unknown lengths have them, 8 bits a token give 1.056: few channels
 set the scale of each token, so that the last bit of one value moves many."""
 
 
