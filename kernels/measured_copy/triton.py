@@ -13,7 +13,7 @@ from tilewright.runtime.contracts import KernelKey
 
 POINTER = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16"}
 RUN = 4096
-WARPS = 4
+WARPS = 8
 
 
 def parameters(key: KernelKey) -> list[tuple[str, str]]:
