@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tilewright.runtime.step_probe import Kept
+from tilewright.runtime.step_probe import Kept, share_of
 from tilewright.runtime.step_reuse import Accumulated, Lane, StepReuseError
 
 
@@ -37,7 +37,7 @@ class Recorded:
             float(torch.linalg.vector_norm(x, 1, dtype=torch.float64))
             for x in (residual - before.tensor, before.tensor)
         ]
-        change = sizes[0] / sizes[1] if sizes[1] > 0.0 else math.inf
+        change = share_of(*sizes)
         if math.isfinite(seen.change) and math.isfinite(change):
             self.changes.append((seen.change, change))
 

@@ -32,7 +32,7 @@ class Kept:
             beside._other = room_for(x)
         self.tensor, self._other = beside._other, beside.tensor
         far, size = measure(x, beside.tensor, self.tensor).tolist()
-        self.change = max(map(_share, far, size))
+        self.change = max(map(share_of, far, size))
 
     def bytes(self) -> int:
         """Memory held, that of the next copy included."""
@@ -40,7 +40,8 @@ class Kept:
         return held if self._other is None else 2 * held
 
 
-def _share(change: float, size: float) -> float:
+def share_of(change: float, size: float) -> float:
+    """change / size; infinite where it cannot be told."""
     share = change / size if size > 0.0 else math.inf
     return math.inf if math.isnan(share) else share
 

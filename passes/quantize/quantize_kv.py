@@ -73,7 +73,8 @@ class QuantizeKV(GraphPass):
         if self.bits == IDENTITY_BITS:
             log.note("16 bits: keys and values stay as they are")
             return
-        for update, problem in kv_sites(program):
+        sites = kv_sites(program)
+        for update, problem in sites:
             problem = problem or self._problem(update)
             if problem:
                 log.refused(update, problem)
@@ -85,7 +86,8 @@ class QuantizeKV(GraphPass):
                 update.replace_input_with(new, rounded)
                 log.claim_slots([update], {update: update, rounded: rounded})
                 log.applied(update, rule=f"{self.bits} bits", inserted=[rounded])
-        log.note("emulated storage: the cache keeps its dtype and its size, no memory is saved")
+        if sites:
+            log.note("emulated storage: the cache keeps its dtype and its size, no memory is saved")
         log.finish(("tilewright::attention",))
 
     def _problem(self, update: fx.Node) -> str:

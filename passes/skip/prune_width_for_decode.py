@@ -70,11 +70,8 @@ class PruneWidthForDecode(GraphPass):
         if bool(self.calibration) != (self.importance == "activation") and (
             self.hidden_ratio or self.mlp_ratio
         ):
-            expected = (
-                "only importance=activation reads a file"
-                if self.calibration
-                else ("importance=activation needs a file of statistics, importance=weight none")
-            )
+            missing = "importance=activation needs a file of statistics, importance=weight none"
+            expected = "only importance=activation reads a file" if self.calibration else missing
             raise self.option_error("calibration", expected)
 
     def apply(self, program: Program, log: PassLog) -> None:

@@ -124,3 +124,18 @@ def test_bad_options_twice_and_a_cache_of_transposed_axes_are_refused() -> None:
     (report,) = run("quantize-kv", transposed, (cache.mT.contiguous(), cache, new, new, at))[-1:]
     assert len(report.applied) == 1
     assert len(report.refused) == 1
+
+
+def test_a_pass_that_did_nothing_says_one_reason() -> None:
+    """That nothing was there to look at, or else what it noted itself."""
+    program = capture_example(Example(lambda x: x + 1, (drawn(2, 8),)))
+    said = {
+        "quantize-kv": "no candidate: the program has no tilewright::attention that starts to match",
+        "quantize-kv{bits=16}": "16 bits: keys and values stay as they are",
+        "drop-layers": "no layer is named: every layer stays",
+    }
+    for text, note in said.items():
+        assert Pipeline.parse(text).run(program, RunOptions())[-1].notes == [note]
+    early = Pipeline.parse("early-exit").run(program, RunOptions())[-1].notes
+    assert len(early) == 1
+    assert early[0].startswith("no layers: ")
